@@ -1,0 +1,144 @@
+"""The error tree. Whose fault it is decides the branch; what to answer over HTTP sits on the class.
+
+    EdgeError
+    ├── TheirFault                 the other side, the user or a file is wrong: say what and what to do
+    │   ├── InputError        400  a file, flag, setting or record that somebody typed (exit code 2)
+    │   ├── ProtocolError     400  a message that does not follow the wire format
+    │   ├── Unauthorised      401  no credential, or a wrong one
+    │   ├── NotFound          404  no such assignment, version or file
+    │   ├── BaseMismatch      409  another base model than the federation's
+    │   ├── StaleUpdate       409  trained from a version too old to merge; carries the current version
+    │   ├── OffsetConflict    409  an upload continued at the wrong byte; carries the right one
+    │   ├── TooLarge          413  a body or file over its cap
+    │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
+    ├── OurFault
+    │   └── InternalError     500  a bug or a broken disk on the answering side
+    └── Unreachable           503  nobody answered; try again later
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EdgeError(Exception):
+    """Base of every error raised on purpose by this project.
+
+    `status` is the HTTP status that reports it, `title` the constant headline of its RFC 9457 problem
+    document, and `details` the extra members of that document (JSON values only).
+    """
+
+    status = 500
+    title = "error"
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details: dict[str, Any] = details
+
+
+class TheirFault(EdgeError):
+    """The caller, the peer or a file is wrong; the message says what to do about it."""
+
+    status = 400
+    title = "bad request"
+
+
+class InputError(TheirFault):
+    """A file, flag or setting that a person gave is unusable. Command lines exit with code 2."""
+
+    title = "bad input"
+
+
+class ProtocolError(TheirFault):
+    """A message does not follow the wire format; names the field."""
+
+    title = "bad message"
+
+
+class Unauthorised(TheirFault):
+    """No credential, or one that is wrong or revoked."""
+
+    status = 401
+    title = "not authorised"
+
+
+class NotFound(TheirFault):
+    """No such assignment, version or file."""
+
+    status = 404
+    title = "not found"
+
+
+class BaseMismatch(TheirFault):
+    """The device's base model is not the federation's."""
+
+    status = 409
+    title = "wrong base model"
+
+
+class StaleUpdate(TheirFault):
+    """The update started from a version too old to merge. `details["current_version"]` is the one to use."""
+
+    status = 409
+    title = "update too stale"
+
+
+class OffsetConflict(TheirFault):
+    """An upload chunk did not start where the stored bytes end. `details["offset"]` is the right place."""
+
+    status = 409
+    title = "wrong upload offset"
+
+
+class TooLarge(TheirFault):
+    """A body or file exceeds its cap."""
+
+    status = 413
+    title = "too large"
+
+
+class AdapterError(TheirFault):
+    """An adapter's modules, shapes, dtypes or values are wrong; names the module."""
+
+    status = 422
+    title = "bad adapter"
+
+
+class OurFault(EdgeError):
+    """The side that answers is broken; retrying later may help, changing the request will not."""
+
+
+class InternalError(OurFault):
+    """A bug or a failing disk on the answering side."""
+
+    title = "internal error"
+
+
+class Unreachable(EdgeError):
+    """Nobody answered at the other end."""
+
+    status = 503
+    title = "unreachable"
+
+
+def subclasses(root: type[EdgeError]) -> list[type[EdgeError]]:
+    """`root` and every class below it, parents first."""
+    found = [root]
+    for child in root.__subclasses__():
+        found.extend(subclasses(child))
+    return found
+
+
+def from_problem(document: dict[str, Any]) -> EdgeError:
+    """Rebuild the error that a problem document (RFC 9457) reports.
+
+    An unknown title becomes TheirFault for 4xx statuses and InternalError otherwise.
+    """
+    status = int(document.get("status", 500))
+    message = str(document.get("detail", "no detail given"))
+    reserved = {"type", "title", "status", "detail", "instance"}
+    details = {key: value for key, value in document.items() if key not in reserved}
+    for kind in subclasses(EdgeError):
+        if kind.title == document.get("title"):
+            return kind(message, **details)
+    return TheirFault(message, **details) if 400 <= status < 500 else InternalError(message, **details)

@@ -1,0 +1,321 @@
+"""Pre-train the embedded `tiny` base model from scratch on CPU.
+
+    python examples/pretrain_tiny.py prepare --data ../shared/data --work .work/tiny
+    python examples/pretrain_tiny.py train   --work .work/tiny --steps 3000 --threads 1
+    python examples/pretrain_tiny.py export  --work .work/tiny --out edge_sdk/tiny
+
+`prepare` trains the tokenizer and packs the text; `train` is resumable (Ctrl-C or kill it, run it again)
+and writes a checkpoint every few minutes; `export` writes a Hugging Face model directory and its card.
+
+Data: T0 prompt templates, and the English sides of the Natural Instructions *translation* tasks. Nothing
+that can be a client in an experiment is read: the two held-out T0 data sets are kept for perplexity only,
+and a translation task never serves as a client of a `tiny` federation.
+
+Optimiser: Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) on the matrices inside
+the blocks, AdamW on embeddings and norms; warm-up, constant, then linear decay of the learning rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import lzma
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SEQUENCE_LEN = 512
+VOCAB_SIZE = 4096
+PAD, BOS, EOS, USER, ASSISTANT = "<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"
+SPECIALS = [PAD, BOS, EOS, USER, ASSISTANT]
+HELD_OUT_T0 = ("ropes", "trec")  # whole data sets, so that no passage of theirs is ever trained on
+CHAT_TEMPLATE = (
+    "{{ '<|bos|>' }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + '<|eos|>' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
+    "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+ENGLISH = {"the", "of", "and", "to", "in", "is", "that", "it", "you", "for", "was", "a", "i", "we"}
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def t0_examples(data: Path) -> Iterator[tuple[bool, str, str]]:
+    """Yield (held_out, prompt, completion) for every non-empty T0 example."""
+    with lzma.open(data / "t0" / "t0.jsonl.xz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            prompt, completion = row["prompt"].strip(), row["completion"].strip()
+            if prompt and completion:
+                yield row["task"].startswith(HELD_OUT_T0), prompt, completion
+
+
+def english_sentences(data: Path) -> list[str]:
+    """Distinct English sides of the translation tasks, in a stable order."""
+    seen: dict[str, None] = {}
+    path = data / "natural_instructions" / "clients.jsonl.xz"
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if row["category"] != "Translation":
+                continue
+            for pair in row["train"]:
+                for text in pair:
+                    if is_english(text):
+                        seen.setdefault(text.strip())
+    return list(seen)
+
+
+def is_english(text: str) -> bool:
+    """True for text of four words or more, nearly all ASCII, an eighth of it English function words."""
+    words = text.lower().split()
+    ascii_share = sum(c < "\x80" for c in text) / max(1, len(text))
+    return len(words) >= 4 and ascii_share > 0.97 and sum(w in ENGLISH for w in words) * 8 >= len(words)
+
+
+def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
+    """Byte-level BPE; each digit is a token of its own, so that a number is copied digit by digit."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def pack(documents: list[list[int]], length: int, pad: int) -> np.ndarray:
+    """Pack whole documents into rows of `length` tokens (first fit among the 64 rows last opened)."""
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = []
+    for document in documents:
+        for row in open_rows:
+            if len(row) + len(document) <= length:
+                row.extend(document)
+                break
+        else:
+            open_rows.append(list(document))
+            if len(open_rows) > 64:
+                rows.append(open_rows.pop(0))
+    rows.extend(open_rows)
+    packed = np.full((len(rows), length), pad, dtype=np.uint16)
+    for index, row in enumerate(rows):
+        packed[index, : len(row)] = row
+    return packed
+
+
+def prepare(data: Path, work: Path) -> None:
+    """Write tokenizer.json, train.npy, valid_t0.npy, valid_english.npy and corpus.json into `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    examples = list(t0_examples(data))
+    sentences = english_sentences(data)
+    random.Random(0).shuffle(sentences)
+    held_out_sentences, sentences = sentences[:400], sentences[400:]
+    kept = [(p, c) for held_out, p, c in examples if not held_out]
+    unseen = random.Random(0).sample([(p, c) for held_out, p, c in examples if held_out], 400)
+    tokenizer = train_tokenizer(text for pair in random.Random(0).sample(kept, 15000) for text in pair)
+    tokenizer.save(str(work / "tokenizer.json"))
+    bos, eos, user, assistant = (tokenizer.token_to_id(t) for t in (BOS, EOS, USER, ASSISTANT))
+
+    def encode_pairs(pairs: list[tuple[str, str]]) -> list[list[int]]:
+        prompts = tokenizer.encode_batch([p for p, _ in pairs])
+        completions = tokenizer.encode_batch([c for _, c in pairs])
+        documents = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            tail = [assistant, *completion.ids[:200], eos]
+            room = SEQUENCE_LEN - len(tail) - 2
+            documents.append([bos, user, *prompt.ids[-room:], *tail])
+        return documents
+
+    def encode_plain(texts: list[str]) -> list[list[int]]:
+        return [[bos, *e.ids, eos][:SEQUENCE_LEN] for e in tokenizer.encode_batch(texts)]
+
+    train = encode_pairs(kept) + encode_plain(sentences)
+    random.Random(1).shuffle(train)
+    sets = {
+        "train": train,
+        "valid_t0": encode_pairs(unseen),
+        "valid_english": encode_plain(held_out_sentences),
+    }
+    counts: dict[str, Any] = {"held_out_t0": list(HELD_OUT_T0), "english_sentences": len(sentences)}
+    for name, documents in sets.items():
+        packed = pack(documents, SEQUENCE_LEN, 0)
+        np.save(work / f"{name}.npy", packed)
+        counts[name] = {"documents": len(documents), "tokens": int((packed != 0).sum()), "rows": len(packed)}
+    (work / "corpus.json").write_text(json.dumps(counts, indent=1))
+    print(json.dumps(counts, indent=1))
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def build_model() -> LlamaForCausalLM:
+    """The `tiny` architecture: 6 Llama blocks of width 256, 5.8M parameters, tied embeddings."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def learning_rate_factor(step: int, steps: int, decay_from: float) -> float:
+    """Warm-up over 50 steps, constant, then linear to zero from `decay_from * steps` on."""
+    start = decay_from * steps
+    decay = 1.0 if step < start else (steps - step) / (steps - start)
+    return min(1.0, (step + 1) / 50) * decay
+
+
+def next_token_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over non-pad targets; rows (batch, length) of token ids."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(rows).logits[:, :-1]  # all 512 positions go in: 511 ran a third slower
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), rows[:, 1:].flatten(), ignore_index=0
+    )
+
+
+def perplexity(model: Any, rows: np.ndarray) -> float:
+    """Token-weighted perplexity of packed rows."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index in range(0, len(rows), 16):
+            batch = torch.from_numpy(rows[index : index + 16].astype(np.int64))
+            tokens = int((batch[:, 1:] != 0).sum())
+            total += float(next_token_loss(model, batch)) * tokens
+            count += tokens
+    return math.exp(total / count)
+
+
+def train(work: Path, steps: int, batch: int, threads: int, decay_from: float) -> None:
+    """Train to `steps` in all, from the last checkpoint if there is one."""
+    torch.set_num_threads(threads)
+    model = build_model()
+    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
+    outer = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+    muon = torch.optim.Muon(inner, lr=0.02, weight_decay=0.01, momentum=0.95)
+    adam = torch.optim.AdamW(outer, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    base_rates = {id(muon): 0.02, id(adam): 3e-3}
+    rows = np.load(work / "train.npy")
+    checkpoint = work / "checkpoint.pt"
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        muon.load_state_dict(state["muon"])
+        adam.load_state_dict(state["adam"])
+        step = state["step"]
+    compiled_loss = torch.compile(lambda rows: next_token_loss(model, rows))
+    started, saved, since = time.monotonic(), time.monotonic(), step
+    while step < steps:
+        epoch, offset = divmod(step * batch, len(rows) - batch)
+        order = np.random.default_rng(epoch).permutation(len(rows))
+        picked = torch.from_numpy(rows[order[offset : offset + batch]].astype(np.int64))
+        factor = learning_rate_factor(step, steps, decay_from)
+        for optimizer in (muon, adam):
+            for group in optimizer.param_groups:
+                group["lr"] = base_rates[id(optimizer)] * factor
+        loss = compiled_loss(picked)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in (muon, adam):
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if step % 20 == 0:
+            rate = (step - since) * batch * (SEQUENCE_LEN - 1) / (time.monotonic() - started)
+            line = f"step {step}/{steps}  loss {loss.item():.3f}  lr x{factor:.2f}  {rate:.0f} tokens/s"
+            print(line, flush=True)
+        if time.monotonic() - saved > 180 or step == steps:
+            save(checkpoint, model, muon, adam, step)
+            saved = time.monotonic()
+    for name in ("valid_t0", "valid_english"):
+        print(f"{name}: perplexity {perplexity(model, np.load(work / f'{name}.npy')):.2f}")
+
+
+def save(path: Path, model: Any, muon: Any, adam: Any, step: int) -> None:
+    """Write the checkpoint beside its place and move it there, so that a kill leaves the old one whole."""
+    state = {"model": model.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step}
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
+
+
+def export(work: Path, out: Path, batch: int) -> None:
+    """Write bfloat16 weights, tokenizer, chat template and figures (training.json) into `out`."""
+    model = build_model()
+    state = torch.load(work / "checkpoint.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    figures = {
+        "steps": state["step"],
+        "tokens_seen": state["step"] * batch * (SEQUENCE_LEN - 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "corpus": json.loads((work / "corpus.json").read_text()),
+    }
+    for name in ("valid_t0", "valid_english"):
+        figures[f"perplexity_{name}"] = round(perplexity(model, np.load(work / f"{name}.npy")), 3)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(work / "tokenizer.json"),
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        model_max_length=1024,
+        chat_template=CHAT_TEMPLATE,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    figures["weights_sha256"] = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    (out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+
+
+def main() -> int:
+    """Parse the command line and run one of the three stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stage", choices=["prepare", "train", "export"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--work", type=Path, default=Path(".work/tiny"))
+    parser.add_argument("--out", type=Path, default=Path("edge_sdk/tiny"))
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=16, help="rows of 512 tokens in a step")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--decay-from", type=float, default=0.7, help="share of the steps at full rate")
+    options = parser.parse_args()
+    if options.stage == "prepare":
+        prepare(options.data, options.work)
+    elif options.stage == "train":
+        train(options.work, options.steps, options.batch, options.threads, options.decay_from)
+    else:
+        export(options.work, options.out, options.batch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
