@@ -1,0 +1,295 @@
+"""Every policy on leases, buffers, rounds and staleness, as a pure state machine.
+
+`Engine.handle(event, now)` changes the state and returns effects; it does no I/O, reads no clock and draws
+no random numbers, so the same events give the same effects in the server, in a test and under a simulator's
+virtual clock. `now` is any clock in seconds that does not go backwards.
+
+Buffered mode (FedBuff, Nguyen et al. 2022, arXiv:2106.06639): merge when K updates are in, or T seconds after
+the first of them with a quorum. Synchronous mode: K devices get work from each version, the merge waits for
+all of them or for T with a quorum, and an update of an older version is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edge_sdk.core import staleness
+from edge_sdk.core.errors import InputError, NotFound, StaleUpdate
+from edge_sdk.core.messages import Directive
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The host's choices. Times in seconds, ranks and sizes in counts."""
+
+    mode: Literal["buffered", "synchronous"] = "buffered"
+    buffer_size: int = 4  # K: updates that make a version; in synchronous mode the size of a round
+    quorum: int = 1  # updates that suffice once timeout_s has passed
+    timeout_s: float = 60.0  # T, from the first update in the buffer
+    max_staleness: int = 10  # versions; an older update is refused
+    staleness: staleness.Name = "polynomial"
+    server_learning_rate: float = 1.0  # η
+    lease_s: float = 600.0
+    retry_s: float = 2.0  # how soon a device without work asks again
+    max_examples: int = 10_000  # cap on the self-reported weight n_k
+
+    def __post_init__(self) -> None:
+        positive = ("buffer_size", "quorum", "timeout_s", "server_learning_rate", "lease_s", "retry_s", "max_examples")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise InputError(f"policy.{name} is {getattr(self, name)}; it must be above 0")
+        if self.max_staleness < 0:
+            raise InputError(f"policy.max_staleness is {self.max_staleness}; it must be 0 or more")
+        if self.quorum > self.buffer_size:
+            raise InputError(f"policy.quorum is {self.quorum}, above policy.buffer_size {self.buffer_size}")
+
+
+@dataclass
+class Lease:
+    """Work that a device holds. It frees its slot at `expires_at`; its late update may still count."""
+
+    assignment: str
+    device: str
+    version: int
+    rank: int
+    expires_at: float
+    steps_done: int = 0
+
+
+@dataclass(frozen=True)
+class Buffered:
+    """An update on disk that is in no version yet."""
+
+    update: str
+    device: str
+    version: int  # that it was trained from
+    examples: int
+
+
+@dataclass
+class State:
+    """All that decides what happens next. Bounded by devices + K: nothing here grows with time."""
+
+    version: int = 0
+    version_rank: int = 0  # live rank of the current global adapter
+    leases: dict[str, Lease] = field(default_factory=dict)  # by device: one each
+    buffer: list[Buffered] = field(default_factory=list)
+    first_at: float | None = None  # when the oldest buffered update came
+    merging: tuple[Buffered, ...] = ()
+    contributed: dict[str, int] = field(default_factory=dict)  # device -> version it last trained from
+    granted: set[str] = field(default_factory=set)  # devices with work from the current version
+
+
+# --- events ---
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A device wants work. `assignment` is a fresh id to use if it is granted."""
+
+    device: str
+    rank: int
+    assignment: str
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A device reports progress on an assignment."""
+
+    device: str
+    assignment: str
+    steps_done: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An update is on disk and acknowledged."""
+
+    update: Buffered
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merge that was asked for is on disk as `version`, of live rank `rank`."""
+
+    version: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class MergeFailed:
+    """The merge could not be done now; `rejected` updates are to be left out of the next try."""
+
+    rejected: tuple[str, ...]
+
+
+Event = Asked | Beat | Stored | Tick | Merged | MergeFailed
+
+# --- effects ---
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Hand this lease to its device; `carry_rank` is the live rank of the version to start from."""
+
+    lease: Lease
+    carry_rank: int
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Wait:
+    """No work now."""
+
+    retry_after_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Answer a heartbeat."""
+
+    directive: Directive
+
+
+@dataclass(frozen=True)
+class Expired:
+    """A lease ran out."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Combine these updates into `version`. Weights are n_k·s(τ_k), normalised to 1; τ beside each."""
+
+    version: int
+    weights: tuple[tuple[Buffered, float, int], ...]
+
+
+Effect = Grant | Wait | Tell | Expired | Merge
+
+
+class Engine:
+    """The machine. One per federation; not thread-safe, and it needs not be: a call takes microseconds."""
+
+    def __init__(self, policy: Policy, state: State | None = None) -> None:
+        self.policy = policy
+        self.state = state or State()
+        self._handlers: dict[type[Any], Callable[[Any, float], list[Effect]]] = {
+            Asked: self._asked,
+            Beat: self._beat,
+            Stored: self._stored,
+            Tick: self._tick,
+            Merged: self._merged,
+            MergeFailed: self._merge_failed,
+        }
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Apply one event and return what is to be done about it, in order."""
+        return self._handlers[type(event)](event, now)
+
+    def require_mergeable(self, version: int) -> None:
+        """Raise StaleUpdate if an update trained from `version` is too old to be merged next."""
+        tau = self.state.version - version
+        limit = 0 if self.policy.mode == "synchronous" else self.policy.max_staleness
+        if tau > limit:
+            raise StaleUpdate(
+                f"trained from version {version}, {tau} behind; at most {limit} merge. Train from "
+                f"version {self.state.version}",
+                current_version=self.state.version,
+            )
+
+    def _asked(self, event: Asked, now: float) -> list[Effect]:
+        """Grant work, repeat the grant that a device already holds, or say when to come back."""
+        state, policy = self.state, self.policy
+        held = state.leases.get(event.device)
+        if held and held.rank == event.rank and now < held.expires_at:
+            return [Grant(held, state.version_rank, is_new=False)]
+        if state.contributed.get(event.device) == state.version:
+            return [Wait(policy.retry_s, f"your update of version {state.version} is in; the next is not due")]
+        if policy.mode == "synchronous" and len(state.granted - {event.device}) >= policy.buffer_size:
+            return [Wait(policy.retry_s, f"round {state.version} has its {policy.buffer_size} devices")]
+        lease = Lease(event.assignment, event.device, state.version, event.rank, now + policy.lease_s)
+        state.leases[event.device] = lease
+        state.granted.add(event.device)
+        expired: list[Effect] = [Expired(held)] if held else []
+        return [*expired, Grant(lease, state.version_rank, is_new=True)]
+
+    def _beat(self, event: Beat, now: float) -> list[Effect]:
+        """Extend nothing, remember progress; drop work that can no longer count."""
+        lease = self.state.leases.get(event.device)
+        if lease is None or lease.assignment != event.assignment:
+            raise NotFound(f"assignment {event.assignment} is not open; ask for work again")
+        lease.steps_done = event.steps_done
+        try:
+            self.require_mergeable(lease.version)
+        except StaleUpdate:
+            del self.state.leases[event.device]
+            return [Expired(lease), Tell("abandon")]
+        return [Tell("continue")]
+
+    def _stored(self, event: Stored, now: float) -> list[Effect]:
+        """Buffer an update and close its lease."""
+        state = self.state
+        update = event.update
+        state.buffer.append(update)
+        state.first_at = now if state.first_at is None else state.first_at
+        state.contributed[update.device] = max(update.version, state.contributed.get(update.device, 0))
+        lease = state.leases.get(update.device)
+        if lease and lease.assignment == update.update:
+            del state.leases[update.device]
+        return self._merge_if_due(now)
+
+    def _tick(self, event: Tick, now: float) -> list[Effect]:
+        """Expire leases, and merge what a time-out made due."""
+        late = [lease for lease in self.state.leases.values() if now >= lease.expires_at]
+        for lease in late:
+            del self.state.leases[lease.device]
+            self.state.granted.discard(lease.device)
+        return [*(Expired(lease) for lease in late), *self._merge_if_due(now)]
+
+    def _merged(self, event: Merged, now: float) -> list[Effect]:
+        """The new version is the current one."""
+        state = self.state
+        state.version, state.version_rank, state.merging = event.version, event.rank, ()
+        state.granted = set()
+        state.first_at = now if state.buffer else None
+        return self._merge_if_due(now)
+
+    def _merge_failed(self, event: MergeFailed, now: float) -> list[Effect]:
+        """Put the innocent updates back in front of the buffer; the next tick tries again."""
+        kept = [update for update in self.state.merging if update.update not in event.rejected]
+        self.state.buffer = [*kept, *self.state.buffer]
+        self.state.merging = ()
+        self.state.first_at = now if self.state.buffer else None
+        return []
+
+    def _merge_if_due(self, now: float) -> list[Effect]:
+        """Start a merge if none runs and K updates, or a quorum and the time-out, are reached."""
+        state, policy = self.state, self.policy
+        if state.merging or not state.buffer or state.first_at is None:
+            return []
+        waited = now - state.first_at >= policy.timeout_s
+        if len(state.buffer) < policy.buffer_size and not (waited and len(state.buffer) >= policy.quorum):
+            return []
+        state.merging, state.buffer, state.first_at = tuple(state.buffer), [], None
+        return [Merge(state.version + 1, self._weights(state.merging))]
+
+    def _weights(self, updates: tuple[Buffered, ...]) -> tuple[tuple[Buffered, float, int], ...]:
+        """ŵ_k ∝ n_k·s(τ_k), with n_k capped, summing to 1."""
+        discount = staleness.FUNCTIONS[self.policy.staleness]
+        taus = [self.state.version - update.version for update in updates]
+        raw = [
+            min(update.examples, self.policy.max_examples) * discount(tau)
+            for update, tau in zip(updates, taus, strict=True)
+        ]
+        total = sum(raw)
+        return tuple((u, w / total, tau) for u, w, tau in zip(updates, raw, taus, strict=True))

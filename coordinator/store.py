@@ -1,0 +1,281 @@
+"""What the coordinator must remember, in SQLite. The one place that knows the schema.
+
+Write-ahead log with full synchronous commits: when a call that writes returns, the row is on disk. Blobs come
+first and rows second (see blobs.py), so that a row never names bytes that are not there. Nothing above this
+module knows that it is SQLite; another database goes behind the same methods.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.messages import Assignment, Update
+from edge_sdk.core.records import from_json, to_json
+
+MIGRATIONS = [
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    CREATE TABLE devices (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, credential_hash TEXT NOT NULL UNIQUE,
+        profile TEXT NOT NULL, rank INTEGER NOT NULL DEFAULT 0, joined_at REAL NOT NULL,
+        revoked INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE TABLE assignments (
+        id TEXT PRIMARY KEY, device TEXT NOT NULL REFERENCES devices(id), version INTEGER NOT NULL,
+        rank INTEGER NOT NULL, record TEXT NOT NULL, granted_at REAL NOT NULL, open INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    CREATE TABLE updates (
+        assignment TEXT PRIMARY KEY REFERENCES assignments(id), device TEXT NOT NULL,
+        version INTEGER NOT NULL, record TEXT NOT NULL, digest TEXT NOT NULL, received_at REAL NOT NULL,
+        merged_version INTEGER, weight REAL, staleness INTEGER, rejected TEXT
+    ) STRICT;
+    CREATE TABLE versions (
+        version INTEGER PRIMARY KEY, digest TEXT NOT NULL, rank INTEGER NOT NULL, energy REAL NOT NULL,
+        discarded_energy REAL NOT NULL, published_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
+    CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
+    """,
+]
+
+
+@dataclass(frozen=True)
+class StoredUpdate:
+    """An acknowledged update: id (that of its assignment), device, version it started from, and record."""
+
+    id: str
+    device: str
+    version: int
+    update: Update
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules."""
+
+    version: int
+    digest: str
+    rank: int  # live rank
+    energy: float
+    discarded_energy: float
+    published_at: float
+
+
+@dataclass(frozen=True)
+class Device:
+    """An enrolled device."""
+
+    id: str
+    name: str
+    rank: int
+    updates: int
+    mean_staleness: float
+
+
+class Store:
+    """One SQLite file. Methods are short, may be called from any thread, and commit before they return."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._migrate(path)
+        except sqlite3.DatabaseError as error:
+            raise InputError(f"{path}: not a usable coordinator database ({error})") from error
+
+    def _migrate(self, path: Path) -> None:
+        """Bring an older schema up to date, one step a transaction; refuse a newer one."""
+        (have,) = self._db.execute("PRAGMA user_version").fetchone()
+        if have > len(MIGRATIONS):
+            raise InputError(f"{path}: schema {have} is newer than this coordinator's {len(MIGRATIONS)}; update it")
+        for number, script in enumerate(MIGRATIONS[have:], have + 1):
+            self._db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, on disk at the end."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        """Fold the log into the file and let go of it."""
+        with self._lock:
+            self._db.close()
+
+    # --- federation ---
+
+    def meta(self, key: str) -> str | None:
+        """A value of the federation's own, or None."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        return str(rows[0][0]) if rows else None
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Set or replace such a value."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # --- devices ---
+
+    def add_device(self, id: str, name: str, credential_hash: str, profile: Mapping[str, str], now: float) -> None:
+        """Enrol a device. Only the hash of its credential is kept."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO devices(id, name, credential_hash, profile, joined_at) VALUES (?, ?, ?, ?, ?)",
+                (id, name, credential_hash, json.dumps(dict(profile)), now),
+            )
+
+    def device_of(self, credential_hash: str) -> str | None:
+        """The device that holds this credential, unless revoked."""
+        rows = self._rows("SELECT id FROM devices WHERE credential_hash = ? AND revoked = 0", credential_hash)
+        return str(rows[0][0]) if rows else None
+
+    def devices(self) -> list[Device]:
+        """All devices in order of joining, with what they contributed."""
+        rows = self._rows(
+            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0) FROM devices d "
+            "LEFT JOIN updates u ON u.device = d.id GROUP BY d.id ORDER BY d.joined_at"
+        )
+        return [Device(*row) for row in rows]
+
+    # --- assignments ---
+
+    def add_assignment(self, device: str, assignment: Assignment, now: float) -> None:
+        """Remember a lease; it replaces any that the device held."""
+        with self._transaction() as db:
+            db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
+            db.execute("UPDATE devices SET rank = ? WHERE id = ?", (assignment.rank, device))
+            db.execute(
+                "INSERT INTO assignments(id, device, version, rank, record, granted_at) VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    assignment.id,
+                    device,
+                    assignment.version,
+                    assignment.rank,
+                    json.dumps(to_json(assignment)),
+                    now,
+                ),
+            )
+
+    def assignment(self, id: str, device: str) -> Assignment | None:
+        """An assignment of this device, open or not."""
+        rows = self._rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
+        return from_json(Assignment, json.loads(rows[0][0])) if rows else None
+
+    def open_assignments(self) -> list[tuple[str, Assignment]]:
+        """(device, assignment) for every lease that is neither delivered nor expired."""
+        rows = self._rows("SELECT device, record FROM assignments WHERE open = 1")
+        return [(str(device), from_json(Assignment, json.loads(record))) for device, record in rows]
+
+    def close_assignment(self, id: str) -> None:
+        """A lease that expired. Its update may still come."""
+        with self._transaction() as db:
+            db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (id,))
+
+    # --- updates ---
+
+    def add_update(self, stored: StoredUpdate, now: float) -> bool:
+        """Acknowledge an update: once this returns it is on disk and will be in exactly one version.
+
+        Returns:
+            False if the very same update was there already.
+
+        Raises:
+            ProtocolError: another adapter was handed in for this assignment before.
+        """
+        with self._transaction() as db:
+            known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
+            if known:
+                if known[0] != stored.update.digest:
+                    raise ProtocolError(f"assignment {stored.id} was delivered before, with digest {known[0][:12]}")
+                return False
+            db.execute(
+                "INSERT INTO updates(assignment, device, version, record, digest, received_at) VALUES (?,?,?,?,?,?)",
+                (
+                    stored.id,
+                    stored.device,
+                    stored.version,
+                    json.dumps(to_json(stored.update)),
+                    stored.update.digest,
+                    now,
+                ),
+            )
+            db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (stored.id,))
+        return True
+
+    def update_digest(self, assignment: str) -> str | None:
+        """Digest of the update that was acknowledged for an assignment, if one was."""
+        rows = self._rows("SELECT digest FROM updates WHERE assignment = ?", assignment)
+        return str(rows[0][0]) if rows else None
+
+    def unmerged(self) -> list[StoredUpdate]:
+        """Acknowledged updates that no version holds yet, oldest first."""
+        rows = self._rows(
+            "SELECT assignment, device, version, record FROM updates "
+            "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY received_at"
+        )
+        return [StoredUpdate(i, d, v, from_json(Update, json.loads(record))) for i, d, v, record in rows]
+
+    def last_contributions(self) -> dict[str, int]:
+        """Device -> newest version that an acknowledged update of it was trained from."""
+        return dict(self._rows("SELECT device, MAX(version) FROM updates GROUP BY device"))
+
+    def reject_update(self, id: str, reason: str) -> None:
+        """Leave an acknowledged update out for good, with the reason (a blob that rotted on disk, say)."""
+        with self._transaction() as db:
+            db.execute("UPDATE updates SET rejected = ? WHERE assignment = ?", (reason, id))
+
+    # --- versions ---
+
+    def publish(self, version: Version, merged: list[tuple[str, float, int]]) -> None:
+        """Add a version and mark its updates (id, weight, staleness) as merged into it, in one transaction."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
+                (
+                    version.version,
+                    version.digest,
+                    version.rank,
+                    version.energy,
+                    version.discarded_energy,
+                    version.published_at,
+                ),
+            )
+            for id, weight, tau in merged:
+                changed = db.execute(
+                    "UPDATE updates SET merged_version = ?, weight = ?, staleness = ? "
+                    "WHERE assignment = ? AND merged_version IS NULL AND rejected IS NULL",
+                    (version.version, weight, tau, id),
+                )
+                if changed.rowcount != 1:
+                    raise sqlite3.IntegrityError(f"update {id} is merged already; version {version.version} dropped")
+
+    def versions(self, newest: int) -> list[Version]:
+        """The newest versions, newest first. Version 0, which changes nothing, has no row."""
+        rows = self._rows("SELECT * FROM versions ORDER BY version DESC LIMIT ?", newest)
+        return [Version(*row) for row in rows]
+
+    def version(self, number: int) -> Version | None:
+        """A published version."""
+        rows = self._rows("SELECT * FROM versions WHERE version = ?", number)
+        return Version(*rows[0]) if rows else None

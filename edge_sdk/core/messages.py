@@ -1,0 +1,207 @@
+"""The wire: every record, route and header that a device and a coordinator exchange. Nothing else names one.
+
+    POST  /v1/join                          JoinRequest (join token)   -> JoinReply
+    GET   /v1/federation                                               -> Federation
+    POST  /v1/assignments                   Ask                        -> Assignment, or NotNow (503, Retry-After)
+    POST  /v1/assignments/{id}/heartbeat    Heartbeat                  -> HeartbeatReply
+    HEAD  /v1/assignments/{id}/adapter                                 -> Upload-Offset
+    PATCH /v1/assignments/{id}/adapter      bytes at Upload-Offset     -> 204, Upload-Offset
+    POST  /v1/assignments/{id}/update       Update                     -> 202 UpdateReply: on disk, counts once
+    GET   /v1/versions/{v}/ranks/{r}/adapter_model.safetensors         -> immutable file; ETag, Range
+    GET   /v1/versions/{v}/ranks/{r}/adapter_config.json               -> PEFT config of that file
+    GET   /v1/status                                                   -> Status
+
+Requests but join carry the device's credential as a bearer token. Every refusal is an RFC 9457 problem
+document (`application/problem+json`); `errors.from_problem` rebuilds the error from it. Durations travel in
+seconds from receipt, never as clock times, so that no two clocks need to agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from edge_sdk.core.errors import BaseMismatch, ProtocolError
+from edge_sdk.core.flexlora import Split
+
+PROTOCOL_VERSION = 1
+
+JOIN = "/v1/join"
+FEDERATION = "/v1/federation"
+ASSIGNMENTS = "/v1/assignments"
+HEARTBEAT = "/v1/assignments/{id}/heartbeat"
+UPLOAD = "/v1/assignments/{id}/adapter"
+UPDATE = "/v1/assignments/{id}/update"
+ADAPTER = "/v1/versions/{version}/ranks/{rank}/adapter_model.safetensors"
+ADAPTER_CONFIG = "/v1/versions/{version}/ranks/{rank}/adapter_config.json"
+STATUS = "/v1/status"
+
+UPLOAD_OFFSET = "Upload-Offset"  # of tus 1.0, with its meaning: bytes stored so far
+OFFSET_CONTENT_TYPE = "application/offset+octet-stream"
+PROBLEM_CONTENT_TYPE = "application/problem+json"
+
+Rule = Literal["flexlora", "carry"]
+Directive = Literal["continue", "finish", "abandon"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen LLM that all devices share: where to load it, what it must be, and its LoRA targets."""
+
+    model: str  # `tiny`, a Hugging Face id or a directory
+    fingerprint: str  # over config, tokenizer, weights and targets
+    modules: dict[str, tuple[int, int]]  # target module -> (out, in)
+
+    def require(self, fingerprint: str) -> None:
+        """Raise BaseMismatch unless a device's base model is this one."""
+        if fingerprint != self.fingerprint:
+            raise BaseMismatch(
+                f"this device's base model has fingerprint {fingerprint[:12]}, the federation trains "
+                f"{self.model} with {self.fingerprint[:12]}; load that model"
+            )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every device does locally in one assignment."""
+
+    steps: int = 20  # optimiser steps
+    batch: int = 8  # examples in a step
+    sequence_len: int = 256  # tokens; longer examples are cut
+    learning_rate: float = 2e-3
+    checkpoint_s: float = 30.0  # at most this much work is done again after a crash
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All that a device needs to take part; fixed for the life of a federation."""
+
+    id: str
+    base: Base
+    rule: Rule
+    ladder: tuple[int, ...]  # ranks that a device may train, rising
+    rank_cap: int  # rank R of the stored global adapter
+    scaling: float  # s = lora_alpha / r, the same at every rank
+    split: Split
+    training: Training = field(default_factory=Training)
+    heartbeat_s: float = 5.0
+    protocol: int = PROTOCOL_VERSION
+
+    def __post_init__(self) -> None:
+        if self.protocol != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the coordinator speaks protocol {self.protocol}, this device {PROTOCOL_VERSION}; "
+                "update the older of the two"
+            )
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """A device introduces itself. `profile` is a DeviceProfile as JSON text values, for the host's eyes only."""
+
+    name: str
+    fingerprint: str
+    profile: dict[str, str] = field(default_factory=dict)
+    protocol: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True)
+class JoinReply:
+    """The device's own credential, shown once and stored hashed by the coordinator."""
+
+    device_id: str
+    credential: str
+    federation: Federation
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A device asks for work at the rank it has chosen."""
+
+    rank: int
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A lease: train `steps` steps at `rank` from `version`, within `expires_in_s` of receiving this."""
+
+    id: str
+    version: int
+    rank: int
+    carry_rank: int  # components of the global adapter to hold frozen; 0 unless the rule is `carry`
+    steps: int
+    seed: int
+    expires_in_s: float
+
+
+@dataclass(frozen=True)
+class NotNow:
+    """No work at present; ask again after `retry_after_s`."""
+
+    retry_after_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Progress of an assignment."""
+
+    steps_done: int
+
+
+@dataclass(frozen=True)
+class HeartbeatReply:
+    """Carry on, hand in what there is, or drop it."""
+
+    directive: Directive
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an uploaded adapter is. `digest` is the SHA-256 of its bytes in hex."""
+
+    digest: str
+    size_bytes: int
+    rank: int
+    examples: int  # examples processed; the weight n_k of the average
+    steps: int
+    loss_before: float  # mean training loss of the first step
+    loss_after: float  # mean training loss of the last step
+    train_s: float
+
+
+@dataclass(frozen=True)
+class UpdateReply:
+    """The update is on disk and counts exactly once."""
+
+    update_id: str
+    current_version: int
+
+
+@dataclass(frozen=True)
+class DeviceStatus:
+    """One device as the host sees it."""
+
+    id: str
+    name: str
+    rank: int
+    updates: int
+    mean_staleness: float
+    state: Literal["idle", "training"]
+    steps_done: int
+    steps: int
+    seen_s_ago: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """The federation at a glance."""
+
+    federation: str
+    version: int
+    buffered: int
+    buffer_size: int
+    aggregating: bool
+    version_ranks: dict[str, int]  # version -> live rank of its global adapter, newest 20
+    discarded_share: float  # share of the newest version's energy that the rank cap dropped
+    devices: tuple[DeviceStatus, ...]

@@ -1,0 +1,93 @@
+"""Frozen dataclasses to JSON and back, strictly: the one decoder behind every record on the wire and on disk.
+
+Unknown fields are ignored, so that an older peer can read a newer one's records; a missing field, or one of
+the wrong type, is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from edge_sdk.core.errors import ProtocolError
+
+Record = TypeVar("Record")
+
+
+def to_json(record: Any) -> dict[str, Any]:
+    """A record as JSON values (nested records become objects, tuples arrays)."""
+    return dataclasses.asdict(record)
+
+
+def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
+    """Decode `value` as the dataclass `kind`.
+
+    Raises:
+        ProtocolError: `value` is not an object, or a field is missing or of the wrong type; names the field.
+    """
+    label = where or kind.__name__
+    if not isinstance(value, Mapping):
+        raise ProtocolError(f"{label}: expected an object, got {_kind_of(value)}")
+    hints = typing.get_type_hints(kind)
+    arguments = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in value:
+            arguments[field.name] = _decode(hints[field.name], value[field.name], f"{label}.{field.name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ProtocolError(f"{label}.{field.name} is missing")
+    return kind(**arguments)
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against a type hint and build it."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        inner = next(a for a in arguments if a is not type(None))
+        return _decode(inner, value, where)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ProtocolError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        return _decode_tuple(arguments, value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ProtocolError(f"{where}: expected an object, got {_kind_of(value)}")
+        return {str(k): _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    return _decode_scalar(hint, value, where)
+
+
+def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    """Decode `tuple[X, ...]` or a tuple of fixed length."""
+    if not isinstance(value, list | tuple):
+        raise ProtocolError(f"{where}: expected an array, got {_kind_of(value)}")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if len(value) != len(arguments):
+        raise ProtocolError(f"{where}: expected {len(arguments)} items, got {len(value)}")
+    pairs = zip(arguments, value, strict=True)
+    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
+
+
+def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
+    """Decode str, bool, int or a finite float; an int is a fine float, a bool is never a number."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ProtocolError(f"{where}: expected {hint.__name__}, got {_kind_of(value)}")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    """A short name for a JSON value in a message."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number that is not finite"
+    return "null" if value is None else type(value).__name__
