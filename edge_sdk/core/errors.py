@@ -1,19 +1,19 @@
 """The error tree. Whose fault it is decides the branch; what to answer over HTTP sits on the class.
 
-    EdgeError
-    ├── TheirFault                 the other side, the user or a file is wrong: say what and what to do
-    │   ├── InputError        400  a file, flag, setting or record that somebody typed (exit code 2)
-    │   ├── ProtocolError     400  a message that does not follow the wire format
-    │   ├── Unauthorised      401  no credential, or a wrong one
-    │   ├── NotFound          404  no such assignment, version or file
-    │   ├── BaseMismatch      409  another base model than the federation's
-    │   ├── StaleUpdate       409  trained from a version too old to merge; carries the current version
-    │   ├── OffsetConflict    409  an upload continued at the wrong byte; carries the right one
-    │   ├── TooLarge          413  a body or file over its cap
-    │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
-    ├── OurFault
-    │   └── InternalError     500  a bug or a broken disk on the answering side
-    └── Unreachable           503  nobody answered; try again later
+EdgeError
+├── TheirFault                 the other side, the user or a file is wrong: say what and what to do
+│   ├── InputError        400  a file, flag, setting or record that somebody typed (exit code 2)
+│   ├── ProtocolError     400  a message that does not follow the wire format
+│   ├── Unauthorised      401  no credential, or a wrong one
+│   ├── NotFound          404  no such assignment, version or file
+│   ├── BaseMismatch      409  another base model than the federation's
+│   ├── StaleUpdate       409  trained from a version too old to merge; carries the current version
+│   ├── OffsetConflict    409  an upload continued at the wrong byte; carries the right one
+│   ├── TooLarge          413  a body or file over its cap
+│   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
+├── OurFault
+│   └── InternalError     500  a bug or a broken disk on the answering side
+└── Unreachable           503  nobody answered; try again later
 """
 
 from __future__ import annotations
