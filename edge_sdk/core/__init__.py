@@ -1,1 +1,1 @@
-"""What devices and coordinator share: pure functions and records on numpy arrays. No I/O, clock or network."""
+"""What devices and coordinator share: pure functions and records on numpy arrays. No clock, no network."""

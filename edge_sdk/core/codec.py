@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from edge_sdk.core.errors import AdapterError, TooLarge
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, peft_module_scaling
@@ -58,9 +58,11 @@ class AdapterFile:
     def _read(self, tensors: Any, name: str) -> LoraFactors:
         b: Matrix = tensors.get_tensor(PREFIX + name + SUFFIX_B).astype(np.float32)
         a: Matrix = tensors.get_tensor(PREFIX + name + SUFFIX_A).astype(np.float32)
+        with np.errstate(over="ignore"):  # a huge B becomes infinite here and is refused like one
+            b = b * np.float32(self.scaling)
         if not (np.isfinite(b).all() and np.isfinite(a).all()):
             raise AdapterError(f"module {name} holds values that are not finite")
-        return LoraFactors(b * np.float32(self.scaling), a)
+        return LoraFactors(b, a)
 
 
 def encode(adapter: Adapter, scaling: float) -> bytes:
@@ -112,11 +114,26 @@ def open_adapter(path: Path, shapes: Shapes, rank: int, scaling: float, max_byte
     missing = sorted(set(shapes) - {_module_of(name) for name in header})
     if missing:
         raise AdapterError(f"module {missing[0]} is missing ({len(missing)} of {len(shapes)} are)")
+    for module in shapes:
+        for suffix in (SUFFIX_A, SUFFIX_B):
+            if PREFIX + module + suffix not in header:
+                raise AdapterError(f"tensor {PREFIX + module + suffix} is missing")
     for name, entry in header.items():
         _check_entry(name, entry, shapes, rank, data_bytes)
-    if len(header) != 2 * len(shapes):
-        raise AdapterError(f"expected {2 * len(shapes)} tensors, A and B of each module, got {len(header)}")
+    _check_layout(header, data_bytes)
+    try:
+        with safe_open(path, framework="numpy"):  # what the reader itself minds, such as metadata
+            pass
+    except SafetensorError as error:
+        raise AdapterError(f"not a safetensors file: {str(error)[:120]}") from error
     return AdapterFile(path, {name: min(rank, *shape) for name, shape in shapes.items()}, scaling)
+
+
+def open_own(path: Path, scaling: float) -> AdapterFile:
+    """A reader of a file that this side wrote itself; ranks come from its header."""
+    header, _ = _read_header(path, max_bytes=path.stat().st_size)
+    ranks = {_module_of(n): int(e["shape"][0]) for n, e in header.items() if n.endswith(SUFFIX_A)}
+    return AdapterFile(path, ranks, scaling)
 
 
 def _read_header(path: Path, max_bytes: int) -> tuple[dict[str, Any], int]:
@@ -133,13 +150,23 @@ def _read_header(path: Path, max_bytes: int) -> tuple[dict[str, Any], int]:
             raise TooLarge(f"the safetensors header has {length} bytes, more than {MAX_HEADER_BYTES}")
         raw = file.read(length)
     try:
-        header = json.loads(raw)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise AdapterError("not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise AdapterError("not a safetensors file: its header is not an object")
     header.pop("__metadata__", None)
     return header, size - 8 - length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose names are distinct: of two equal ones, two readers may take either."""
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise AdapterError(f"the safetensors header names {name[:120]!r} twice")
+        names[name] = value
+    return names
 
 
 def _module_of(tensor: str) -> str:
@@ -153,23 +180,38 @@ def _module_of(tensor: str) -> str:
 def _check_entry(name: str, entry: Any, shapes: Shapes, rank: int, data_bytes: int) -> None:
     """Check one header entry against the module that it claims to belong to."""
     module = _module_of(name)
-    if module not in shapes:
+    if module not in shapes or module == name:
         raise AdapterError(f"tensor {name[:120]!r} belongs to no target module of this federation")
     out_features, in_features = shapes[module]
     r = min(rank, out_features, in_features)
     expected = [r, in_features] if name.endswith(SUFFIX_A) else [out_features, r]
-    if not isinstance(entry, dict) or entry.get("shape") != expected:
-        shape = entry.get("shape") if isinstance(entry, dict) else entry
+    shape, dtype, offsets = (
+        entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "dtype", "data_offsets")
+    )
+    if not (isinstance(shape, list) and all(type(size) is int for size in shape)):
+        raise AdapterError(f"tensor {name} has no shape, expected {expected}")
+    if shape != expected:
         raise AdapterError(f"tensor {name} has shape {str(shape)[:60]}, expected {expected}")
-    item_bytes = ITEM_BYTES.get(str(entry.get("dtype")))
-    if item_bytes is None:
-        raise AdapterError(f"tensor {name} has dtype {str(entry.get('dtype'))[:20]}, expected F32 or F16")
-    offsets = entry.get("data_offsets")
+    if not (isinstance(dtype, str) and dtype in ITEM_BYTES):
+        shown = dtype[:20] if isinstance(dtype, str) else "none"
+        raise AdapterError(f"tensor {name} has dtype {shown!r}, expected F32 or F16")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(o) is int for o in offsets)):
         raise AdapterError(f"tensor {name} has no data_offsets")
     begin, end = offsets
-    if not 0 <= begin <= end <= data_bytes or end - begin != item_bytes * expected[0] * expected[1]:
+    if not 0 <= begin <= end <= data_bytes or end - begin != ITEM_BYTES[dtype] * expected[0] * expected[1]:
         raise AdapterError(f"tensor {name} does not lie within the file at its size")
+
+
+def _check_layout(header: Mapping[str, Any], data_bytes: int) -> None:
+    """The tensors must fill the data from its first byte to its last, without overlap or gap."""
+    position = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != position:
+            raise AdapterError(f"tensor {name} begins at byte {begin} of the data, expected {position}")
+        position = end
+    if position != data_bytes:
+        raise AdapterError(f"the file holds {data_bytes - position} bytes that belong to no tensor")
 
 
 def max_adapter_bytes(shapes: Shapes, rank: int) -> int:

@@ -107,6 +107,8 @@ class AdapterError(TheirFault):
 class OurFault(EdgeError):
     """The side that answers is broken; retrying later may help, changing the request will not."""
 
+    title = "our fault"
+
 
 class InternalError(OurFault):
     """A bug or a failing disk on the answering side."""
@@ -134,11 +136,12 @@ def from_problem(document: dict[str, Any]) -> EdgeError:
 
     An unknown title becomes TheirFault for 4xx statuses and InternalError otherwise.
     """
-    status = int(document.get("status", 500))
+    status = document.get("status")
     message = str(document.get("detail", "no detail given"))
     reserved = {"type", "title", "status", "detail", "instance"}
     details = {key: value for key, value in document.items() if key not in reserved}
     for kind in subclasses(EdgeError):
         if kind.title == document.get("title"):
             return kind(message, **details)
-    return TheirFault(message, **details) if 400 <= status < 500 else InternalError(message, **details)
+    theirs = isinstance(status, int) and 400 <= status < 500
+    return TheirFault(message, **details) if theirs else InternalError(message, **details)

@@ -2,11 +2,11 @@
 
     POST  /v1/join                          JoinRequest (join token)   -> JoinReply
     GET   /v1/federation                                               -> Federation
-    POST  /v1/assignments                   Ask                        -> Assignment, or NotNow (503, Retry-After)
+    POST  /v1/assignments                   Ask                        -> Assignment, or NotNow (503)
     POST  /v1/assignments/{id}/heartbeat    Heartbeat                  -> HeartbeatReply
     HEAD  /v1/assignments/{id}/adapter                                 -> Upload-Offset
     PATCH /v1/assignments/{id}/adapter      bytes at Upload-Offset     -> 204, Upload-Offset
-    POST  /v1/assignments/{id}/update       Update                     -> 202 UpdateReply: on disk, counts once
+    POST  /v1/assignments/{id}/update       Update                     -> 202 UpdateReply: it counts once
     GET   /v1/versions/{v}/ranks/{r}/adapter_model.safetensors         -> immutable file; ETag, Range
     GET   /v1/versions/{v}/ranks/{r}/adapter_config.json               -> PEFT config of that file
     GET   /v1/status                                                   -> Status
@@ -97,7 +97,7 @@ class Federation:
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """A device introduces itself. `profile` is a DeviceProfile as JSON text values, for the host's eyes only."""
+    """A device introduces itself. `profile` is a DeviceProfile as JSON text, for the host's eyes only."""
 
     name: str
     fingerprint: str

@@ -79,7 +79,7 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
 
 def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
     """Decode str, bool, int or a finite float; an int is a fine float, a bool is never a number."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ProtocolError(f"{where}: expected {hint.__name__}, got {_kind_of(value)}")
