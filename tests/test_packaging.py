@@ -1,0 +1,50 @@
+"""The distribution holds the whole tree: packages, data files, commands, the pinned environment."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import coordinator
+import edge_sdk
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_package_of_the_tree_is_listed() -> None:
+    found = {"edge_sdk.profiles"}
+    for top in ("edge_sdk", "coordinator"):
+        found |= {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / top).rglob("__init__.py")}
+    assert found == set(PYPROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_profiles_are_found_where_they_are_installed() -> None:
+    installed = importlib.resources.files("edge_sdk.profiles")
+    names = {entry.name for entry in installed.iterdir() if entry.name.endswith(".toml")}
+    assert names == {path.name for path in (ROOT / "profiles").glob("*.toml")}
+
+
+def test_one_version() -> None:
+    assert metadata.version("flexlora-edge") == edge_sdk.__version__ == coordinator.__version__
+
+
+def test_the_constraints_pin_every_direct_dependency() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    project = PYPROJECT["project"]
+    wanted = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.split(r"[\[<>=]", line)[0] for lines in wanted for line in lines} - {"flexlora-edge"}
+    assert names <= set(pins)
+    assert not [version for version in pins.values() if "+" in version]
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    assert dir(edge_sdk) == ["Agent", "__version__"]
+    with pytest.raises(AttributeError, match="no attribute 'Agnet'"):
+        _ = edge_sdk.Agnet
