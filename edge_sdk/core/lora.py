@@ -34,6 +34,11 @@ class LoraFactors:
         if self.b.ndim != 2 or self.a.ndim != 2 or self.b.shape[1] != self.a.shape[0]:
             raise AdapterError(f"factors do not chain: B is {self.b.shape}, A is {self.a.shape}")
 
+    @staticmethod
+    def empty(out_features: int, in_features: int) -> LoraFactors:
+        """No components: the zero update of a module of shape (out, in)."""
+        return LoraFactors(np.zeros((out_features, 0), np.float32), np.zeros((0, in_features), np.float32))
+
     @property
     def rank(self) -> int:
         """Number of components r (columns of B, rows of A); dead ones count."""

@@ -1,0 +1,116 @@
+"""One published version from its updates: streamed module by module, so that memory holds one module's stack.
+
+Runs in a worker thread; touches only the blobs it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.blobs import Blobs
+from coordinator.rules import merge_module
+from edge_sdk.core.codec import AdapterFile, encode_chunks, open_adapter, open_own
+from edge_sdk.core.errors import AdapterError, EdgeError
+from edge_sdk.core.flexlora import live_rank, serve
+from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.messages import Federation
+
+
+class BadUpdate(Exception):
+    """An acknowledged update cannot be read back; the others still count."""
+
+    def __init__(self, update: str, reason: str) -> None:
+        super().__init__(f"update {update}: {reason}")
+        self.update = update
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Addend:
+    """An update on disk: its id, weight, file and the rank that was assigned."""
+
+    update: str
+    weight: float
+    path: Path
+    rank: int
+
+
+@dataclass
+class Outcome:
+    """What a merge wrote. Energies sum σ² over modules; `rank` is the largest live rank."""
+
+    digest: str = ""
+    rank: int = 0
+    energy: float = 0.0
+    discarded_energy: float = 0.0
+
+
+def aggregate(
+    federation: Federation, eta: float, current: Path | None, addends: Sequence[Addend], blobs: Blobs
+) -> Outcome:
+    """Merge `addends` into the global adapter `current` (None for version 0) and store the result as a blob.
+
+    Raises:
+        BadUpdate: an update's file is broken; nothing is stored.
+    """
+    shapes = federation.base.modules
+    files = [(addend, _open(addend, federation)) for addend in addends]
+    own = open_own(current, federation.scaling) if current else None
+    ranks = {}
+    for name, shape in shapes.items():
+        stacked = sum(file.ranks[name] for _, file in files)
+        keeps_old = own is not None and not (federation.rule == "flexlora" and eta == 1.0)
+        stacked += own.ranks[name] if own and keeps_old else 0
+        ranks[name] = min(federation.rank_cap, stacked, *shape)
+    outcome = Outcome()
+    modules = _merged_modules(federation, eta, own, files, outcome)
+    outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules))
+    return outcome
+
+
+def _open(addend: Addend, federation: Federation) -> AdapterFile:
+    try:
+        size = addend.path.stat().st_size
+        return open_adapter(addend.path, federation.base.modules, addend.rank, federation.scaling, size)
+    except (OSError, EdgeError) as error:
+        raise BadUpdate(addend.update, str(error)) from error
+
+
+def _merged_modules(
+    federation: Federation,
+    eta: float,
+    own: AdapterFile | None,
+    files: Sequence[tuple[Addend, AdapterFile]],
+    outcome: Outcome,
+) -> Iterator[tuple[str, LoraFactors]]:
+    """The merged factors in name order; adds up what the outcome reports on the way."""
+    for name in sorted(federation.base.modules):
+        updates = []
+        for addend, file in files:
+            try:
+                updates.append((addend.weight, file.module(name)))
+            except AdapterError as error:
+                raise BadUpdate(addend.update, str(error)) from error
+        current = own.module(name) if own else None
+        merged = merge_module(federation.rule, current, updates, eta, federation.rank_cap)
+        outcome.rank = max(outcome.rank, live_rank(merged.factors))
+        outcome.energy += merged.energy
+        outcome.discarded_energy += merged.discarded_energy
+        yield name, merged.factors
+
+
+def write_served(federation: Federation, version: int, current: Path | None, rank: int, path: str, blobs: Blobs) -> Path:
+    """Make the file that devices of `rank` start version `version` from; the same bytes for everyone."""
+    shapes = federation.base.modules
+    ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
+
+    def modules() -> Iterator[tuple[str, LoraFactors]]:
+        own = open_own(current, federation.scaling) if current else None
+        for name in sorted(shapes):
+            canonical = own.module(name) if own else LoraFactors.empty(*shapes[name])
+            seed = f"{federation.id}/{version}/{name}"
+            yield name, serve(canonical, ranks[name], federation.split, seed)
+
+    return blobs.write_cached(path, encode_chunks(shapes, ranks, federation.scaling, modules()))

@@ -1,0 +1,204 @@
+"""The aiohttp application: routes in, records out, every refusal an RFC 9457 problem document."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from aiohttp import web
+
+from coordinator.service import Coordinator
+from edge_sdk.core import codec, messages
+from edge_sdk.core.errors import EdgeError, InternalError, NotFound, ProtocolError, TooLarge, Unauthorised
+from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
+from edge_sdk.core.records import from_json, to_json
+
+log = logging.getLogger("coordinator")
+COORDINATOR = web.AppKey("coordinator", Coordinator)
+Record = TypeVar("Record")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
+BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
+CHUNK_TIMEOUT_S = 60.0  # an upload that sends nothing for this long is cut; it resumes at its offset
+
+
+def build_app(coordinator: Coordinator) -> web.Application:
+    """The application that serves one federation."""
+    app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
+    app[COORDINATOR] = coordinator
+    app.cleanup_ctx.append(_ticking)
+    app.router.add_post(messages.JOIN, join)
+    app.router.add_get(messages.FEDERATION, federation)
+    app.router.add_post(messages.ASSIGNMENTS, ask)
+    app.router.add_post(messages.HEARTBEAT, heartbeat)
+    app.router.add_head(messages.UPLOAD, upload_offset)
+    app.router.add_patch(messages.UPLOAD, upload)
+    app.router.add_post(messages.UPDATE, deliver)
+    app.router.add_get(messages.ADAPTER, adapter)
+    app.router.add_get(messages.ADAPTER_CONFIG, adapter_config)
+    app.router.add_get(messages.STATUS, status)
+    return app
+
+
+async def _ticking(app: web.Application) -> AsyncIterator[None]:
+    """Run the clock for as long as the server runs; on the way out let a merge finish."""
+    coordinator = app[COORDINATOR]
+    task = asyncio.create_task(coordinator.run())
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await coordinator.close()
+
+
+@web.middleware
+async def problem_documents(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error with a problem document that says what to do."""
+    try:
+        return await handler(request)
+    except EdgeError as error:
+        return _problem(error)
+    except web.HTTPException as error:
+        kind = NotFound if error.status == 404 else ProtocolError
+        return _problem(kind(f"{request.method} {request.path}: {error.reason}"), error.status)
+    except TimeoutError:
+        return _problem(ProtocolError("the body stopped coming; send it again"), 408)
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return _problem(InternalError("the coordinator failed at this request; its log says why"))
+
+
+def _problem(error: EdgeError, status: int | None = None) -> web.Response:
+    document = {"title": error.title, "status": status or error.status, "detail": str(error), **error.details}
+    return web.json_response(
+        document, status=status or error.status, content_type=messages.PROBLEM_CONTENT_TYPE
+    )
+
+
+def _token(request: web.Request) -> str:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthorised("send the credential as `Authorization: Bearer …`")
+    return token
+
+
+def _device(request: web.Request) -> str:
+    return request.app[COORDINATOR].authenticate(_token(request))
+
+
+async def _body(request: web.Request, kind: type[Record]) -> Record:
+    """Read and decode a JSON record of bounded size within a bounded time."""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            text = await request.text()
+        value = json.loads(text)
+    except web.HTTPRequestEntityTooLarge as error:
+        raise TooLarge(f"a record has at most {MAX_RECORD_BYTES} bytes") from error
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{kind.__name__}: the body is not JSON") from error
+    return from_json(kind, value)
+
+
+def _number(request: web.Request, name: str) -> int:
+    text = request.match_info[name]
+    if not text.isascii() or not text.isdigit() or len(text) > 12:
+        raise NotFound(f"{name} {text[:40]!r} is not a number")
+    return int(text)
+
+
+def _reply(record: Any, status: int = 200) -> web.Response:
+    return web.json_response(to_json(record), status=status)
+
+
+async def join(request: web.Request) -> web.Response:
+    """POST /v1/join."""
+    coordinator = request.app[COORDINATOR]
+    coordinator.require_join_token(_token(request))
+    return _reply(coordinator.join(await _body(request, JoinRequest)), status=201)
+
+
+async def federation(request: web.Request) -> web.Response:
+    """GET /v1/federation."""
+    _device(request)
+    return _reply(request.app[COORDINATOR].federation)
+
+
+async def ask(request: web.Request) -> web.Response:
+    """POST /v1/assignments."""
+    device = _device(request)
+    answer = await request.app[COORDINATOR].ask(device, await _body(request, Ask))
+    if isinstance(answer, NotNow):
+        response = _reply(answer, status=503)
+        response.headers["Retry-After"] = str(max(1, round(answer.retry_after_s)))
+        return response
+    return _reply(answer)
+
+
+async def heartbeat(request: web.Request) -> web.Response:
+    """POST /v1/assignments/{id}/heartbeat."""
+    device = _device(request)
+    beat = await _body(request, Heartbeat)
+    return _reply(request.app[COORDINATOR].heartbeat(device, request.match_info["id"], beat))
+
+
+async def upload_offset(request: web.Request) -> web.Response:
+    """HEAD /v1/assignments/{id}/adapter: how many bytes are stored."""
+    coordinator, id = request.app[COORDINATOR], request.match_info["id"]
+    coordinator.require_assignment(_device(request), id)
+    return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.blobs.offset(id))})
+
+
+async def upload(request: web.Request) -> web.Response:
+    """PATCH /v1/assignments/{id}/adapter: append the body at Upload-Offset; what came before a cut stays."""
+    coordinator, id = request.app[COORDINATOR], request.match_info["id"]
+    assignment = coordinator.require_assignment(_device(request), id)
+    text = request.headers.get(messages.UPLOAD_OFFSET, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 15:
+        raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
+    offset, cap = int(text), coordinator.upload_cap(assignment)
+    while True:
+        async with asyncio.timeout(CHUNK_TIMEOUT_S):
+            chunk = await request.content.readany()
+        if not chunk:
+            break
+        offset = await asyncio.to_thread(coordinator.blobs.append, id, offset, chunk, cap)
+    return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
+
+
+async def deliver(request: web.Request) -> web.Response:
+    """POST /v1/assignments/{id}/update: 202 once the update is on disk for good."""
+    device = _device(request)
+    update = await _body(request, Update)
+    reply = await request.app[COORDINATOR].deliver(device, request.match_info["id"], update)
+    return _reply(reply, status=202)
+
+
+async def adapter(request: web.Request) -> web.StreamResponse:
+    """GET the adapter of a version at a rank: immutable, so any cache may keep it."""
+    _device(request)
+    path = await request.app[COORDINATOR].adapter(_number(request, "version"), _number(request, "rank"))
+    headers = {"Content-Type": "application/octet-stream", "Cache-Control": "private, max-age=31536000, immutable"}
+    return web.FileResponse(path, headers=headers)
+
+
+async def adapter_config(request: web.Request) -> web.Response:
+    """GET the PEFT config beside that file."""
+    _device(request)
+    coordinator = request.app[COORDINATOR]
+    rank = _number(request, "rank")
+    coordinator.require_version(_number(request, "version"), rank)
+    base, scaling = coordinator.federation.base, coordinator.federation.scaling
+    return web.json_response(codec.peft_config(base.model, base.modules, rank, scaling))
+
+
+async def status(request: web.Request) -> web.Response:
+    """GET /v1/status, for devices and for the holder of the join token."""
+    coordinator = request.app[COORDINATOR]
+    try:
+        coordinator.require_join_token(_token(request))
+    except Unauthorised:
+        _device(request)
+    return _reply(coordinator.status())

@@ -1,0 +1,146 @@
+"""`edge-coordinator`: host a federation, look at it, take the adapter out of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from coordinator import __version__
+from coordinator.app import build_app
+from coordinator.blobs import Blobs
+from coordinator.service import Coordinator, export
+from coordinator.settings import load_settings
+from coordinator.store import Store
+from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.core.messages import Federation
+from edge_sdk.core.records import from_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 2 on bad input, with one line that says what to do."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except EdgeError as error:
+        print(f"edge-coordinator: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edge-coordinator", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the coordinator until interrupted")
+    serve.add_argument("--data", type=Path, required=True, help="folder for everything that must survive")
+    serve.add_argument("--config", type=Path, help="TOML file; without one, the defaults and the tiny base")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    serve.add_argument("--port", type=int, default=8765, help="0 picks a free one (default %(default)s)")
+    serve.set_defaults(run=_serve)
+
+    status = commands.add_parser("status", help="say what a data folder holds")
+    status.add_argument("--data", type=Path, required=True)
+    status.set_defaults(run=_status)
+
+    take = commands.add_parser("export", help="write the global adapter as a PEFT folder")
+    take.add_argument("--data", type=Path, required=True)
+    take.add_argument("--out", type=Path, required=True)
+    take.add_argument("--version", type=int, help="default: the newest")
+    take.add_argument("--rank", type=int, help="default: the live rank of that version")
+    take.set_defaults(run=_export)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    asyncio.run(_listen(options))
+    return 0
+
+
+async def _listen(options: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM, then let a running merge finish."""
+    stop = asyncio.Event()
+    if sys.platform != "win32":  # Windows loops have no signal handlers; Ctrl-C raises there instead
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    coordinator = Coordinator(options.data, load_settings(options.config))
+    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, options.host, options.port)
+        try:
+            await site.start()
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {options.host}:{options.port} ({error.strerror}); choose another --port"
+            ) from error
+        port = runner.addresses[0][1]
+        federation = coordinator.federation
+        print(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}", flush=True)
+        print(f"listening on http://{options.host}:{port}", flush=True)
+        print(f"join token in {options.data / 'join-token'}; on a device:", flush=True)
+        print(f"  edge-sdk join http://{options.host}:{port} --token TOKEN --data notes.jsonl", flush=True)
+        await stop.wait()
+    finally:
+        await runner.cleanup()
+
+
+def _open(folder: Path) -> tuple[Store, Federation]:
+    """The store and federation of an existing data folder."""
+    path = folder / "coordinator.sqlite"
+    if not path.exists():
+        raise InputError(f"{folder}: no coordinator data here; give the --data folder of `serve`")
+    store = Store(path)
+    stored = store.meta("federation")
+    if stored is None:
+        raise InputError(f"{folder}: no federation was started here")
+    return store, from_json(Federation, json.loads(stored))
+
+
+def _status(options: argparse.Namespace) -> int:
+    store, federation = _open(options.data)
+    versions = store.versions(1)
+    print(f"federation  {federation.id}  ({federation.base.model}, rule {federation.rule})")
+    if versions:
+        newest = versions[0]
+        share = newest.discarded_energy / newest.energy if newest.energy else 0.0
+        print(f"version     {newest.version}, rank {newest.rank}, rank cap dropped {share:.2%} of its energy")
+    else:
+        print("version     0 (nothing merged yet)")
+    print(f"buffered    {len(store.unmerged())} updates")
+    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}")
+    for device in store.devices():
+        print(f"{device.name[:23]:<24}{device.rank:>6}{device.updates:>8}{device.mean_staleness:>11.2f}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    store, federation = _open(options.data)
+    versions = store.versions(1)
+    if not versions:
+        raise InputError(f"{options.data}: no version has been published yet")
+    number = versions[0].version if options.version is None else options.version
+    version = store.version(number)
+    if version is None:
+        raise InputError(f"--version {number}: there are 1 to {versions[0].version}")
+    blobs = Blobs(options.data)
+    rank = options.rank or max(1, version.rank)
+    if not 1 <= rank <= federation.rank_cap:
+        raise InputError(f"--rank {rank}: this federation keeps 1 to {federation.rank_cap}")
+    export(federation, blobs, number, blobs.path(version.digest), rank, options.out)
+    print(f"version {number} at rank {rank} written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""The coordinator proper: the pure engine joined to its store, its blobs and the aggregation thread.
+
+Knows nothing of HTTP. Every method that acknowledges something returns only after it is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import secrets
+import time
+from pathlib import Path
+
+from coordinator import aggregation, engine
+from coordinator.blobs import Blobs
+from coordinator.engine import Engine, Policy
+from coordinator.settings import Settings
+from coordinator.store import Store, StoredUpdate, Version
+from edge_sdk.core import codec
+from edge_sdk.core.errors import AdapterError, InputError, NotFound, ProtocolError, TooLarge, Unauthorised
+from edge_sdk.core.messages import (
+    Ask,
+    Assignment,
+    DeviceStatus,
+    Federation,
+    Heartbeat,
+    HeartbeatReply,
+    JoinReply,
+    JoinRequest,
+    NotNow,
+    Status,
+    Update,
+    UpdateReply,
+)
+from edge_sdk.core.records import from_json, to_json
+
+log = logging.getLogger("coordinator")
+TICK_S = 0.5
+
+
+class Coordinator:
+    """One federation on one data folder. Create it in the event loop that will use it."""
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = Store(folder / "coordinator.sqlite")
+        self.blobs = Blobs(folder)
+        self.federation = self._fixed_federation(settings, folder)
+        self.join_token = _join_token(folder / "join-token")
+        self.engine = Engine(settings.policy, self._restored_state(settings.policy))
+        self._seen: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._making: dict[str, asyncio.Lock] = {}
+
+    # --- life ---
+
+    def _fixed_federation(self, settings: Settings, folder: Path) -> Federation:
+        """The federation of this folder; settings that contradict it are refused by name."""
+        stored = self.store.meta("federation")
+        if stored is None:
+            made = settings.build(secrets.token_hex(8))
+            self.store.set_meta("federation", json.dumps(to_json(made)))
+            return made
+        federation = from_json(Federation, json.loads(stored))
+        wanted = to_json(settings.build(federation.id))
+        for key, value in to_json(federation).items():
+            if wanted[key] != value:
+                raise InputError(
+                    f"{folder} holds a federation with another {key}; restore that setting or use another folder"
+                )
+        return federation
+
+    def _restored_state(self, policy: Policy) -> engine.State:
+        """The engine's state from what is on disk. Open leases get their full time again."""
+        newest = self.store.versions(1)
+        now = self.now()
+        state = engine.State(
+            version=newest[0].version if newest else 0,
+            version_rank=newest[0].rank if newest else 0,
+            contributed=self.store.last_contributions(),
+        )
+        for device, a in self.store.open_assignments():
+            state.leases[device] = engine.Lease(a.id, device, a.version, a.rank, now + policy.lease_s)
+            if a.version == state.version:
+                state.granted.add(device)
+        state.buffer = [_buffered(stored) for stored in self.store.unmerged()]
+        state.first_at = now if state.buffer else None
+        return state
+
+    @staticmethod
+    def now() -> float:
+        """The engine's clock: seconds that never go backwards."""
+        return time.monotonic()
+
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        while True:
+            self._apply(engine.Tick())
+            await asyncio.sleep(TICK_S)
+
+    async def close(self) -> None:
+        """Wait for a running merge and close the store."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.store.close()
+
+    def _apply(self, event: engine.Event) -> list[engine.Effect]:
+        """Give the engine an event, do what it says, and return the effects for the caller's own answer."""
+        effects = self.engine.handle(event, self.now())
+        for effect in effects:
+            if isinstance(effect, engine.Merge):
+                task = asyncio.create_task(self._merge(effect))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            elif isinstance(effect, engine.Expired):
+                log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
+                self.store.close_assignment(effect.lease.assignment)
+        return effects
+
+    # --- devices ---
+
+    def authenticate(self, token: str) -> str:
+        """The device that holds this credential.
+
+        Raises:
+            Unauthorised: nobody does.
+        """
+        device = self.store.device_of(_hash(token))
+        if device is None:
+            raise Unauthorised("this credential is not known here; join again with the join token")
+        self._seen[device] = self.now()
+        return device
+
+    def require_join_token(self, token: str) -> None:
+        """Raise Unauthorised unless this is the federation's join token."""
+        if not hmac.compare_digest(_hash(token), _hash(self.join_token)):
+            raise Unauthorised("wrong join token; the host finds it in the coordinator's data folder")
+
+    def join(self, request: JoinRequest) -> JoinReply:
+        """Enrol a device and give it a credential of its own."""
+        self.federation.base.require(request.fingerprint)
+        device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
+        self.store.add_device(device, request.name[:80], _hash(credential), request.profile, time.time())
+        self._seen[device] = self.now()
+        log.info("device %s (%s) joined", device, request.name[:80])
+        return JoinReply(device, credential, self.federation)
+
+    async def ask(self, device: str, ask: Ask) -> Assignment | NotNow:
+        """Grant work or say when to come back."""
+        if ask.rank not in self.federation.ladder:
+            raise ProtocolError(f"Ask.rank: {ask.rank} is not on the ladder {list(self.federation.ladder)}")
+        effects = self._apply(engine.Asked(device, ask.rank, secrets.token_hex(12)))
+        answer = effects[-1]
+        if isinstance(answer, engine.Wait):
+            return NotNow(answer.retry_after_s, answer.reason)
+        assert isinstance(answer, engine.Grant)
+        assignment = self._assignment(answer)
+        if answer.is_new:
+            await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
+        return assignment
+
+    def _assignment(self, grant: engine.Grant) -> Assignment:
+        """The wire record of a lease. An id that was granted before gives the same one, time left aside."""
+        lease = grant.lease
+        known = self.store.assignment(lease.assignment, lease.device)
+        carries = self.federation.rule == "carry"
+        return Assignment(
+            id=lease.assignment,
+            version=lease.version,
+            rank=lease.rank,
+            carry_rank=known.carry_rank if known else grant.carry_rank if carries else 0,
+            steps=self.federation.training.steps,
+            seed=int(hashlib.sha256(lease.assignment.encode()).hexdigest()[:8], 16),
+            expires_in_s=max(0.0, lease.expires_at - self.now()),
+        )
+
+    def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
+        """Note progress; the answer says whether to go on."""
+        self.require_assignment(device, assignment)
+        effects = self._apply(engine.Beat(device, assignment, beat.steps_done))
+        tell = effects[-1]
+        assert isinstance(tell, engine.Tell)
+        return HeartbeatReply(tell.directive)
+
+    def require_assignment(self, device: str, id: str) -> Assignment:
+        """An assignment of this device, open or expired."""
+        assignment = self.store.assignment(id, device)
+        if assignment is None:
+            raise NotFound(f"assignment {id[:80]} is not one of this device's")
+        return assignment
+
+    # --- uploads ---
+
+    def upload_cap(self, assignment: Assignment) -> int:
+        """The most bytes that the adapter of this assignment can have."""
+        return codec.max_adapter_bytes(self.federation.base.modules, assignment.rank)
+
+    async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
+        """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once."""
+        assignment = self.require_assignment(device, id)
+        if self.store.update_digest(id) == update.digest:
+            return UpdateReply(id, self.engine.state.version)
+        self._check_claims(assignment, update)
+        self.engine.require_mergeable(assignment.version)
+        path = await asyncio.to_thread(self.blobs.finish, id, update.digest)
+        await asyncio.to_thread(self._check_adapter, path, assignment, update)
+        stored = StoredUpdate(id, device, assignment.version, update)
+        if await asyncio.to_thread(self.store.add_update, stored, time.time()):
+            self._apply(engine.Stored(_buffered(stored)))
+        return UpdateReply(id, self.engine.state.version)
+
+    def _check_claims(self, assignment: Assignment, update: Update) -> None:
+        if update.rank != assignment.rank:
+            raise ProtocolError(f"Update.rank: {update.rank}, but rank {assignment.rank} was assigned")
+        if update.examples < 1 or update.steps < 1:
+            raise ProtocolError("Update.examples and Update.steps must be 1 or more")
+        cap = self.upload_cap(assignment)
+        if update.size_bytes > cap:
+            raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
+
+    def _check_adapter(self, path: Path, assignment: Assignment, update: Update) -> None:
+        """Shapes, dtypes and finite values of the whole file; a bad one is dropped again."""
+        federation = self.federation
+        try:
+            cap = self.upload_cap(assignment)
+            file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
+            for _ in file.modules():
+                pass
+        except (AdapterError, TooLarge):
+            path.unlink(missing_ok=True)
+            raise
+
+    # --- versions ---
+
+    async def adapter(self, version: int, rank: int) -> Path:
+        """The file that a device of `rank` starts `version` from, made at the first request for it."""
+        self.require_version(version, rank)
+        name = f"{self.federation.id}-{version}-{rank}.safetensors"
+        lock = self._making.setdefault(name, asyncio.Lock())
+        async with lock:
+            path = self.blobs.cached(name)
+            if not path.exists():
+                current = self._version_path(version)
+                path = await asyncio.to_thread(
+                    aggregation.write_served, self.federation, version, current, rank, name, self.blobs
+                )
+        self._making.pop(name, None)
+        return path
+
+    def require_version(self, version: int, rank: int) -> None:
+        """Raise NotFound for a version or rank that is not served."""
+        if not 0 <= version <= self.engine.state.version:
+            raise NotFound(f"version {version} does not exist; the current one is {self.engine.state.version}")
+        if not 1 <= rank <= self.federation.rank_cap:
+            raise NotFound(f"rank {rank} is not served; 1 to {self.federation.rank_cap} are")
+
+    def _version_path(self, version: int) -> Path | None:
+        stored = self.store.version(version)
+        return self.blobs.path(stored.digest) if stored else None
+
+    async def _merge(self, effect: engine.Merge) -> None:
+        """Do a merge off the event loop, publish it, and tell the engine how it went."""
+        started = time.monotonic()
+        try:
+            version = await asyncio.to_thread(self._merge_on_disk, effect)
+        except aggregation.BadUpdate as error:
+            log.error("%s; it is left out", error)
+            self.store.reject_update(error.update, error.reason)
+            self._apply(engine.MergeFailed((error.update,)))
+        except Exception:
+            log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
+            self._apply(engine.MergeFailed(()))
+        else:
+            log.info(
+                "version %d: %d updates, rank %d, %.1f s",
+                version.version,
+                len(effect.weights),
+                version.rank,
+                time.monotonic() - started,
+            )
+            self._apply(engine.Merged(version.version, version.rank))
+
+    def _merge_on_disk(self, effect: engine.Merge) -> Version:
+        """Aggregate and publish; after this returns the version is durable. Runs in a worker thread."""
+        records = {stored.id: stored.update for stored in self.store.unmerged()}
+        addends = [
+            aggregation.Addend(
+                b.update, weight, self.blobs.path(records[b.update].digest), records[b.update].rank
+            )
+            for b, weight, _ in effect.weights
+        ]
+        current = self._version_path(effect.version - 1)
+        eta = self.engine.policy.server_learning_rate
+        outcome = aggregation.aggregate(self.federation, eta, current, addends, self.blobs)
+        version = Version(
+            effect.version, outcome.digest, outcome.rank, outcome.energy, outcome.discarded_energy, time.time()
+        )
+        self.store.publish(version, [(b.update, weight, tau) for b, weight, tau in effect.weights])
+        return version
+
+    # --- views ---
+
+    def status(self) -> Status:
+        """The federation at a glance."""
+        state, now = self.engine.state, self.now()
+        versions = self.store.versions(20)
+        newest = versions[0] if versions else None
+        devices = []
+        for d in self.store.devices():
+            lease = state.leases.get(d.id)
+            devices.append(
+                DeviceStatus(
+                    id=d.id,
+                    name=d.name,
+                    rank=d.rank,
+                    updates=d.updates,
+                    mean_staleness=d.mean_staleness,
+                    state="training" if lease else "idle",
+                    steps_done=lease.steps_done if lease else 0,
+                    steps=self.federation.training.steps if lease else 0,
+                    seen_s_ago=now - self._seen.get(d.id, now),
+                )
+            )
+        return Status(
+            federation=self.federation.id,
+            version=state.version,
+            buffered=len(state.buffer),
+            buffer_size=self.engine.policy.buffer_size,
+            aggregating=bool(state.merging),
+            version_ranks={str(v.version): v.rank for v in versions},
+            discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
+            devices=tuple(devices),
+        )
+
+
+def export(
+    federation: Federation, blobs: Blobs, version: int, current: Path | None, rank: int, out: Path
+) -> None:
+    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads."""
+    name = f"{federation.id}-{version}-{rank}.safetensors"
+    source = aggregation.write_served(federation, version, current, rank, name, blobs)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "adapter_model.safetensors").write_bytes(source.read_bytes())
+    config = codec.peft_config(federation.base.model, federation.base.modules, rank, federation.scaling)
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _buffered(stored: StoredUpdate) -> engine.Buffered:
+    return engine.Buffered(stored.id, stored.device, stored.version, stored.update.examples)
+
+
+def _hash(token: str) -> str:
+    """How a secret of 256 random bits is kept: one SHA-256 is enough, there is nothing to guess."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _join_token(path: Path) -> str:
+    """The federation's join token, made at the first start, readable by the host alone."""
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_urlsafe(16) + "\n")
+    return path.read_text().strip()
+

@@ -1,0 +1,148 @@
+"""The host's configuration: one TOML file, every key checked, nothing silently ignored.
+
+    base = "tiny"                # or the path of a base.json made by `edge-sdk base MODEL`
+    [federation]                 # fixed for the life of a data directory
+    rule = "carry"
+    ladder = [2, 4, 8, 16]
+    rank_cap = 32
+    scaling = 2.0
+    [training]                   # what each device does in an assignment; likewise fixed
+    steps = 20
+    [policy]                     # may change from one start to the next
+    buffer_size = 4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from coordinator.engine import Policy
+from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.flexlora import Split
+from edge_sdk.core.messages import Base, Federation, Rule, Training
+from edge_sdk.core.records import from_json
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class FederationSettings:
+    """What the host chooses of a Federation record."""
+
+    rule: Rule = "carry"
+    ladder: tuple[int, ...] = (2, 4, 8, 16)
+    rank_cap: int = 32
+    scaling: float = 2.0
+    split: Split = "balanced"
+    heartbeat_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked configuration."""
+
+    base: Base
+    federation: FederationSettings
+    training: Training
+    policy: Policy
+
+    def build(self, id: str) -> Federation:
+        """The federation that these settings describe."""
+        chosen = {f.name: getattr(self.federation, f.name) for f in dataclasses.fields(self.federation)}
+        return Federation(id=id, base=self.base, training=self.training, **chosen)
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Read a configuration file; None gives the defaults with the embedded base.
+
+    Raises:
+        InputError: the file cannot be read, or a key is unknown or has an unusable value; names file and key.
+    """
+    where = str(path) if path else "defaults"
+    table = _read_toml(path) if path else {}
+    known = {"base", "federation", "training", "policy"}
+    _refuse_unknown(table, known, where)
+    base_name = table.get("base", "tiny")
+    if not isinstance(base_name, str):
+        raise InputError(f'{where}: base must be "tiny" or the path of a base.json')
+    try:
+        settings = Settings(
+            load_base(base_name, path.parent if path else Path.cwd()),
+            _section(FederationSettings, table, "federation", where),
+            _section(Training, table, "training", where),
+            _section(Policy, table, "policy", where),
+        )
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    _check(settings, where)
+    return settings
+
+
+def load_base(name: str, folder: Path) -> Base:
+    """The Base record of the embedded `tiny` model, or one from a JSON file (relative to `folder`)."""
+    if name == "tiny":
+        text = (importlib.resources.files("edge_sdk") / "tiny" / "base.json").read_text()
+        return from_json(Base, json.loads(text))
+    path = folder / name
+    try:
+        return from_json(Base, json.loads(path.read_text()))
+    except OSError as error:
+        raise InputError(f"base {path}: {error.strerror}; make it with `edge-sdk base MODEL -o FILE`") from error
+    except (ValueError, ProtocolError) as error:
+        raise InputError(f"base {path}: not a base record ({error}); make it with `edge-sdk base`") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not TOML ({error})") from error
+
+
+def _section(kind: type[Record], table: Mapping[str, Any], name: str, where: str) -> Record:
+    """Decode one table of the file, refusing keys that it does not know."""
+    section = table.get(name, {})
+    if not isinstance(section, Mapping):
+        raise InputError(f"[{name}] must be a table")
+    _refuse_unknown(section, {f.name for f in dataclasses.fields(kind)}, f"[{name}]")  # type: ignore[arg-type]
+    try:
+        return from_json(kind, section, where=name)
+    except ProtocolError as error:
+        raise InputError(str(error)) from error
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: set[str], where: str) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+
+
+def _check(settings: Settings, where: str) -> None:
+    """What no single field can tell."""
+    chosen, training = settings.federation, settings.training
+    ladder = chosen.ladder
+    widest = max(min(shape) for shape in settings.base.modules.values())
+    if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 1:
+        raise InputError(f"{where}: federation.ladder must be rising ranks from 1 on, not {list(ladder)}")
+    if ladder[-1] > widest:
+        raise InputError(
+            f"{where}: federation.ladder reaches rank {ladder[-1]}, larger than any module of "
+            f"{settings.base.model} can hold ({widest}); lower it"
+        )
+    if chosen.rank_cap < ladder[-1]:
+        raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
+    for name, value in (("federation.scaling", chosen.scaling), ("federation.heartbeat_s", chosen.heartbeat_s)):
+        if not value > 0:
+            raise InputError(f"{where}: {name} is {value}; it must be above 0")
+    for field in dataclasses.fields(training):
+        if not getattr(training, field.name) > 0:
+            raise InputError(f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0")
