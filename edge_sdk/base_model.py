@@ -1,0 +1,343 @@
+"""The frozen base model: where it lies, what identifies it, and loading it in 4 bits.
+
+`describe` answers from the configuration and the file digests alone, so that a device learns whether it has
+the right base without holding a weight in memory. `load` quantises to NF4 with double quantisation
+(Dettmers et al. 2023, arXiv:2305.14314) unless told not to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from edge_sdk.core.codec import sha256_file
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.messages import Base
+
+TINY = "tiny"
+ALL_LINEAR = "all-linear"
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+# Keys of config.json that differ between copies of one model and change nothing in what it computes here.
+VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+
+# Loading fewer bytes than this takes about a second at most, so that no bar is shown for it.
+QUIET_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A base model in memory, frozen and in evaluation mode (no dropout, so that training is reproducible).
+
+    `fan_in_fan_out`: whether its blocks hold Conv1D layers, whose weight is (in, out). NF4 replaces these by
+    transposed Linear4bit, so that it is true of unquantised GPT-2 alone.
+    """
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    quantised: bool
+    fan_in_fan_out: bool
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model was built for, where its configuration says."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit) if limit else None
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def resolve(model: str) -> Path:
+    """The directory of a model: the embedded `tiny`, a directory, or a Hugging Face id (downloaded once).
+
+    Raises:
+        InputError: nothing there, or the hub cannot be reached or does not give it; one line.
+    """
+    directory = Path(__file__).parent / TINY if model == TINY else Path(model).expanduser()
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise InputError(f"{directory}: holds no config.json; name the directory of a Hugging Face model")
+        return directory
+    if model == TINY or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
+        raise InputError(f"{model}: no such model directory")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    """A snapshot of a hub model: configuration, tokeniser and safetensors, not its other formats."""
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    unwanted = ["*/*", "consolidated*"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
+    except GatedRepoError as error:
+        raise InputError(f"{model}: this model is gated; accept its licence on the hub and log in") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(f"{model}: no such directory, and no such model on the Hugging Face hub") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"{model}: not downloaded yet, and the Hugging Face hub cannot be reached; "
+            f"check the network, or name a directory or {TINY!r}"
+        ) from error
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that loading would read; other copies beside them do not count."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if not (directory / name).is_file():
+            raise InputError(f"{directory}: {name} is missing; the weights must be there as safetensors")
+    return [directory / name for name in names]
+
+
+# --- identity ------------------------------------------------------------------------------------
+
+
+def describe(model: str, targets: str = ALL_LINEAR, digests: Path | None = None) -> Base:
+    """What a federation says of its base model, computed without loading a weight.
+
+    Args:
+        model: `tiny`, a directory or a Hugging Face id.
+        targets: `all-linear` (every linear layer of the blocks), or names of layers separated by commas.
+        digests: file that remembers digests by (path, size, mtime), because 16 GB take a minute to read.
+
+    Raises:
+        InputError: no such model, no configuration that transformers knows, or no such target.
+    """
+    directory = resolve(model)
+    modules = target_modules(directory, targets)
+    weights = _weight_files(directory)
+    tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    identity = {
+        "config": _normalised(json.loads((directory / "config.json").read_text(encoding="utf-8"))),
+        "files": _digests(tokenizer + weights, digests),
+        "targets": sorted(modules),
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return Base(model, hashlib.sha256(canonical.encode()).hexdigest(), modules)
+
+
+def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tuple[int, int]]:
+    """Target module -> (out, in), from the architecture built on the meta device."""
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{directory}: transformers cannot build this model: {reason}") from error
+    linear = _block_linears(skeleton)
+    if targets == ALL_LINEAR:
+        return linear
+    names = [name.strip() for name in targets.split(",") if name.strip()]
+    for name in names:
+        if not any(_ends_with(module, name) for module in linear):
+            known = ", ".join(sorted({module.rsplit(".", 1)[-1] for module in linear}))
+            raise InputError(f"target {name!r} is no linear layer of {directory.name}; it has {known}")
+    return {m: shape for m, shape in linear.items() if any(_ends_with(m, name) for name in names)}
+
+
+def _ends_with(module: str, name: str) -> bool:
+    return module == name or module.endswith(f".{name}")
+
+
+def _block_linears(model: Any) -> dict[str, tuple[int, int]]:
+    """Linear layers inside numbered blocks; heads and projections outside them are no targets."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if not re.search(r"\.\d+\.", name) or module is model.get_output_embeddings():
+            continue
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = (int(module.out_features), int(module.in_features))
+        elif isinstance(module, Conv1D):
+            in_features, out_features = module.weight.shape
+            shapes[name] = (int(out_features), int(in_features))
+    return shapes
+
+
+def _normalised(value: Any) -> Any:
+    """A configuration without its volatile keys, at every depth."""
+    if isinstance(value, dict):
+        return {key: _normalised(item) for key, item in value.items() if key not in VOLATILE_KEYS}
+    return [_normalised(item) for item in value] if isinstance(value, list) else value
+
+
+def _digests(files: list[Path], remembered: Path | None) -> dict[str, str]:
+    """File name -> SHA-256 in hex; digests in `remembered` are used while size and mtime stay the same."""
+    known = _read_digests(remembered) if remembered else {}
+    found, fresh = {}, False
+    for path in files:
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in known:
+            known[key], fresh = sha256_file(path), True
+        found[path.name] = known[key]
+    if remembered and fresh:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        beside = remembered.with_name(f"{remembered.name}.{os.getpid()}")
+        beside.write_text(json.dumps(known, indent=0), encoding="utf-8")
+        beside.replace(remembered)
+    return found
+
+
+def _read_digests(path: Path) -> dict[str, str]:
+    """What `_digests` wrote; a missing or damaged file only means that the files are read again."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {str(k): str(v) for k, v in known.items()} if isinstance(known, Mapping) else {}
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype = "auto") -> LoadedBase:
+    """Load a base model and its tokeniser, frozen.
+
+    Args:
+        model: `tiny`, a directory or a Hugging Face id.
+        device: `auto` (what accelerate picks), `cpu`, `cuda`, `cuda:1`, `mps`.
+        quantise: NF4 with double quantisation of the linear layers; otherwise weights stay in `dtype`.
+        dtype: of computation and of all that is not quantised. `auto` is bfloat16 where the processor has it.
+
+    Raises:
+        InputError: no such model or device, or a tokeniser without an end-of-text token.
+    """
+    directory = resolve(model)
+    weights = _weight_files(directory)
+    place = _device(device)
+    tokenizer = _tokenizer(directory)
+    compute = _compute_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    with _quiet(sum(path.stat().st_size for path in weights) < QUIET_BYTES):
+        import bitsandbytes  # noqa: F401  its first import prints the advice that is held back here
+
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=compute,
+            device_map={"": place},
+            quantization_config=_nf4(compute) if quantise else None,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    loaded.eval().requires_grad_(False)
+    if quantise:
+        _keep_trainable(loaded)
+    transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
+    return LoadedBase(loaded, tokenizer, place, quantise, transposed)
+
+
+def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _keep_trainable(model: Any) -> None:
+    """Keep bitsandbytes from repacking weights for inference.
+
+    On a CPU with AVX512-BF16 its Linear4bit repacks its weight in place on the first forward in evaluation
+    mode whose input needs no gradient, and the packed product has no backward: training after one
+    evaluation would silently lose the gradient through every layer. It also fails on out_features that are
+    no multiple of 32.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _device(name: str) -> torch.device:
+    """The device to load on."""
+    if name == "auto":
+        return torch.device(PartialState().device)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name!r} is not to be had here; use auto or cpu") from error
+    return device
+
+
+def _compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it, else float32.
+
+    NF4 training of `tiny` (8 rows of 96 tokens, one thread, AVX512-BF16) took 214 ms a step in bfloat16,
+    340 ms in float32, 234 ms with bfloat16 products in a float32 model; unquantised 199 and 321 ms. Without
+    the instruction bfloat16 is emulated and slower than float32. float16 is never chosen: its gradients
+    underflow without loss scaling.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float32
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return torch.float32
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The tokeniser beside the weights, with a pad token (eos where it has none of its own)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (ValueError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"{directory}: its tokeniser cannot be loaded: {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{directory}: its tokeniser has no eos token, so that no answer would ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _quiet(small: bool) -> Iterator[None]:
+    """Hold back the weight-loading bar of a small model and the bitsandbytes advice on inference kernels."""
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, bar = advice.level, transformers_logging.is_progress_bar_enabled()
+    advice.setLevel(logging.ERROR)
+    if small:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        advice.setLevel(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,80 @@
+"""Where a training run stands, on disk, so that a crash repeats at most the seconds since the last write.
+
+One safetensors file: float32 tensors (factors and optimiser moments), and in its metadata the counters and
+the identity of the run. A file is only continued from by a run of the same identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edge_sdk.core.errors import ProtocolError
+from edge_sdk.core.lora import Matrix
+from edge_sdk.core.records import from_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters of a run. `seconds` is computing time, over all its parts."""
+
+    step: int
+    examples: int
+    loss_first: float
+    loss_last: float
+    seconds: float
+
+
+def write(path: Path, identity: Mapping[str, Any], progress: Progress, tensors: Mapping[str, Matrix]) -> None:
+    """Write beside `path`, flush to the disk and move into place: a kill leaves the old file or the new one."""
+    metadata = {
+        "identity": json.dumps(identity, sort_keys=True),
+        "progress": json.dumps(dataclasses.asdict(progress)),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    with beside.open("wb") as file:
+        file.write(save(dict(tensors), metadata=metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    _flush_directory(path.parent)
+
+
+def _flush_directory(directory: Path) -> None:
+    """Make a rename in `directory` last. Windows cannot open a folder, and needs no such step."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path, identity: Mapping[str, Any]) -> tuple[Progress, dict[str, Matrix]] | None:
+    """What `write` left, or None if there is no file, or it is damaged or of another run (logged)."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("identity") != json.dumps(identity, sort_keys=True):
+                log.info("%s belongs to another assignment; starting this one from its beginning", path)
+                return None
+            progress = from_json(Progress, json.loads(metadata.get("progress", "null")))
+            return progress, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, ProtocolError) as error:
+        log.warning("%s cannot be read (%s); starting the assignment from its beginning", path, error)
+        return None
