@@ -1,0 +1,331 @@
+"""Peak memory of local training, as named terms, and the choice of the rank that fits.
+
+The terms are what autograd keeps for a decoder-only transformer whose linear layers are NF4 and whose
+trainable part is LoRA; a test counts the tensors that real models save and finds the same bytes. Assumed:
+attention through PyTorch's fused kernels (no score matrix), no dropout, no gradient checkpointing, every
+token a label (the worst case for the logits). Nothing is counted that a process with the frameworks
+imported holds already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.messages import Training
+
+Shapes = Mapping[str, tuple[int, int]]
+"""Target module -> (out, in)."""
+
+# NF4 with double quantisation (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3): 4 bits, one 8-bit
+# absmax per 64 parameters, one fp32 constant per 256 of those absmax values.
+NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
+
+TRAINED_BYTES = 16  # fp32: the weight, its gradient, two moments of Adam
+UPLOAD_BYTES = 4  # adapters travel as float32
+
+# glibc serves blocks under 32 MB from a heap that grows around the tensors that live until the backward
+# pass, so that a process holds more than it allocated. Measured growth of the resident set beyond the other
+# terms, as a share of activations, logits and workspace, over ten runs (5.8M and 63M parameters, 192 to
+# 1,536 tokens): 1.20 to 1.68; with MALLOC_MMAP_THRESHOLD_=65536 it is gone, for steps 1.2 to 2 times as long.
+GLIBC_HEAP_SPREAD = 1.7
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the estimate needs to know of a base model. Widths are values per token."""
+
+    shapes: Shapes  # LoRA targets of the whole model
+    linear_parameters: int  # quantised to 4 bits: the linear layers inside the blocks
+    other_parameters: int  # not quantised: embeddings, norms, a head of its own (biases are left out)
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    query_width: int  # heads · head size
+    key_value_width: int  # key-value heads · head size
+    mlp_tensors: int  # of width `intermediate` kept between the MLP's linear layers
+    vocab: int
+
+    def adapter_values(self, rank: int) -> int:
+        """Values in an adapter of `rank`; a module narrower than that holds min(out, in) components."""
+        return sum(min(rank, o, i) * (o + i) for o, i in self.shapes.values())
+
+    def largest_rank(self) -> tuple[str, int]:
+        """The module with room for the largest rank, and that rank."""
+        name = max(self.shapes, key=lambda module: min(self.shapes[module]))
+        return name, min(self.shapes[name])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how training computes. `compute_bytes`: 4 for float32, 2 for bfloat16 or float16."""
+
+    compute_bytes: int
+    carried_bytes: int  # per value of the frozen carried adapter
+    heap_spread: float  # see GLIBC_HEAP_SPREAD; 0 where the allocator does not fragment
+
+
+CPU = Placement(compute_bytes=4, carried_bytes=4, heap_spread=GLIBC_HEAP_SPREAD)
+CPU_BF16 = Placement(compute_bytes=2, carried_bytes=4, heap_spread=GLIBC_HEAP_SPREAD)
+ACCELERATOR = Placement(compute_bytes=2, carried_bytes=2, heap_spread=0.0)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The peak, early in the backward pass, in bytes on top of a process with the frameworks loaded."""
+
+    quantised_weights: int
+    other_weights: int
+    trained_factors: int
+    carried_factors: int
+    activations: int
+    logits: int
+    workspace: int
+    heap: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The sum of the terms."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rank of the ladder. `why_not` is empty where it fits."""
+
+    rank: int
+    peak_bytes: int
+    upload_bytes: int
+    fits: bool
+    why_not: str
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """What to train. A step's batch runs in pieces of `micro_batch`; candidates are for that size."""
+
+    rank: int
+    carry_rank: int
+    micro_batch: int
+    budget_bytes: int
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+
+def estimate(
+    facts: ModelFacts,
+    rank: int,
+    carry_rank: int,
+    micro_batch: int,
+    sequence_len: int,
+    placement: Placement = CPU,
+) -> Estimate:
+    """Predict the peak of training `rank`, with a frozen adapter of `carry_rank` (0: none) beside it."""
+    tokens = micro_batch * sequence_len
+    largest = max((o * i for o, i in facts.shapes.values()), default=0)
+    activations = tokens * _bytes_per_token(facts, rank, placement.compute_bytes)
+    logits = tokens * facts.vocab * _bytes_per_logit(placement.compute_bytes)
+    workspace = largest * placement.compute_bytes  # one layer's weights, dequantised
+    return Estimate(
+        quantised_weights=round(NF4_BYTES * facts.linear_parameters),
+        other_weights=placement.compute_bytes * facts.other_parameters,
+        trained_factors=TRAINED_BYTES * facts.adapter_values(rank),
+        carried_factors=placement.carried_bytes * facts.adapter_values(carry_rank),
+        activations=activations,
+        logits=logits,
+        workspace=workspace,
+        heap=round(placement.heap_spread * (activations + logits + workspace)),
+    )
+
+
+def _bytes_per_token(facts: ModelFacts, rank: int, compute_bytes: int) -> int:
+    """Bytes that autograd keeps for one token.
+
+    Per block: the inputs of two norms; the inputs of the LoRA `A` matrices (normed hidden states, twice,
+    attention output, MLP product); query, key and value; the MLP between its linear layers; one fp32
+    log-sum-exp per head and scale per norm. Per target: the r values between `A` and `B`. At half
+    precision norms keep fp32 copies of their inputs, PEFT one for each target, and attention its own output.
+    """
+    attention = facts.query_width + 2 * facts.key_value_width
+    mlp = facts.mlp_tensors * facts.intermediate
+    between = 4 * sum(min(rank, o, i) for o, i in facts.shapes.values())
+    scalars = 4 * (facts.heads + 2) * facts.layers
+    norms = 4 * 2 * facts.hidden
+    if compute_bytes == 4:
+        inputs = 4 * (2 * facts.hidden + facts.query_width + facts.intermediate) * facts.layers
+    else:
+        inputs = 4 * sum(i for _, i in facts.shapes.values())
+        attention += facts.query_width
+    block = norms + compute_bytes * (attention + mlp)
+    return block * facts.layers + inputs + between + scalars + norms  # the last: the final norm and its input
+
+
+def _bytes_per_logit(compute_bytes: int) -> int:
+    """Bytes per token and vocabulary entry while cross-entropy runs backward.
+
+    The logits, those of the label positions, their log-probabilities, and the gradients of the last two, in
+    fp32 but for the first; at half precision both kinds of logits are held beside their fp32 form.
+    """
+    return 4 * 4 + compute_bytes if compute_bytes == 4 else 3 * 4 + 2 * compute_bytes
+
+
+def choose_rank(
+    facts: ModelFacts,
+    training: Training,
+    ladder: Sequence[int],
+    carry_rank: int,
+    budget_bytes: int,
+    placement: Placement = CPU,
+) -> RankChoice:
+    """The largest rank of the ladder whose predicted peak fits `budget_bytes`.
+
+    Where none fits with the whole batch at once, the micro-batch is halved (gradients accumulate, the result
+    is the same and takes longer) until one does.
+
+    Raises:
+        InputError: an impossible ladder, or nothing fits; says what is needed and what would help.
+    """
+    _check_ladder(facts, ladder)
+    micro_batch = training.batch
+    while True:
+        candidates = tuple(
+            _candidate(facts, rank, carry_rank, micro_batch, (training.sequence_len, budget_bytes, placement))
+            for rank in sorted(ladder)
+        )
+        fitting = [candidate for candidate in candidates if candidate.fits]
+        if fitting:
+            chosen = fitting[-1]
+            reason = _reason(chosen, candidates, micro_batch, training.batch, budget_bytes)
+            return RankChoice(chosen.rank, carry_rank, micro_batch, budget_bytes, candidates, reason)
+        if micro_batch == 1:
+            raise InputError(
+                f"not enough memory to train: rank {candidates[0].rank} with one example of "
+                f"{training.sequence_len} tokens at a time needs {human_bytes(candidates[0].peak_bytes)}, "
+                f"the budget is {human_bytes(budget_bytes)}; close other programs, raise the budget, "
+                "or ask the host for a shorter sequence_len or a smaller base model"
+            )
+        micro_batch //= 2
+
+
+def _check_ladder(facts: ModelFacts, ladder: Sequence[int]) -> None:
+    """Refuse an empty ladder, a rank below 1, and one that no module has room for."""
+    if not ladder:
+        raise InputError("the ladder of ranks is empty; give at least one rank")
+    if min(ladder) < 1:
+        raise InputError(f"rank {min(ladder)} on the ladder is below 1")
+    if not facts.shapes:
+        raise InputError("the base model has no target modules; name the linear layers that LoRA is to adapt")
+    module, limit = facts.largest_rank()
+    if max(ladder) > limit:
+        out_features, in_features = facts.shapes[module]
+        raise InputError(
+            f"rank {max(ladder)} on the ladder is larger than any module: {module} is "
+            f"{out_features} × {in_features}, so at most {limit}"
+        )
+
+
+def _candidate(
+    facts: ModelFacts, rank: int, carry_rank: int, micro_batch: int, limits: tuple[int, int, Placement]
+) -> Candidate:
+    """Predict one rank and compare it with the budget."""
+    sequence_len, budget_bytes, placement = limits
+    peak = estimate(facts, rank, carry_rank, micro_batch, sequence_len, placement).peak_bytes
+    fits = peak <= budget_bytes
+    why_not = "" if fits else f"needs {human_bytes(peak)}, {human_bytes(peak - budget_bytes)} over the budget"
+    return Candidate(rank, peak, UPLOAD_BYTES * facts.adapter_values(rank), fits, why_not)
+
+
+def _reason(
+    chosen: Candidate, candidates: Sequence[Candidate], micro_batch: int, batch: int, budget_bytes: int
+) -> str:
+    """One sentence on why this rank."""
+    text = f"rank {chosen.rank} needs {human_bytes(chosen.peak_bytes)} of {human_bytes(budget_bytes)}"
+    larger = [candidate for candidate in candidates if candidate.rank > chosen.rank]
+    text += f"; rank {larger[0].rank} {larger[0].why_not}" if larger else "; it is the top of the ladder"
+    if micro_batch < batch:
+        text += f"; the batch of {batch} runs {micro_batch} at a time, because none fits all at once"
+    return text
+
+
+def human_bytes(count: int) -> str:
+    """A size for people, in decimal units: 912 B, 412 MB, 6.9 GB."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if abs(size) < 999.5:
+            break
+        size, unit = size / 1000, larger
+    whole = unit in ("B", "kB") or abs(size) >= 9.95
+    return f"{size:.0f} {unit}" if whole else f"{size:.1f} {unit}"
+
+
+def facts_from_config(config: Mapping[str, Any], shapes: Shapes) -> ModelFacts:
+    """Facts from a `config.json` with the keys of Llama, Qwen and Mistral, or of GPT-2.
+
+    `shapes`: target module -> (out, in). An absent `tie_word_embeddings` counts as a head of its own, but for
+    GPT-2.
+
+    Raises:
+        InputError: a key is missing or no positive integer, or the model is a mixture of experts.
+    """
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        if config.get(key):
+            raise InputError(f"config.json: {key} is set; mixture-of-experts models are not supported")
+    return _gpt2_facts(config, shapes) if "n_embd" in config else _llama_facts(config, shapes)
+
+
+def _llama_facts(config: Mapping[str, Any], shapes: Shapes) -> ModelFacts:
+    """Gated MLP, RMS norms, grouped key-value heads."""
+    hidden, layers = _positive(config, "hidden_size"), _positive(config, "num_hidden_layers")
+    intermediate, vocab = _positive(config, "intermediate_size"), _positive(config, "vocab_size")
+    heads = _positive(config, "num_attention_heads")
+    head_size = _positive(config, "head_dim", hidden // heads)
+    query, key_value = heads * head_size, _positive(config, "num_key_value_heads", heads) * head_size
+    tables = 1 if config.get("tie_word_embeddings", False) else 2
+    return ModelFacts(
+        shapes=dict(shapes),
+        linear_parameters=layers * hidden * (2 * query + 2 * key_value + 3 * intermediate),
+        other_parameters=tables * vocab * hidden + (2 * layers + 1) * hidden,
+        hidden=hidden,
+        layers=layers,
+        intermediate=intermediate,
+        heads=heads,
+        query_width=query,
+        key_value_width=key_value,
+        mlp_tensors=3,  # gate, its SiLU, up
+        vocab=vocab,
+    )
+
+
+def _gpt2_facts(config: Mapping[str, Any], shapes: Shapes) -> ModelFacts:
+    """Plain MLP with the tanh GELU, layer norms with biases, learnt positions."""
+    hidden, layers, vocab = (_positive(config, key) for key in ("n_embd", "n_layer", "vocab_size"))
+    intermediate = _positive(config, "n_inner", 4 * hidden)
+    tables = 1 if config.get("tie_word_embeddings", True) else 2
+    positions = _positive(config, "n_positions")
+    return ModelFacts(
+        shapes=dict(shapes),
+        linear_parameters=layers * hidden * (4 * hidden + 2 * intermediate),
+        other_parameters=(tables * vocab + positions + 2 * (2 * layers + 1)) * hidden,
+        hidden=hidden,
+        layers=layers,
+        intermediate=intermediate,
+        heads=_positive(config, "n_head"),
+        query_width=hidden,
+        key_value_width=hidden,
+        mlp_tensors=4,  # x, x/2, tanh and 1 + tanh
+        vocab=vocab,
+    )
+
+
+def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive integer of the configuration; null counts as absent."""
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"config.json: {key} is missing; the memory estimate needs it")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"config.json: {key} must be a positive integer, got {value!r}")
+    return value

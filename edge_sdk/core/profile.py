@@ -1,0 +1,181 @@
+"""What a machine is: one frozen record, read from and written to a small TOML file.
+
+A probe fills every field; a file of a device *class* (`profiles/*.toml`) holds what a spec sheet says and
+leaves out what only a running machine can know (free memory, free disk, battery, speed).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.records import from_json
+
+PROFILE_PACKAGE = "edge_sdk.profiles"  # the top-level folder `profiles/`, as pyproject.toml maps it
+
+# Of a class of which only the total is known, this share of memory counts as free: an idle desktop system
+# with a browser holds a few GB, and a guest in the owner's machine should not be what fills the rest.
+ASSUMED_FREE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU that PyTorch can train on. `shared`: its memory is the machine's own (Jetson, Apple)."""
+
+    kind: Literal["cuda", "mps", "xpu"]
+    name: str
+    memory_total_bytes: int
+    memory_free_bytes: int | None = None  # None: not measured
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """One machine, or one class of machines. None means: not measured, or there is none."""
+
+    name: str
+    system: str  # Linux, Windows, Darwin, Android
+    machine: str  # x86_64, AMD64, aarch64, arm64
+    cpu: str
+    cores: int  # logical CPUs that this process may use
+    threads: int  # compute threads that pay: physical cores, less what a CPU quota takes away
+    memory_total_bytes: int  # RAM, or the limit of the container
+    memory_available_bytes: int | None = None
+    accelerator: Accelerator | None = None
+    disk_free_bytes: int | None = None
+    on_battery: bool | None = None
+    gflops: float | None = None  # float32 matrix product on `threads` threads
+
+    def __post_init__(self) -> None:
+        for label, value in _counts(self):
+            if value < 1:
+                raise InputError(f"profile {self.name!r}: {label} must be positive, got {value}")
+
+    def trainable_memory_bytes(self) -> int:
+        """Memory that training may use: the accelerator's if there is one, and RAM where it is shared.
+
+        Free memory where it was measured, otherwise half of the total.
+        """
+        ram = _free(self.memory_total_bytes, self.memory_available_bytes)
+        if self.accelerator is None:
+            return ram
+        gpu = _free(self.accelerator.memory_total_bytes, self.accelerator.memory_free_bytes)
+        return min(ram, gpu) if self.accelerator.shared else gpu
+
+    def to_text(self) -> dict[str, str]:
+        """The profile as flat text values, for `JoinRequest.profile`; unknown fields are left out."""
+        flat: dict[str, str] = {}
+        for key, value in asdict(self).items():
+            nested = value.items() if isinstance(value, dict) else [(None, value)]
+            for inner, item in nested:
+                if item is not None:
+                    text = item if isinstance(item, str) else json.dumps(item)
+                    flat[key if inner is None else f"{key}.{inner}"] = text
+        return flat
+
+
+def _counts(profile: DeviceProfile) -> Iterator[tuple[str, float]]:
+    """The fields that must be positive."""
+    yield "cores", profile.cores
+    yield "threads", profile.threads
+    yield "memory_total_bytes", profile.memory_total_bytes
+    if profile.accelerator is not None:
+        yield "accelerator.memory_total_bytes", profile.accelerator.memory_total_bytes
+    if profile.gflops is not None:
+        yield "gflops", math.ceil(profile.gflops)
+
+
+def _free(total_bytes: int, free_bytes: int | None) -> int:
+    """What was measured free, or the assumed share of the total."""
+    return int(total_bytes * ASSUMED_FREE_SHARE) if free_bytes is None else free_bytes
+
+
+def to_toml(profile: DeviceProfile) -> str:
+    """The profile as TOML text: keys in the order of the record, the accelerator as a table at the end."""
+    lines: list[str] = []
+    tables: list[str] = []
+    for key, value in asdict(profile).items():
+        if isinstance(value, dict):
+            tables += ["", f"[{key}]", *_lines(value)]
+        else:
+            lines += _lines({key: value})
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _lines(values: Mapping[str, Any]) -> list[str]:
+    """`key = value` lines; None has no TOML form and is left out."""
+    return [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+
+
+def _toml_value(value: str | float) -> str:
+    """A string, bool, int or finite float as TOML.
+
+    A JSON string is a TOML basic string but for DEL, which TOML wants escaped; numbers and booleans agree.
+    """
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def from_toml(text: str, source: str) -> DeviceProfile:
+    """Read a profile; `source` names the file in messages.
+
+    Raises:
+        InputError: not TOML, an unknown or missing key, or a value of the wrong type; names file and key.
+    """
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{source}: not a TOML file: {error}") from error
+    _refuse_unknown(values, DeviceProfile, "", source)
+    if isinstance(values.get("accelerator"), dict):
+        _refuse_unknown(values["accelerator"], Accelerator, "accelerator.", source)
+    try:
+        return from_json(DeviceProfile, values, "key")
+    except ProtocolError as error:
+        raise InputError(f"{source}: {str(error).replace('key.', 'key ', 1)}") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def _refuse_unknown(values: Mapping[str, Any], record: type[Any], prefix: str, source: str) -> None:
+    """A misspelt key in a file that a person wrote must not be ignored in silence."""
+    known = [field.name for field in fields(record)]
+    for key in values:
+        if key not in known:
+            options = ", ".join(prefix + name for name in known)
+            raise InputError(f"{source}: unknown key {prefix + key!r}; the keys are {options}")
+
+
+def known_profiles() -> tuple[str, ...]:
+    """Names of the device classes that come with the package, sorted."""
+    folder = resources.files(PROFILE_PACKAGE)
+    names = (entry.name for entry in folder.iterdir())
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
+
+
+def load_profile(name_or_path: str) -> DeviceProfile:
+    """A packaged class by name, or any profile file by path (with a slash or `.toml` in it).
+
+    Raises:
+        InputError: no such class (the message lists them) or file, or a bad file.
+    """
+    if name_or_path in known_profiles():
+        entry = resources.files(PROFILE_PACKAGE) / f"{name_or_path}.toml"
+        return from_toml(entry.read_text(encoding="utf-8"), f"{name_or_path}.toml")
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and len(path.parts) < 2:
+        known = ", ".join(known_profiles())
+        raise InputError(f"no profile is called {name_or_path!r}; give a .toml file or one of: {known}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: byte {error.start} is wrong") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the profile: {error.strerror}") from error
+    return from_toml(text, str(path))
