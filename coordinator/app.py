@@ -89,6 +89,14 @@ def _device(request: web.Request) -> str:
     return request.app[COORDINATOR].authenticate(_token(request))
 
 
+def _member_or_host(request: web.Request) -> None:
+    """Let in a device's credential or the join token."""
+    try:
+        request.app[COORDINATOR].require_join_token(_token(request))
+    except Unauthorised:
+        _device(request)
+
+
 async def _body(request: web.Request, kind: type[Record]) -> Record:
     """Read and decode a JSON record of bounded size within a bounded time."""
     try:
@@ -121,8 +129,8 @@ async def join(request: web.Request) -> web.Response:
 
 
 async def federation(request: web.Request) -> web.Response:
-    """GET /v1/federation."""
-    _device(request)
+    """GET /v1/federation, for devices and for those about to join."""
+    _member_or_host(request)
     return _reply(request.app[COORDINATOR].federation)
 
 
@@ -196,9 +204,5 @@ async def adapter_config(request: web.Request) -> web.Response:
 
 async def status(request: web.Request) -> web.Response:
     """GET /v1/status, for devices and for the holder of the join token."""
-    coordinator = request.app[COORDINATOR]
-    try:
-        coordinator.require_join_token(_token(request))
-    except Unauthorised:
-        _device(request)
-    return _reply(coordinator.status())
+    _member_or_host(request)
+    return _reply(request.app[COORDINATOR].status())

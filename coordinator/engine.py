@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edge_sdk.core import staleness
-from edge_sdk.core.errors import InputError, NotFound, StaleUpdate
+from edge_sdk.core.errors import InputError, StaleUpdate
 from edge_sdk.core.messages import Directive
 
 
@@ -96,10 +96,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Beat:
-    """A device reports progress on an assignment."""
+    """A device reports progress on an assignment from `version`."""
 
     device: str
     assignment: str
+    version: int
     steps_done: int
 
 
@@ -224,16 +225,17 @@ class Engine:
         return [*expired, Grant(lease, state.version_rank, is_new=True)]
 
     def _beat(self, event: Beat, now: float) -> list[Effect]:
-        """Extend nothing, remember progress; drop work that can no longer count."""
+        """Note progress. Work goes on as long as it can count, its lease expired or not."""
         lease = self.state.leases.get(event.device)
-        if lease is None or lease.assignment != event.assignment:
-            raise NotFound(f"assignment {event.assignment} is not open; ask for work again")
-        lease.steps_done = event.steps_done
+        held = lease if lease and lease.assignment == event.assignment else None
+        if held:
+            held.steps_done = event.steps_done
         try:
-            self.require_mergeable(lease.version)
+            self.require_mergeable(event.version)
         except StaleUpdate:
-            del self.state.leases[event.device]
-            return [Expired(lease), Tell("abandon")]
+            if held:
+                del self.state.leases[event.device]
+            return [*([Expired(held)] if held else []), Tell("abandon")]
         return [Tell("continue")]
 
     def _stored(self, event: Stored, now: float) -> list[Effect]:

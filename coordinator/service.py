@@ -178,8 +178,8 @@ class Coordinator:
 
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
         """Note progress; the answer says whether to go on."""
-        self.require_assignment(device, assignment)
-        effects = self._apply(engine.Beat(device, assignment, beat.steps_done))
+        version = self.require_assignment(device, assignment).version
+        effects = self._apply(engine.Beat(device, assignment, version, beat.steps_done))
         tell = effects[-1]
         assert isinstance(tell, engine.Tell)
         return HeartbeatReply(tell.directive)

@@ -1,7 +1,7 @@
 """The wire: every record, route and header that a device and a coordinator exchange. Nothing else names one.
 
     POST  /v1/join                          JoinRequest (join token)   -> JoinReply
-    GET   /v1/federation                                               -> Federation
+    GET   /v1/federation                    (or with the join token)   -> Federation
     POST  /v1/assignments                   Ask                        -> Assignment, or NotNow (503)
     POST  /v1/assignments/{id}/heartbeat    Heartbeat                  -> HeartbeatReply
     HEAD  /v1/assignments/{id}/adapter                                 -> Upload-Offset
@@ -9,7 +9,7 @@
     POST  /v1/assignments/{id}/update       Update                     -> 202 UpdateReply: it counts once
     GET   /v1/versions/{v}/ranks/{r}/adapter_model.safetensors         -> immutable file; ETag, Range
     GET   /v1/versions/{v}/ranks/{r}/adapter_config.json               -> PEFT config of that file
-    GET   /v1/status                                                   -> Status
+    GET   /v1/status                        (or with the join token)   -> Status
 
 Requests but join carry the device's credential as a bearer token. Every refusal is an RFC 9457 problem
 document (`application/problem+json`); `errors.from_problem` rebuilds the error from it. Durations travel in

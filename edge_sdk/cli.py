@@ -1,0 +1,147 @@
+"""`edge-sdk`: take part in a federation, describe a base model, see what this machine is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_sdk import __version__
+from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.core.records import to_json
+
+if TYPE_CHECKING:
+    from edge_sdk.agent import Event
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"  # noqa: S105 - the name of a variable, not a token
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 2 on bad input, with one line that says what to do."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except EdgeError as error:
+        print(f"edge-sdk: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edge-sdk", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    join = commands.add_parser("join", help="take part in a federation until interrupted")
+    join.add_argument("url", help="address of the coordinator, e.g. http://192.168.1.20:8765")
+    join.add_argument("--data", type=Path, required=True, help="JSONL file with this device's own text")
+    join.add_argument("--token", help=f"join token, needed the first time (or set {TOKEN_VARIABLE})")
+    join.add_argument("--name", help="how the host sees this device (default: the host name)")
+    join.add_argument("--model", help="where the base model lies here (default: what the federation names)")
+    join.add_argument("--state", type=Path, help="folder for what must survive a crash")
+    join.add_argument("--profile", help="a device class of profiles/, or a TOML file, in place of measuring")
+    join.add_argument("--memory-budget", help="memory that training may take, e.g. 6GB (default: half of what is free)")
+    join.add_argument("--duty", type=float, default=1.0, help="share of the time to compute, e.g. 0.3 (default 1)")
+    join.add_argument("--threads", type=int, default=1, help="compute threads (default %(default)s)")
+    join.add_argument("--updates", type=int, help="stop after this many updates (default: go on)")
+    join.add_argument("--device", default="auto", help="torch device (default: the best there is)")
+    join.add_argument("--no-quantise", action="store_true", help="keep the base in 16 or 32 bits")
+    join.set_defaults(run=_join)
+
+    base = commands.add_parser("base", help="print the record of a base model that a coordinator needs")
+    base.add_argument("model", help="`tiny`, a Hugging Face id or a directory")
+    base.add_argument("--targets", default="all-linear", help="LoRA targets (default: every linear layer of the blocks)")
+    base.add_argument("-o", "--out", type=Path, help="write to this file")
+    base.set_defaults(run=_base)
+
+    profile = commands.add_parser("profile", help="measure this machine and print its profile")
+    profile.add_argument("--quick", action="store_true", help="skip the timing")
+    profile.set_defaults(run=_profile)
+    return parser
+
+
+def parse_bytes(text: str) -> int:
+    """`6GB`, `512 MiB` or `1000000` as bytes.
+
+    Raises:
+        InputError: not a size.
+    """
+    number = text.strip().rstrip("BbIiKkMmGg").strip()
+    unit = text.strip()[len(text.strip().rstrip("BbIiKkMmGg")) :].strip().upper()
+    try:
+        value = float(number)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a size; write it like 6GB or 512MiB") from error
+    if unit not in UNITS or not 0 < value < float("inf"):
+        raise InputError(f"{text!r} is not a size; write it like 6GB or 512MiB")
+    return int(value * UNITS[unit])
+
+
+def _join(options: argparse.Namespace) -> int:
+    from edge_sdk.agent import Agent, Options
+    from edge_sdk.core.profile import load_profile
+
+    chosen = {"name": options.name} if options.name else {}
+    agent = Agent(
+        options.url,
+        data=options.data,
+        join_token=options.token or os.environ.get(TOKEN_VARIABLE),
+        options=Options(
+            **chosen,
+            model=options.model,
+            state_dir=options.state,
+            profile=load_profile(options.profile) if options.profile else None,
+            memory_budget_bytes=parse_bytes(options.memory_budget) if options.memory_budget else None,
+            duty=options.duty,
+            threads=options.threads,
+            device=options.device,
+            quantise=not options.no_quantise,
+            progress=True,
+        ),
+        on_event=print_event,
+    )
+    signal.signal(signal.SIGTERM, lambda *_: agent.stop(timeout_s=0.0))
+    signal.signal(signal.SIGINT, lambda *_: agent.stop(timeout_s=0.0))
+    agent.run(updates=options.updates)
+    return 0
+
+
+def print_event(event: Event) -> None:
+    """One line for each event that a person wants to read."""
+    if event.kind != "step":
+        print(f"{time.strftime('%H:%M:%S')}  {event.text}", flush=True)
+
+
+def _base(options: argparse.Namespace) -> int:
+    from edge_sdk import base_model
+
+    record = base_model.describe(options.model, options.targets)
+    text = json.dumps(to_json(record), indent=1) + "\n"
+    if options.out is None:
+        print(text, end="")
+        return 0
+    try:
+        options.out.write_text(text)
+    except OSError as error:
+        raise InputError(f"{options.out}: {error.strerror}") from error
+    print(f"{options.model}: {len(record.modules)} target modules, fingerprint {record.fingerprint[:12]}")
+    return 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from edge_sdk.core.profile import to_toml
+    from edge_sdk.probe import probe
+
+    print(to_toml(probe(quick=options.quick)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

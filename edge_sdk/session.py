@@ -1,0 +1,86 @@
+"""What a device does next, as a pure state machine: no I/O, no clock.
+
+                joined            assigned            trained           delivered
+    (nothing) ────────► idle ──────────────► training ─────────► outbox ──────────► idle
+                          ▲                     │                   │
+                          └───── dropped ───────┴───────────────────┘
+
+A `Session` is all that a device must remember over a power cut; `journal.py` keeps it. Every arrow is one
+function from a session to the next one, and an arrow that does not leave the present phase is a bug.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from edge_sdk.core.errors import InternalError
+from edge_sdk.core.messages import Assignment, Federation, JoinReply, Update
+
+Phase = Literal["idle", "training", "outbox"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A device's membership and the work in its hands."""
+
+    url: str
+    device_id: str
+    credential: str
+    federation: Federation
+    phase: Phase = "idle"
+    assignment: Assignment | None = None  # while training or in the outbox
+    micro_batch: int = 0  # chosen with the rank of that assignment
+    update: Update | None = None  # while in the outbox
+    delivered: int = 0
+    last_version: int = 0  # newest version heard of
+
+    def current(self) -> Assignment:
+        """The assignment in hand."""
+        if self.assignment is None:
+            raise InternalError(f"no assignment in phase {self.phase}")
+        return self.assignment
+
+
+def joined(url: str, reply: JoinReply) -> Session:
+    """A new member with nothing to do yet."""
+    return Session(url, reply.device_id, reply.credential, reply.federation)
+
+
+def assigned(session: Session, assignment: Assignment, micro_batch: int) -> Session:
+    """Work was granted."""
+    _require(session, "idle")
+    return replace(
+        session,
+        phase="training",
+        assignment=assignment,
+        micro_batch=micro_batch,
+        last_version=assignment.version,
+    )
+
+
+def trained(session: Session, update: Update) -> Session:
+    """The adapter is finished and lies in the outbox."""
+    _require(session, "training")
+    return replace(session, phase="outbox", update=update)
+
+
+def delivered(session: Session, current_version: int) -> Session:
+    """The coordinator has the update on disk."""
+    _require(session, "outbox")
+    return replace(_idle(session), delivered=session.delivered + 1, last_version=current_version)
+
+
+def dropped(session: Session) -> Session:
+    """The work can no longer count: told to abandon it, or the update was refused."""
+    _require(session, "training", "outbox")
+    return _idle(session)
+
+
+def _idle(session: Session) -> Session:
+    return replace(session, phase="idle", assignment=None, micro_batch=0, update=None)
+
+
+def _require(session: Session, *phases: Phase) -> None:
+    if session.phase not in phases:
+        raise InternalError(f"a session in phase {session.phase} cannot do this; expected {' or '.join(phases)}")

@@ -1,0 +1,158 @@
+"""One device's connection to its coordinator: records and files over HTTP, each call one attempt.
+
+Nothing here waits and tries again by itself: an attempt that reaches nobody raises Unreachable, and the agent
+decides when the next one is due. What is worth keeping of a broken transfer is kept, so that the next attempt
+continues at the right byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from edge_sdk.core import messages
+from edge_sdk.core.errors import EdgeError, OurFault, ProtocolError, Unreachable, from_problem
+from edge_sdk.core.messages import (
+    Ask,
+    Assignment,
+    Federation,
+    Heartbeat,
+    HeartbeatReply,
+    JoinReply,
+    JoinRequest,
+    NotNow,
+    Status,
+    Update,
+    UpdateReply,
+)
+from edge_sdk.core.records import from_json, to_json
+
+Record = TypeVar("Record")
+TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+CHUNK_BYTES = 256 << 10
+
+
+class Transport:
+    """Calls of one device. `token` is its credential, or the join token before it has one."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def federation(self) -> Federation:
+        """What there is to take part in."""
+        return self._record(Federation, self._send("GET", messages.FEDERATION))
+
+    def join(self, request: JoinRequest) -> JoinReply:
+        """Enrol with the join token."""
+        return self._record(JoinReply, self._send("POST", messages.JOIN, json=to_json(request)))
+
+    def ask(self, ask: Ask) -> Assignment | NotNow:
+        """Ask for work."""
+        response = self._send("POST", messages.ASSIGNMENTS, json=to_json(ask), accept=(503,))
+        if response.status_code == 503:
+            return self._record(NotNow, response)
+        return self._record(Assignment, response)
+
+    def heartbeat(self, assignment: str, beat: Heartbeat) -> HeartbeatReply:
+        """Report progress."""
+        route = messages.HEARTBEAT.format(id=assignment)
+        return self._record(HeartbeatReply, self._send("POST", route, json=to_json(beat)))
+
+    def status(self) -> Status:
+        """The federation at a glance."""
+        return self._record(Status, self._send("GET", messages.STATUS))
+
+    def upload(self, assignment: str, path: Path) -> None:
+        """Send what the coordinator does not have yet of the file."""
+        route = messages.UPLOAD.format(id=assignment)
+        text = self._send("HEAD", route).headers.get(messages.UPLOAD_OFFSET, "")
+        if not text.isdigit():
+            raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
+        offset = int(text)
+        if offset >= path.stat().st_size:
+            return
+        headers = {messages.UPLOAD_OFFSET: str(offset), "Content-Type": messages.OFFSET_CONTENT_TYPE}
+        self._send("PATCH", route, content=_bytes_from(path, offset), headers=headers)
+
+    def deliver(self, assignment: str, update: Update) -> UpdateReply:
+        """Say what was uploaded. Safe to repeat: the same update counts once."""
+        route = messages.UPDATE.format(id=assignment)
+        return self._record(UpdateReply, self._send("POST", route, json=to_json(update)))
+
+    def download(self, version: int, rank: int, path: Path) -> None:
+        """Fetch the adapter of a version at a rank; a broken download continues where it stopped."""
+        part = path.with_name(path.name + ".part")
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-"} if have else {}
+        route = messages.ADAPTER.format(version=version, rank=rank)
+        try:
+            with self._http.stream("GET", route, headers=headers) as response:
+                if response.status_code == 416:  # the part is whole or not ours: start over
+                    part.unlink()
+                    raise Unreachable("the partial download did not fit; it starts over")
+                if response.is_error:
+                    response.read()
+                    raise _error_of(response)
+                with part.open("ab" if response.status_code == 206 else "wb") as file:
+                    for chunk in response.iter_bytes(CHUNK_BYTES):
+                        file.write(chunk)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        part.replace(path)
+
+    def _send(self, method: str, route: str, accept: tuple[int, ...] = (), **arguments: Any) -> httpx.Response:
+        """One attempt; a refusal comes back as the error that its problem document names."""
+        try:
+            response = self._http.request(method, route, **arguments)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        if response.is_error and not (response.status_code in accept and _is_record(response)):
+            raise _error_of(response)
+        return response
+
+    def _record(self, kind: type[Record], response: httpx.Response) -> Record:
+        try:
+            value = response.json()
+        except ValueError as error:
+            raise Unreachable(f"{self.url} does not answer like a coordinator; check the address") from error
+        return from_json(kind, value)
+
+    def _unreachable(self, error: httpx.TransportError) -> Unreachable:
+        reason = str(error) or type(error).__name__
+        return Unreachable(f"no coordinator answers at {self.url} ({reason}); check the address and that it runs")
+
+
+def _bytes_from(path: Path, offset: int) -> Iterator[bytes]:
+    """A file from `offset` on, in pieces."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def _is_record(response: httpx.Response) -> bool:
+    return response.headers.get("Content-Type", "").startswith("application/json")
+
+
+def _error_of(response: httpx.Response) -> EdgeError:
+    """The error behind a refusal. What is no problem document comes from a proxy or a stranger."""
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and "title" in document:
+        return from_problem(document)
+    text = json.dumps(response.text[:80])
+    if response.status_code >= 500 or response.status_code in (408, 429):
+        return OurFault(f"the server answered {response.status_code}: {text}")
+    return ProtocolError(f"{response.request.url} answered {response.status_code}: {text}; is it a coordinator?")
