@@ -246,9 +246,15 @@ def from_peft(config: Mapping[str, Any], tensors: Mapping[str, Matrix]) -> Adapt
     """Fold a PEFT adapter (its config and its saved tensors) into factors.
 
     Honours `lora_alpha`, `rank_pattern` (through the shapes), `alpha_pattern` and `use_rslora`.
+
+    Raises:
+        AdapterError: a tensor is not the A or B of a linear layer, or its other half is missing.
     """
     adapter = {}
     for name in sorted({_module_of(tensor) for tensor in tensors}):
+        for suffix in (SUFFIX_A, SUFFIX_B):
+            if PREFIX + name + suffix not in tensors:
+                raise AdapterError(f"tensor {PREFIX + name + suffix} is missing")
         a = np.asarray(tensors[PREFIX + name + SUFFIX_A], dtype=np.float32)
         b = np.asarray(tensors[PREFIX + name + SUFFIX_B], dtype=np.float32)
         s = peft_module_scaling(config, name, a.shape[0])

@@ -1,0 +1,157 @@
+"""Adapters to bytes and back, in memory, in pieces and through PEFT's config."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from edge_sdk.core import codec
+from edge_sdk.core.errors import AdapterError, TooLarge
+from edge_sdk.core.lora import LoraFactors, Matrix
+from tests.core.draws import factors, seeds
+
+NAME = st.from_regex(r"model(\.[a-z_0-9]{1,8}){1,3}", fullmatch=True)
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> tuple[dict[str, LoraFactors], int]:
+    """An adapter of one rank, where a module narrower than it holds min(out, in), and that rank."""
+    rank = draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(seeds))
+    names = draw(st.lists(NAME, min_size=1, max_size=4, unique=True))
+    made = {}
+    for name in names:
+        out, inp = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+        made[name] = factors(rng, out, inp, min(rank, out, inp))
+    return made, rank
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("codec") / "adapter_model.safetensors"
+
+
+@given(drawn=adapters(), scaling=st.sampled_from([1.0, 2.0, 0.3, 16.0]))
+def test_round_trip(path: Path, drawn: tuple[dict[str, LoraFactors], int], scaling: float) -> None:
+    adapter, rank = drawn
+    shapes = {name: f.shape for name, f in adapter.items()}
+    path.write_bytes(codec.encode(adapter, scaling))
+    file = codec.open_adapter(path, shapes, rank, scaling, codec.max_adapter_bytes(shapes, rank))
+    assert file.ranks == {name: f.rank for name, f in adapter.items()}
+    read = dict(file.modules())
+    assert list(read) == sorted(adapter)
+    for name, f in adapter.items():
+        np.testing.assert_allclose(read[name].b, f.b, rtol=3e-7)
+        np.testing.assert_array_equal(read[name].a, f.a)
+        one = file.module(name)
+        np.testing.assert_array_equal(one.b, read[name].b)
+        assert one.b.dtype == one.a.dtype == np.float32
+    own = codec.open_own(path, scaling)
+    assert own.ranks == file.ranks
+
+
+@given(drawn=adapters())
+def test_safetensors_reads_what_we_write(drawn: tuple[dict[str, LoraFactors], int]) -> None:
+    adapter, _ = drawn
+    tensors = load_tensors(codec.encode(adapter, 2.0))
+    assert len(tensors) == 2 * len(adapter)
+    for name, f in adapter.items():
+        np.testing.assert_array_equal(tensors[f"base_model.model.{name}.lora_A.weight"], f.a)
+        np.testing.assert_array_equal(tensors[f"base_model.model.{name}.lora_B.weight"], f.b / 2)
+
+
+@given(drawn=adapters())
+def test_the_same_values_are_the_same_bytes(drawn: tuple[dict[str, LoraFactors], int]) -> None:
+    adapter, _ = drawn
+    turned = {
+        name: LoraFactors(np.asfortranarray(f.b), np.asfortranarray(f.a))
+        for name, f in reversed(adapter.items())
+    }
+    assert codec.encode(turned, 2.0) == codec.encode(adapter, 2.0)
+
+
+def test_float16_is_read(path: Path) -> None:
+    a, b = np.full((2, 5), 0.5, np.float16), np.full((4, 2), 0.25, np.float16)
+    tensors = {codec.PREFIX + "x" + codec.SUFFIX_A: a, codec.PREFIX + "x" + codec.SUFFIX_B: b}
+    path.write_bytes(save_tensors(tensors))
+    read = codec.open_adapter(path, {"x": (4, 5)}, 2, 2.0, 10_000).module("x")
+    np.testing.assert_array_equal(read.product(), np.full((4, 5), 0.5, np.float32))
+
+
+def test_chunks_must_be_what_the_header_announced() -> None:
+    rng = np.random.default_rng(0)
+    f = factors(rng, 4, 5, 2)
+    with pytest.raises(AdapterError, match="module y is not the x"):
+        b"".join(codec.encode_chunks({"x": (4, 5)}, {"x": 2}, 1.0, [("y", f)]))
+    with pytest.raises(AdapterError, match="module x"):
+        b"".join(codec.encode_chunks({"x": (4, 5)}, {"x": 3}, 1.0, [("x", f)]))
+
+
+@given(drawn=adapters())
+def test_the_cap_of_a_rank_holds_its_adapter(drawn: tuple[dict[str, LoraFactors], int]) -> None:
+    adapter, rank = drawn
+    shapes = {name: f.shape for name, f in adapter.items()}
+    assert len(codec.encode(adapter, 1.0)) <= codec.max_adapter_bytes(shapes, rank)
+
+
+def test_a_file_over_its_cap_is_refused_before_it_is_read(path: Path) -> None:
+    path.write_bytes(b"x" * 101)
+    with pytest.raises(TooLarge, match="101 bytes, more than the 100"):
+        codec.open_adapter(path, {"x": (4, 5)}, 2, 1.0, 100)
+
+
+# --- PEFT's config --------------------------------------------------------------------------------
+
+
+@given(drawn=adapters(), scaling=st.sampled_from([1.0, 2.0, 0.5]))
+def test_config_and_tensors_fold_back(drawn: tuple[dict[str, LoraFactors], int], scaling: float) -> None:
+    """What peft computes from our file and our config is the product that we put in."""
+    adapter, rank = drawn
+    config = codec.peft_config("tiny", {name: f.shape for name, f in adapter.items()}, rank, scaling)
+    back = codec.from_peft(config, load_tensors(codec.encode(adapter, scaling)))
+    assert set(back) == set(adapter)
+    for name, f in adapter.items():
+        np.testing.assert_allclose(back[name].product(), f.product(), rtol=1e-5, atol=1e-6 * f.norm())
+
+
+def test_folding_by_hand() -> None:
+    """s of r = 4: 16/4 = 4; of up, r = 2 and alpha 8: 4; with rsLoRA 16/√4 = 8 and 8/√2."""
+    tensors: dict[str, Matrix] = {}
+    for name, r in (("q", 4), ("up", 2)):
+        tensors[codec.PREFIX + name + codec.SUFFIX_A] = np.ones((r, 3), np.float32)
+        tensors[codec.PREFIX + name + codec.SUFFIX_B] = np.ones((5, r), np.float32)
+    config = {"r": 4, "lora_alpha": 16, "rank_pattern": {"up": 2}, "alpha_pattern": {"up": 8}}
+    folded = codec.from_peft(config, tensors)
+    assert folded["q"].product()[0, 0] == 16
+    assert folded["up"].product()[0, 0] == 8
+    folded = codec.from_peft(config | {"use_rslora": True}, tensors)
+    assert folded["q"].product()[0, 0] == 32
+    assert folded["up"].product()[0, 0] == pytest.approx(16 / 2**0.5)
+
+
+def test_half_a_module_is_not_folded() -> None:
+    half = {codec.PREFIX + "q" + codec.SUFFIX_A: np.ones((4, 3), np.float32)}
+    with pytest.raises(AdapterError, match=r"tensor base_model\.model\.q\.lora_B\.weight is missing"):
+        codec.from_peft({"lora_alpha": 16}, half)
+
+
+def test_config_of_narrow_modules() -> None:
+    config = codec.peft_config("tiny", {"a.q": (8, 8), "a.k": (2, 8)}, 4, 2.0)
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert config["rank_pattern"] == {"^a.k": 2}
+    assert config["alpha_pattern"] == {"^a.k": 4}
+    assert re.match(r"(.*\.)?(^a.k)$", "a.k")
+    assert config["target_modules"] == ["a.k", "a.q"]
+
+
+def test_sha256(path: Path) -> None:
+    path.write_bytes(b"abc" * 100_000)
+    assert codec.sha256_file(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
