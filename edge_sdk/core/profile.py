@@ -51,7 +51,7 @@ class DeviceProfile:
     accelerator: Accelerator | None = None
     disk_free_bytes: int | None = None
     on_battery: bool | None = None
-    gflops: float | None = None  # float32 matrix product on `threads` threads
+    gflops: float | None = None  # of a float32 matrix product on the CPU
 
     def __post_init__(self) -> None:
         for label, value in _counts(self):
@@ -69,16 +69,17 @@ class DeviceProfile:
         gpu = _free(self.accelerator.memory_total_bytes, self.accelerator.memory_free_bytes)
         return min(ram, gpu) if self.accelerator.shared else gpu
 
-    def to_text(self) -> dict[str, str]:
-        """The profile as flat text values, for `JoinRequest.profile`; unknown fields are left out."""
-        flat: dict[str, str] = {}
-        for key, value in asdict(self).items():
-            nested = value.items() if isinstance(value, dict) else [(None, value)]
-            for inner, item in nested:
-                if item is not None:
-                    text = item if isinstance(item, str) else json.dumps(item)
-                    flat[key if inner is None else f"{key}.{inner}"] = text
-        return flat
+    def summary(self) -> dict[str, str]:
+        """Flat text values for `JoinRequest.profile`. The name stays here: a host name can be a person's."""
+        values = asdict(self)
+        accelerator = values.pop("accelerator") or {}
+        values.update({f"accelerator.{key}": value for key, value in accelerator.items()})
+        del values["name"]
+        return {
+            key: value if isinstance(value, str) else json.dumps(value)
+            for key, value in values.items()
+            if value is not None
+        }
 
 
 def _counts(profile: DeviceProfile) -> Iterator[tuple[str, float]]:
