@@ -1,1 +1,1 @@
-"""Data only: one TOML file per device class. Installed as `edge_sdk.profiles`, read by importlib.resources."""
+"""Data only: one TOML file per device class, installed as `edge_sdk.profiles`."""
