@@ -11,46 +11,26 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from edge_sdk.core.codec import sha256_file
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Base
+from edge_sdk.model_files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
 
-TINY = "tiny"
+__all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
+
 ALL_LINEAR = "all-linear"
 Dtype = Literal["auto", "float32", "bfloat16"]
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
-# Keys of config.json that differ between copies of one model and change nothing in what it computes here.
-VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
 # Loading fewer bytes than this takes about a second at most, so that no bar is shown for it.
 QUIET_BYTES = 256 << 20
@@ -77,55 +57,6 @@ class LoadedBase:
         return int(limit) if limit else None
 
 
-# --- finding -------------------------------------------------------------------------------------
-
-
-def resolve(model: str) -> Path:
-    """The directory of a model: the embedded `tiny`, a directory, or a Hugging Face id (downloaded once).
-
-    Raises:
-        InputError: nothing there, or the hub cannot be reached or does not give it; one line.
-    """
-    directory = Path(__file__).parent / TINY if model == TINY else Path(model).expanduser()
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise InputError(f"{directory}: holds no config.json; name the directory of a Hugging Face model")
-        return directory
-    if model == TINY or model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1:
-        raise InputError(f"{model}: no such model directory")
-    return _download(model)
-
-
-def _download(model: str) -> Path:
-    """A snapshot of a hub model: configuration, tokeniser and safetensors, not its other formats."""
-    wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    unwanted = ["*/*", "consolidated*"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=unwanted))
-    except GatedRepoError as error:
-        raise InputError(f"{model}: this model is gated; accept its licence on the hub and log in") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(f"{model}: no such directory, and no such model on the Hugging Face hub") from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise InputError(
-            f"{model}: not downloaded yet, and the Hugging Face hub cannot be reached; "
-            f"check the network, or name a directory or {TINY!r}"
-        ) from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that loading would read; other copies beside them do not count."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        if not (directory / name).is_file():
-            raise InputError(f"{directory}: {name} is missing; the weights must be there as safetensors")
-    return [directory / name for name in names]
-
-
 # --- identity ------------------------------------------------------------------------------------
 
 
@@ -142,11 +73,9 @@ def describe(model: str, targets: str = ALL_LINEAR, digests: Path | None = None)
     """
     directory = resolve(model)
     modules = target_modules(directory, targets)
-    weights = _weight_files(directory)
-    tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     identity = {
-        "config": _normalised(json.loads((directory / "config.json").read_text(encoding="utf-8"))),
-        "files": _digests(tokenizer + weights, digests),
+        "config": normalised(read_config(directory)),
+        "files": file_digests(tokenizer_files(directory) + weight_files(directory), digests),
         "targets": sorted(modules),
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
@@ -191,40 +120,6 @@ def _block_linears(model: Any) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _normalised(value: Any) -> Any:
-    """A configuration without its volatile keys, at every depth."""
-    if isinstance(value, dict):
-        return {key: _normalised(item) for key, item in value.items() if key not in VOLATILE_KEYS}
-    return [_normalised(item) for item in value] if isinstance(value, list) else value
-
-
-def _digests(files: list[Path], remembered: Path | None) -> dict[str, str]:
-    """File name -> SHA-256 in hex; digests in `remembered` are used while size and mtime stay the same."""
-    known = _read_digests(remembered) if remembered else {}
-    found, fresh = {}, False
-    for path in files:
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if key not in known:
-            known[key], fresh = sha256_file(path), True
-        found[path.name] = known[key]
-    if remembered and fresh:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        beside = remembered.with_name(f"{remembered.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known, indent=0), encoding="utf-8")
-        beside.replace(remembered)
-    return found
-
-
-def _read_digests(path: Path) -> dict[str, str]:
-    """What `_digests` wrote; a missing or damaged file only means that the files are read again."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return {str(k): str(v) for k, v in known.items()} if isinstance(known, Mapping) else {}
-
-
 # --- loading -------------------------------------------------------------------------------------
 
 
@@ -241,7 +136,7 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
         InputError: no such model or device, or a tokeniser without an end-of-text token.
     """
     directory = resolve(model)
-    weights = _weight_files(directory)
+    weights = weight_files(directory)
     place = _device(device)
     tokenizer = _tokenizer(directory)
     compute = _compute_dtype(place) if dtype == "auto" else getattr(torch, dtype)
@@ -261,6 +156,11 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
         _keep_trainable(loaded)
     transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
     return LoadedBase(loaded, tokenizer, place, quantise, transposed)
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute on this many threads, in the whole process. The caller decides: it is his machine."""
+    torch.set_num_threads(count)
 
 
 def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:

@@ -37,7 +37,7 @@ class Progress:
 
 
 def write(path: Path, identity: Mapping[str, Any], progress: Progress, tensors: Mapping[str, Matrix]) -> None:
-    """Write beside `path`, flush to the disk and move into place: a kill leaves the old file or the new one."""
+    """Write beside `path`, flush to the disk and move into place: a kill leaves the old or the new file."""
     metadata = {
         "identity": json.dumps(identity, sort_keys=True),
         "progress": json.dumps(dataclasses.asdict(progress)),

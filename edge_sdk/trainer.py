@@ -7,16 +7,11 @@ factors, which both follow from `Start.seed`: no dropout, and no global random s
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import inspect
 import math
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,93 +21,34 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from edge_sdk import checkpoint as checkpoints
+from edge_sdk.adapter_places import CARRIED, LOCAL, AdapterPlaces
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.checkpoint import Progress
-from edge_sdk.core.codec import Shapes, peft_config
-from edge_sdk.core.errors import AdapterError, InputError
+from edge_sdk.core.codec import Shapes
+from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
 from edge_sdk.core.messages import Directive
 from edge_sdk.dataset import IGNORED, Tokenised, collate, prompt_ids
+from edge_sdk.training import (
+    Abandoned,
+    Evaluation,
+    Plan,
+    Start,
+    StepReport,
+    Trained,
+    batch_indices,
+    identity,
+    rest,
+)
 
-LOCAL, CARRIED = "local", "carried"  # the two places of an adapter in the PEFT model
+__all__ = ["Abandoned", "Evaluation", "Plan", "Start", "StepReport", "Trained", "Trainer"]
 
 # Adam's first steps have the full size whatever the gradient says, so they are taken small: linear over the
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.
 WARM_UP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
-REST_SLICE_S = 0.5  # in calm mode the caller is heard at least this often
 GENERATION_BATCH = 16
-
-
-class Abandoned(Exception):  # noqa: N818
-    """`on_step` answered `abandon`: the assignment is worth nothing any more. Not an error."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """What to train. Rule `flexlora`: `adapter`, trained itself. Rule `carry`: `carried` frozen (None at the
-    first version) with fresh factors of `rank` on top. A module narrower than `rank` has min(out, in)."""
-
-    adapter: Adapter | None
-    carried: Adapter | None
-    rank: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to train. `micro_batch` and `duty` suit the device and leave the result the same (but for rounding).
-
-    `duty`: the share of wall time that may be spent computing; below 1 the trainer rests between steps.
-    """
-
-    steps: int
-    batch: int
-    micro_batch: int
-    sequence_len: int
-    learning_rate: float
-    duty: float = 1.0
-    checkpoint_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        if min(self.steps, self.batch, self.micro_batch) < 1 or not 0 < self.duty <= 1:
-            raise InputError(
-                f"steps {self.steps}, batch {self.batch} and micro-batch {self.micro_batch} must be at least 1, "
-                f"and duty {self.duty} above 0 and at most 1"
-            )
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """After a step: its number (1 …), mean loss per label token, examples and computing time so far."""
-
-    step: int
-    steps: int
-    loss: float
-    examples: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The outcome. `loss_before` and `loss_after` are the training losses of the first and the last step;
-    `seconds` is computing time without rests, over all parts of a resumed run."""
-
-    adapter: Adapter
-    steps: int
-    examples: int
-    loss_before: float
-    loss_after: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean cross-entropy per label token (nats), and how many tokens that is over."""
-
-    loss: float
-    tokens: int
 
 
 class Trainer:
@@ -129,15 +65,9 @@ class Trainer:
         self, base: LoadedBase, shapes: Shapes, scaling: float, progress: bool | None = None
     ) -> None:
         self._base, self._shapes, self._scaling = base, dict(shapes), scaling
-        self._bars = sys.stderr.isatty() if progress is None else progress
         self._selects_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
-        with _without_peft_notices():
-            from peft import get_peft_model
-
-            self._peft = get_peft_model(
-                base.model, self._config(1), adapter_name=LOCAL, low_cpu_mem_usage=True
-            )
-        self._remove(LOCAL)
+        self._places = AdapterPlaces(base, shapes, scaling)
+        self._bars = sys.stderr.isatty() if progress is None else progress
 
     # --- training ----------------------------------------------------------------------------
 
@@ -157,50 +87,45 @@ class Trainer:
 
         Raises:
             Abandoned: `on_step` said so.
-            InputError: no examples, rows longer than the plan or the model allows, or a loss that is not finite.
+            InputError: no examples, rows longer than the plan or the model allows, or training that diverged.
             AdapterError: factors that do not fit the modules.
         """
         self._check_rows(examples, plan.sequence_len)
         adapter = self._starting_factors(start)
-        with self._installed({LOCAL: adapter, CARRIED: start.carried}):
-            run = _Run(self._trainable(), plan)
-            identity = _identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
-            if checkpoint and (found := checkpoints.read(checkpoint, identity)):
+        with self._places.installed({LOCAL: adapter, CARRIED: start.carried}):
+            run = _Run(self._places.trainable(), plan)
+            marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
+            if checkpoint and (found := checkpoints.read(checkpoint, marks)):
                 run.restore(*found)
-            save = (lambda: checkpoints.write(checkpoint, identity, *run.state())) if checkpoint else None
-            self._loop(run, start.seed, examples, on_step, save)
-            done = run.progress
-            return Trained(
-                self._factors(LOCAL), done.step, done.examples, done.loss_first, done.loss_last, done.seconds
-            )
+            save = (lambda: checkpoints.write(checkpoint, marks, *run.state())) if checkpoint else None
+            with _bar("training", plan.steps, self._bars, run.progress.step) as bar:
+                self._loop(run, _batches(examples, plan, start.seed, run.progress.step), on_step, save, bar)
+            done, factors = run.progress, self._places.factors(LOCAL)
+        return Trained(factors, done.step, done.examples, done.loss_first, done.loss_last, done.seconds)
 
     def _loop(
         self,
         run: _Run,
-        seed: int,
-        examples: Sequence[Tokenised],
+        batches: Iterable[Sequence[Tokenised]],
         on_step: Callable[[StepReport], Directive],
         save: Callable[[], None] | None,
+        bar: Any,
     ) -> None:
-        """Steps until the plan is done or the caller says finish."""
-        plan, saved_at = run.plan, time.monotonic()
-        with self._bar("training", plan.steps, run.progress.step) as bar:
-            while run.progress.step < plan.steps:
-                began = time.monotonic()
-                rows = [
-                    examples[i] for i in batch_indices(len(examples), plan.batch, run.progress.step, seed)
-                ]
-                loss = self._step(run, rows)
-                now = time.monotonic()
-                run.advance(loss, len(rows), now - began)
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-                if save and now - saved_at >= plan.checkpoint_s:
-                    save()
-                    saved_at = now
-                resting_until = now + (now - began) * (1 / plan.duty - 1)
-                if _rest(resting_until, run.report(loss), on_step) == "finish":
-                    return
+        """Steps until the batches of the plan are done or the caller says finish."""
+        saved_at = time.monotonic()
+        for rows in batches:
+            began = time.monotonic()
+            loss = self._step(run, rows)
+            now = time.monotonic()
+            run.advance(loss, len(rows), now - began)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if save and now - saved_at >= run.plan.checkpoint_s:
+                save()
+                saved_at = now
+            resting_until = now + (now - began) * (1 / run.plan.duty - 1)
+            if rest(resting_until, run.report(loss), on_step) == "finish":
+                return
 
     def _step(self, run: _Run, rows: Sequence[Tokenised]) -> float:
         """One optimiser step on `rows`; the mean loss per label token before it.
@@ -217,8 +142,8 @@ class Trainer:
         norm = run.clip()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise InputError(
-                f"training diverged at step {run.progress.step + 1} (loss {loss:.3g}, gradient norm {norm:.3g}); "
-                f"lower the learning rate, now {run.plan.learning_rate:g}"
+                f"training diverged at step {run.progress.step + 1} (loss {loss:.3g}, gradient "
+                f"norm {norm:.3g}); lower the learning rate, now {run.plan.learning_rate:g}"
             )
         run.update()
         return loss
@@ -243,27 +168,25 @@ class Trainer:
         counted = targets != IGNORED
         return torch.nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
 
-    def _check_rows(self, rows: Sequence[Tokenised], limit: int) -> None:
+    def _check_rows(self, rows: Sequence[Tokenised], sequence_len: int | None = None) -> None:
         """Refuse rows that the plan or the model has no place for."""
         if not rows:
             raise InputError("there are no examples to train on or to evaluate")
         longest = max(len(row.ids) for row in rows)
-        limit = min(limit, self._base.max_positions or limit)
+        limit = min(sequence_len or longest, self._base.max_positions or longest)
         if longest > limit:
-            raise InputError(
-                f"a row has {longest} tokens, more than {limit}; tokenise with that sequence_len"
-            )
+            raise InputError(f"a row has {longest} tokens, more than {limit}; lower sequence_len to that")
 
     # --- asking ------------------------------------------------------------------------------
 
     def evaluate(self, adapter: Adapter | None, examples: Sequence[Tokenised], batch: int = 16) -> Evaluation:
         """Mean loss per label token of the base with `adapter` (None: the base alone)."""
-        self._check_rows(examples, max(len(row.ids) for row in examples) if examples else 0)
+        self._check_rows(examples)
         ordered = sorted(examples, key=lambda row: len(row.ids))
         tokens = sum(row.label_tokens for row in ordered)
         total = 0.0
-        bar = self._bar("evaluating", len(ordered))
-        with self._installed({CARRIED: adapter}), torch.no_grad(), bar:
+        bar = _bar("evaluating", len(ordered), self._bars)
+        with self._places.installed({CARRIED: adapter}), torch.no_grad(), bar:
             for begin in range(0, len(ordered), batch):
                 rows = ordered[begin : begin + batch]
                 total += self._loss_sum(rows).item()
@@ -280,8 +203,8 @@ class Trainer:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=self._end_tokens(),
         )
-        bar = self._bar("generating", len(prompts))
-        with self._installed({CARRIED: adapter}), torch.no_grad(), bar:
+        bar = _bar("generating", len(prompts), self._bars)
+        with self._places.installed({CARRIED: adapter}), torch.no_grad(), bar:
             for begin in range(0, len(prompts), GENERATION_BATCH):
                 part = prompts[begin : begin + GENERATION_BATCH]
                 ids, mask = _left_padded(
@@ -302,116 +225,20 @@ class Trainer:
         named = named if isinstance(named, list) else [] if named is None else [named]
         return sorted({int(self._base.tokenizer.eos_token_id), *map(int, named)})
 
-    def _bar(self, label: str, total: int, initial: int = 0) -> Any:
-        """A progress bar that appears after a second."""
-        return tqdm(
-            desc=label,
-            total=total,
-            initial=initial,
-            delay=1.0,
-            disable=not self._bars,
-            leave=False,
-            file=sys.stderr,
-        )
-
-    # --- adapters in the PEFT model ----------------------------------------------------------
-
-    @contextmanager
-    def _installed(self, adapters: Mapping[str, Adapter | None]) -> Iterator[None]:
-        """Put adapters in their places, active all at once, gradients for LOCAL alone; take them out after."""
-        present = {name: adapter for name, adapter in adapters.items() if adapter is not None}
-        try:
-            for name, adapter in present.items():
-                self._install(name, adapter)
-            self._peft.base_model.set_adapter(list(present), inference_mode=True)
-            if LOCAL in present:
-                self._peft.base_model.set_requires_grad(LOCAL, requires_grad=True)
-            yield
-        finally:
-            for name in present:
-                self._remove(name)
-
-    def _install(self, name: str, adapter: Adapter) -> None:
-        """Add an adapter under `name`. A module that holds less than the adapter's rank is padded with zeros."""
-        self._check_modules(adapter)
-        rank = max(factors.rank for factors in adapter.values())
-        with _without_peft_notices():
-            self._peft.add_adapter(name, self._config(rank), low_cpu_mem_usage=True)
-        for module, shape in self._shapes.items():
-            full = pad(adapter[module], min(rank, *shape), f"{name}/{module}")
-            a, b = self._weights(module, name)
-            a.weight = self._parameter(full.a)
-            b.weight = self._parameter(full.b / np.float32(self._scaling))
-
-    def _remove(self, name: str) -> None:
-        """Delete an adapter, which must not be active at that moment, or PEFT warns that it picks another."""
-        self._peft.base_model.set_adapter([])
-        if name in self._peft.peft_config:
-            self._peft.base_model.delete_adapter(name)
-
-    def _weights(self, module: str, name: str) -> tuple[Any, Any]:
-        """The A and B layers of `module` in the adapter `name`."""
-        layer = self._base.model.get_submodule(module)
-        return layer.lora_A[name], layer.lora_B[name]
-
-    def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        """`{module}.a` and `{module}.b` -> parameter of LOCAL, in a stable order."""
-        found = {}
-        for module in sorted(self._shapes):
-            a, b = self._weights(module, LOCAL)
-            found[f"{module}.a"], found[f"{module}.b"] = a.weight, b.weight
-        return found
-
-    def _factors(self, name: str) -> dict[str, LoraFactors]:
-        """Copies of an adapter's factors, folded."""
-        adapter = {}
-        for module in self._shapes:
-            a, b = (layer.weight.detach().cpu().numpy() for layer in self._weights(module, name))
-            adapter[module] = LoraFactors(b * np.float32(self._scaling), a.copy())
-        return adapter
-
     def _starting_factors(self, start: Start) -> Adapter:
-        """The factors to train: those given, filled up to the rank, or fresh ones (B = 0, A from the seed)."""
-        given = start.adapter
-        if given is None:
-            empty = {
-                m: LoraFactors(np.zeros((o, 0), np.float32), np.zeros((0, i), np.float32))
-                for m, (o, i) in self._shapes.items()
-            }
-            given = empty
-        self._check_modules(given)
-        filled = {}
-        for module, shape in self._shapes.items():
-            rank = min(start.rank, *shape)
-            if given[module].rank > rank:
-                raise AdapterError(f"module {module} has rank {given[module].rank}, the assignment {rank}")
-            filled[module] = pad(given[module], rank, f"{start.seed}/{module}")
-        return filled
-
-    def _check_modules(self, adapter: Adapter) -> None:
-        """An adapter holds exactly the target modules, in their shapes."""
-        for module in sorted(set(self._shapes) ^ set(adapter)):
-            raise AdapterError(
-                f"module {module} is {'missing' if module in self._shapes else 'no target here'}"
-            )
-        for module, shape in self._shapes.items():
-            if adapter[module].shape != shape:
-                raise AdapterError(f"module {module} has shape {adapter[module].shape}, expected {shape}")
-            if adapter[module].rank > min(shape):
-                raise AdapterError(f"module {module} has rank {adapter[module].rank}, more than {min(shape)}")
-
-    def _config(self, rank: int) -> Any:
-        """The PEFT configuration that an exported adapter of `rank` has, with `fan_in_fan_out` as it is here."""
-        from peft import LoraConfig  # imports bitsandbytes, which base_model.load has done quietly
-
-        settings = peft_config("", self._shapes, rank, self._scaling)
-        del settings["peft_type"], settings["base_model_name_or_path"]
-        return LoraConfig(**settings, fan_in_fan_out=self._base.fan_in_fan_out)
-
-    def _parameter(self, values: Matrix) -> torch.nn.Parameter:
-        """Factors are held and trained in float32, whatever the base computes in."""
-        tensor = torch.tensor(np.asarray(values, dtype=np.float32), device=self._base.device)
-        return torch.nn.Parameter(tensor, requires_grad=False)
+        """The factors to train: those given, filled up to the rank, or fresh (B = 0, A from the seed)."""
+        if start.rank < 1:
+            raise InputError(f"rank {start.rank} is impossible; train at least rank 1")
+        empty = {
+            module: LoraFactors(np.zeros((out, 0), np.float32), np.zeros((0, in_), np.float32))
+            for module, (out, in_) in self._shapes.items()
+        }
+        given = empty if start.adapter is None else start.adapter
+        self._places.check(given, start.rank)
+        return {
+            module: pad(given[module], min(start.rank, *shape), f"{start.seed}/{module}")
+            for module, shape in self._shapes.items()
+        }
 
 
 class _Run:
@@ -472,49 +299,19 @@ class _Run:
             self._optimizer.state[parameter] = {"step": step, "exp_avg": parts[1], "exp_avg_sq": parts[2]}
 
 
-def batch_indices(examples: int, batch: int, step: int, seed: int) -> list[int]:
-    """Which examples step `step` (from 0) takes: successive seeded permutations of all, cut into batches."""
-    picked = []
-    for position in range(step * batch, (step + 1) * batch):
-        epoch, place = divmod(position, examples)
-        picked.append(int(np.random.default_rng([seed, epoch]).permutation(examples)[place]))
-    return picked
+def _batches(
+    examples: Sequence[Tokenised], plan: Plan, seed: int, first_step: int
+) -> Iterator[Sequence[Tokenised]]:
+    """The rows of each step from `first_step` on."""
+    for step in range(first_step, plan.steps):
+        yield [examples[index] for index in batch_indices(len(examples), plan.batch, step, seed)]
 
 
-def _rest(until: float, report: StepReport, on_step: Callable[[StepReport], Directive]) -> Directive:
-    """Report a step, then sleep until the monotonic time `until`, asking again every half second."""
-    while True:
-        directive = on_step(report)
-        if directive == "abandon":
-            raise Abandoned
-        remaining = until - time.monotonic()
-        if directive == "finish" or remaining <= 0 or report.step == report.steps:
-            return directive
-        time.sleep(min(remaining, REST_SLICE_S))
-        if until - time.monotonic() <= 0:
-            return directive
-
-
-def _identity(
-    start: Start, adapter: Adapter, examples: Sequence[Tokenised], plan: Plan, scaling: float
-) -> dict[str, Any]:
-    """What a checkpoint must agree with: all that decides the result but how the device spreads the work."""
-    settings = dataclasses.asdict(plan)
-    for name in ("micro_batch", "duty", "checkpoint_s"):
-        del settings[name]
-    digest = hashlib.sha256()
-    for part in (adapter, start.carried or {}):
-        for module in sorted(part):
-            digest.update(module.encode() + part[module].b.tobytes() + part[module].a.tobytes())
-    for row in examples:
-        digest.update(np.asarray([len(row.ids), *row.ids, *row.labels], dtype=np.int64).tobytes())
-    return {
-        "seed": start.seed,
-        "rank": start.rank,
-        "scaling": scaling,
-        "content": digest.hexdigest(),
-        **settings,
-    }
+def _bar(label: str, total: int, shown: bool, initial: int = 0) -> Any:
+    """A progress bar on stderr that appears after a second."""
+    return tqdm(
+        desc=label, total=total, initial=initial, delay=1.0, disable=not shown, leave=False, file=sys.stderr
+    )
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -523,11 +320,3 @@ def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tens
     ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-@contextmanager
-def _without_peft_notices() -> Iterator[None]:
-    """PEFT reads an attribute that transformers has renamed; the notice is for PEFT, not for our callers."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        yield
