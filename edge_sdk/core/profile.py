@@ -7,9 +7,8 @@ leaves out what only a running machine can know (free memory, free disk, battery
 from __future__ import annotations
 
 import json
-import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -35,6 +34,14 @@ class Accelerator:
     memory_free_bytes: int | None = None  # None: not measured
     shared: bool = False
 
+    def __post_init__(self) -> None:
+        if self.memory_total_bytes <= 0:
+            raise InputError(
+                f"accelerator.memory_total_bytes must be positive, got {self.memory_total_bytes}"
+            )
+        if (self.memory_free_bytes or 0) < 0:
+            raise InputError("accelerator.memory_free_bytes is negative")
+
 
 @dataclass(frozen=True)
 class DeviceProfile:
@@ -54,9 +61,18 @@ class DeviceProfile:
     gflops: float | None = None  # of a float32 matrix product on the CPU
 
     def __post_init__(self) -> None:
-        for label, value in _counts(self):
-            if value < 1:
-                raise InputError(f"profile {self.name!r}: {label} must be positive, got {value}")
+        positive: dict[str, float | None] = {
+            "cores": self.cores,
+            "threads": self.threads,
+            "memory_total_bytes": self.memory_total_bytes,
+            "gflops": self.gflops,
+        }
+        for label, value in positive.items():
+            if value is not None and value <= 0:
+                raise InputError(f"{label} must be positive, got {value}")
+        for label in ("memory_available_bytes", "disk_free_bytes"):
+            if (getattr(self, label) or 0) < 0:
+                raise InputError(f"{label} is negative")
 
     def trainable_memory_bytes(self) -> int:
         """Memory that training may use: the accelerator's if there is one, and RAM where it is shared.
@@ -80,17 +96,6 @@ class DeviceProfile:
             for key, value in values.items()
             if value is not None
         }
-
-
-def _counts(profile: DeviceProfile) -> Iterator[tuple[str, float]]:
-    """The fields that must be positive."""
-    yield "cores", profile.cores
-    yield "threads", profile.threads
-    yield "memory_total_bytes", profile.memory_total_bytes
-    if profile.accelerator is not None:
-        yield "accelerator.memory_total_bytes", profile.accelerator.memory_total_bytes
-    if profile.gflops is not None:
-        yield "gflops", math.ceil(profile.gflops)
 
 
 def _free(total_bytes: int, free_bytes: int | None) -> int:

@@ -1,0 +1,1 @@
+"""Programs that show the SDK at work, and the data they use."""
