@@ -101,7 +101,9 @@ def _merged_modules(
         yield name, merged.factors
 
 
-def write_served(federation: Federation, version: int, current: Path | None, rank: int, path: str, blobs: Blobs) -> Path:
+def write_served(
+    federation: Federation, version: int, current: Path | None, rank: int, path: str, blobs: Blobs
+) -> Path:
     """Make the file that devices of `rank` start version `version` from; the same bytes for everyone."""
     shapes = federation.base.modules
     ranks = {name: min(rank, *shape) for name, shape in shapes.items()}

@@ -188,7 +188,10 @@ async def adapter(request: web.Request) -> web.StreamResponse:
     """GET the adapter of a version at a rank: immutable, so any cache may keep it."""
     _device(request)
     path = await request.app[COORDINATOR].adapter(_number(request, "version"), _number(request, "rank"))
-    headers = {"Content-Type": "application/octet-stream", "Cache-Control": "private, max-age=31536000, immutable"}
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "Cache-Control": "private, max-age=31536000, immutable",
+    }
     return web.FileResponse(path, headers=headers)
 
 

@@ -95,7 +95,7 @@ class Blobs:
         """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
 
         Raises:
-            ProtocolError: the bytes do not have this digest. They are dropped, so that the upload can restart.
+            ProtocolError: the bytes have another digest; they are dropped, so that the upload can restart.
         """
         blob, upload = self.path(digest), self.upload_path(id)
         if blob.exists():
@@ -106,7 +106,9 @@ class Blobs:
         actual = sha256_file(upload)
         if actual != digest:
             upload.unlink()
-            raise ProtocolError(f"the uploaded bytes have SHA-256 {actual[:12]}…, not {digest[:12]}…; upload again")
+            raise ProtocolError(
+                f"the uploaded bytes have SHA-256 {actual[:12]}…, not {digest[:12]}…; upload again"
+            )
         self._adopt(upload, digest)
         return blob
 

@@ -36,7 +36,15 @@ class Policy:
     max_examples: int = 10_000  # cap on the self-reported weight n_k
 
     def __post_init__(self) -> None:
-        positive = ("buffer_size", "quorum", "timeout_s", "server_learning_rate", "lease_s", "retry_s", "max_examples")
+        positive = (
+            "buffer_size",
+            "quorum",
+            "timeout_s",
+            "server_learning_rate",
+            "lease_s",
+            "retry_s",
+            "max_examples",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise InputError(f"policy.{name} is {getattr(self, name)}; it must be above 0")
@@ -215,7 +223,9 @@ class Engine:
         if held and held.rank == event.rank and now < held.expires_at:
             return [Grant(held, state.version_rank, is_new=False)]
         if state.contributed.get(event.device) == state.version:
-            return [Wait(policy.retry_s, f"your update of version {state.version} is in; the next is not due")]
+            return [
+                Wait(policy.retry_s, f"your update of version {state.version} is in; the next is not due")
+            ]
         if policy.mode == "synchronous" and len(state.granted - {event.device}) >= policy.buffer_size:
             return [Wait(policy.retry_s, f"round {state.version} has its {policy.buffer_size} devices")]
         lease = Lease(event.assignment, event.device, state.version, event.rank, now + policy.lease_s)

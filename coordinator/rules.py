@@ -14,7 +14,9 @@ from edge_sdk.core.messages import Rule
 Addends = list[tuple[float, LoraFactors]]
 
 
-def flexlora(current: LoraFactors | None, updates: Sequence[tuple[float, LoraFactors]], eta: float) -> Addends:
+def flexlora(
+    current: LoraFactors | None, updates: Sequence[tuple[float, LoraFactors]], eta: float
+) -> Addends:
     """As published: G ← Σ w_k B̃_k A_k (Bai et al. 2024, arXiv:2402.11505, section 3.2).
 
     Devices train their truncation of the global adapter itself, and their states are averaged. With η < 1

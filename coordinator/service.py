@@ -69,7 +69,7 @@ class Coordinator:
         for key, value in to_json(federation).items():
             if wanted[key] != value:
                 raise InputError(
-                    f"{folder} holds a federation with another {key}; restore that setting or use another folder"
+                    f"{folder} holds a federation with another {key}; restore that or use another folder"
                 )
         return federation
 
@@ -252,7 +252,9 @@ class Coordinator:
     def require_version(self, version: int, rank: int) -> None:
         """Raise NotFound for a version or rank that is not served."""
         if not 0 <= version <= self.engine.state.version:
-            raise NotFound(f"version {version} does not exist; the current one is {self.engine.state.version}")
+            raise NotFound(
+                f"version {version} does not exist; the current one is {self.engine.state.version}"
+            )
         if not 1 <= rank <= self.federation.rank_cap:
             raise NotFound(f"rank {rank} is not served; 1 to {self.federation.rank_cap} are")
 
@@ -295,7 +297,12 @@ class Coordinator:
         eta = self.engine.policy.server_learning_rate
         outcome = aggregation.aggregate(self.federation, eta, current, addends, self.blobs)
         version = Version(
-            effect.version, outcome.digest, outcome.rank, outcome.energy, outcome.discarded_energy, time.time()
+            effect.version,
+            outcome.digest,
+            outcome.rank,
+            outcome.energy,
+            outcome.discarded_energy,
+            time.time(),
         )
         self.store.publish(version, [(b.update, weight, tau) for b, weight, tau in effect.weights])
         return version
@@ -362,4 +369,3 @@ def _join_token(path: Path) -> str:
         path.touch(mode=0o600)
         path.write_text(secrets.token_urlsafe(16) + "\n")
     return path.read_text().strip()
-

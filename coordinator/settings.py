@@ -1,15 +1,15 @@
 """The host's configuration: one TOML file, every key checked, nothing silently ignored.
 
-    base = "tiny"                # or the path of a base.json made by `edge-sdk base MODEL`
-    [federation]                 # fixed for the life of a data directory
-    rule = "carry"
-    ladder = [2, 4, 8, 16]
-    rank_cap = 32
-    scaling = 2.0
-    [training]                   # what each device does in an assignment; likewise fixed
-    steps = 20
-    [policy]                     # may change from one start to the next
-    buffer_size = 4
+base = "tiny"                # or the path of a base.json made by `edge-sdk base MODEL`
+[federation]                 # fixed for the life of a data directory
+rule = "carry"
+ladder = [2, 4, 8, 16]
+rank_cap = 32
+scaling = 2.0
+[training]                   # what each device does in an assignment; likewise fixed
+steps = 20
+[policy]                     # may change from one start to the next
+buffer_size = 4
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def load_base(name: str, folder: Path) -> Base:
     try:
         return from_json(Base, json.loads(path.read_text()))
     except OSError as error:
-        raise InputError(f"base {path}: {error.strerror}; make it with `edge-sdk base MODEL -o FILE`") from error
+        raise InputError(
+            f"base {path}: {error.strerror}; make it with `edge-sdk base MODEL -o FILE`"
+        ) from error
     except (ValueError, ProtocolError) as error:
         raise InputError(f"base {path}: not a base record ({error}); make it with `edge-sdk base`") from error
 
@@ -140,9 +142,14 @@ def _check(settings: Settings, where: str) -> None:
         )
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
-    for name, value in (("federation.scaling", chosen.scaling), ("federation.heartbeat_s", chosen.heartbeat_s)):
+    for name, value in (
+        ("federation.scaling", chosen.scaling),
+        ("federation.heartbeat_s", chosen.heartbeat_s),
+    ):
         if not value > 0:
             raise InputError(f"{where}: {name} is {value}; it must be above 0")
     for field in dataclasses.fields(training):
         if not getattr(training, field.name) > 0:
-            raise InputError(f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0")
+            raise InputError(
+                f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0"
+            )

@@ -98,7 +98,9 @@ class Store:
         """Bring an older schema up to date, one step a transaction; refuse a newer one."""
         (have,) = self._db.execute("PRAGMA user_version").fetchone()
         if have > len(MIGRATIONS):
-            raise InputError(f"{path}: schema {have} is newer than this coordinator's {len(MIGRATIONS)}; update it")
+            raise InputError(
+                f"{path}: schema {have} is newer than this coordinator's {len(MIGRATIONS)}; update it"
+            )
         for number, script in enumerate(MIGRATIONS[have:], have + 1):
             self._db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
 
@@ -137,7 +139,9 @@ class Store:
 
     # --- devices ---
 
-    def add_device(self, id: str, name: str, credential_hash: str, profile: Mapping[str, str], now: float) -> None:
+    def add_device(
+        self, id: str, name: str, credential_hash: str, profile: Mapping[str, str], now: float
+    ) -> None:
         """Enrol a device. Only the hash of its credential is kept."""
         with self._transaction() as db:
             db.execute(
@@ -153,8 +157,8 @@ class Store:
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
         rows = self._rows(
-            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0) FROM devices d "
-            "LEFT JOIN updates u ON u.device = d.id GROUP BY d.id ORDER BY d.joined_at"
+            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0) "
+            "FROM devices d LEFT JOIN updates u ON u.device = d.id GROUP BY d.id ORDER BY d.joined_at"
         )
         return [Device(*row) for row in rows]
 
@@ -166,7 +170,7 @@ class Store:
             db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
             db.execute("UPDATE devices SET rank = ? WHERE id = ?", (assignment.rank, device))
             db.execute(
-                "INSERT INTO assignments(id, device, version, rank, record, granted_at) VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO assignments(id, device, version, rank, record, granted_at) VALUES (?,?,?,?,?,?)",
                 (
                     assignment.id,
                     device,
@@ -207,10 +211,13 @@ class Store:
             known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
             if known:
                 if known[0] != stored.update.digest:
-                    raise ProtocolError(f"assignment {stored.id} was delivered before, with digest {known[0][:12]}")
+                    raise ProtocolError(
+                        f"assignment {stored.id} was delivered before, with digest {known[0][:12]}"
+                    )
                 return False
             db.execute(
-                "INSERT INTO updates(assignment, device, version, record, digest, received_at) VALUES (?,?,?,?,?,?)",
+                "INSERT INTO updates(assignment, device, version, record, digest, received_at) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
                 (
                     stored.id,
                     stored.device,
@@ -248,7 +255,7 @@ class Store:
     # --- versions ---
 
     def publish(self, version: Version, merged: list[tuple[str, float, int]]) -> None:
-        """Add a version and mark its updates (id, weight, staleness) as merged into it, in one transaction."""
+        """Add a version and mark its updates (id, weight, staleness) as merged, in one transaction."""
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
@@ -268,7 +275,9 @@ class Store:
                     (version.version, weight, tau, id),
                 )
                 if changed.rowcount != 1:
-                    raise sqlite3.IntegrityError(f"update {id} is merged already; version {version.version} dropped")
+                    raise sqlite3.IntegrityError(
+                        f"update {id} is merged already; version {version.version} dropped"
+                    )
 
     def versions(self, newest: int) -> list[Version]:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""

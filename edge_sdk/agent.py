@@ -12,6 +12,7 @@ a journal. The text stays here: only LoRA factors, example counts and losses lea
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import platform
 import random
@@ -34,6 +35,7 @@ from edge_sdk.core.errors import (
     Unauthorised,
     Unreachable,
 )
+from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import (
     Ask,
@@ -87,7 +89,7 @@ class Options:
     threads: int = 1
     device: str = "auto"  # torch device
     quantise: bool = True
-    progress: bool = False  # progress bars on stderr
+    progress: bool | None = False  # bars on stderr; None shows them on a terminal
 
     def __post_init__(self) -> None:
         if not 0 < self.duty <= 1:
@@ -126,6 +128,7 @@ class Agent:
         self._on_event = on_event or (lambda event: log.info("%s", event.text))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._failure: EdgeError | None = None
         self._backoff_s = 0.0
         self._session: Session | None = None
         self._trainer: Trainer | None = None
@@ -136,9 +139,9 @@ class Agent:
     # --- life ---
 
     def start(self) -> None:
-        """Run in a thread of its own. A failure that ends it is logged, and `wait` raises it."""
+        """Run in a thread of its own. A failure that ends it is logged, and `stop` raises it."""
         self._stop.clear()
-        self._failure: EdgeError | None = None
+        self._failure = None
         self._thread = threading.Thread(target=self._run_and_keep_failure, name="edge-sdk", daemon=True)
         self._thread.start()
 
@@ -187,17 +190,18 @@ class Agent:
         from edge_sdk import base_model, dataset, trainer
 
         raw = dataset.load_examples(self._data) if self._data else []
-        trainer.set_threads(self.options.threads)
+        base_model.use_threads(self.options.threads)
         session = self._membership()
         federation = session.federation
-        directory = base_model.resolve(self._model(federation))
-        self._choice = self._choose_rank(federation, base_model.read_config(directory))
+        self._choice = self._choose_rank(federation, base_model.resolve(self._model(federation)))
         base = base_model.load(
             self._model(federation), device=self.options.device, quantise=self.options.quantise
         )
         length = federation.training.sequence_len
         self._examples = [dataset.tokenise(example, base.tokenizer, length) for example in raw]
-        self._trainer = trainer.Trainer(base, federation.base.modules, federation.scaling)
+        self._trainer = trainer.Trainer(
+            base, federation.base.modules, federation.scaling, self.options.progress
+        )
         return self._trainer
 
     # --- membership ---
@@ -223,7 +227,7 @@ class Agent:
                 f"{federation.id}; use another state folder"
             )
         device = self.options.profile or probe(quick=True)
-        request = JoinRequest(self.options.name, base.fingerprint, device.summary())
+        request = JoinRequest(self.options.name, base.fingerprint, _summary(device))
         reply = self._transport.join(request)
         self._transport.close()
         self._transport = Transport(self.url, reply.credential)
@@ -234,15 +238,21 @@ class Agent:
     def _model(self, federation: Federation) -> str:
         return self.options.model or federation.base.model
 
-    def _choose_rank(self, federation: Federation, config: dict[str, object]) -> memory.RankChoice:
+    def _choose_rank(self, federation: Federation, model: Path) -> memory.RankChoice:
         """The largest rank of the ladder that this device's memory carries."""
-        facts = memory.facts_from_config(config, federation.base.modules)
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
         budget = self.options.memory_budget_bytes
         if budget is None:
             device = self.options.profile or probe(quick=True)
             budget = int(device.trainable_memory_bytes() * BUDGET_SHARE)
         carried = federation.rank_cap if federation.rule == "carry" else 0
-        choice = memory.choose_rank(facts, federation.training, federation.ladder, carried, budget)
+        choice = memory.choose_rank(
+            facts_from_config(config, federation.base.modules),
+            federation.training,
+            federation.ladder,
+            carried,
+            budget,
+        )
         self._tell("rank", choice.reason)
         return choice
 
@@ -308,6 +318,7 @@ class Agent:
             steps=work.steps,
             batch=training.batch,
             micro_batch=session.micro_batch,
+            sequence_len=training.sequence_len,
             learning_rate=training.learning_rate,
             duty=self.options.duty,
             checkpoint_s=training.checkpoint_s,
@@ -321,7 +332,6 @@ class Agent:
                 plan,
                 on_step=self._heartbeats(session),
                 checkpoint=self.journal.checkpoint,
-                progress=self.options.progress,
             )
         except trainer.Abandoned:
             if not self._stop.is_set():
@@ -426,7 +436,13 @@ class Agent:
         self._session = session
 
     def _tell(
-        self, kind: Kind, text: str, step: int = 0, steps: int = 0, loss: float | None = None, version: int = 0
+        self,
+        kind: Kind,
+        text: str,
+        step: int = 0,
+        steps: int = 0,
+        loss: float | None = None,
+        version: int = 0,
     ) -> None:
         self._on_event(Event(kind, text, step, steps, loss, version))
 
@@ -435,3 +451,15 @@ def default_state_dir(url: str, name: str) -> Path:
     """Where a device keeps its state unless told otherwise: one folder for each coordinator and name."""
     label = hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()[:12]
     return Path.home() / ".cache" / "edge-sdk" / label
+
+
+def _summary(profile: DeviceProfile) -> dict[str, str]:
+    """What the host is told about a device: its class, not its serial numbers."""
+    accelerator = profile.accelerator
+    return {
+        "name": profile.name,
+        "system": profile.system,
+        "machine": profile.machine,
+        "memory_total_bytes": str(profile.memory_total_bytes),
+        "accelerator": accelerator.name if accelerator else "none",
+    }

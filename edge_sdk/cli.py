@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edge_sdk.agent import Event
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"  # noqa: S105 - the name of a variable, not a token
+TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--model", help="where the base model lies here (default: what the federation names)")
     join.add_argument("--state", type=Path, help="folder for what must survive a crash")
     join.add_argument("--profile", help="a device class of profiles/, or a TOML file, in place of measuring")
-    join.add_argument("--memory-budget", help="memory that training may take, e.g. 6GB (default: half of what is free)")
-    join.add_argument("--duty", type=float, default=1.0, help="share of the time to compute, e.g. 0.3 (default 1)")
+    join.add_argument(
+        "--memory-budget", help="memory that training may take, e.g. 6GB (default: half of what is free)"
+    )
+    join.add_argument(
+        "--duty", type=float, default=1.0, help="share of the time to compute, e.g. 0.3 (default 1)"
+    )
     join.add_argument("--threads", type=int, default=1, help="compute threads (default %(default)s)")
     join.add_argument("--updates", type=int, help="stop after this many updates (default: go on)")
     join.add_argument("--device", default="auto", help="torch device (default: the best there is)")
@@ -57,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
     base = commands.add_parser("base", help="print the record of a base model that a coordinator needs")
     base.add_argument("model", help="`tiny`, a Hugging Face id or a directory")
-    base.add_argument("--targets", default="all-linear", help="LoRA targets (default: every linear layer of the blocks)")
+    base.add_argument(
+        "--targets", default="all-linear", help="LoRA targets (default: every linear layer of the blocks)"
+    )
     base.add_argument("-o", "--out", type=Path, help="write to this file")
     base.set_defaults(run=_base)
 
@@ -103,7 +109,7 @@ def _join(options: argparse.Namespace) -> int:
             threads=options.threads,
             device=options.device,
             quantise=not options.no_quantise,
-            progress=True,
+            progress=None,
         ),
         on_event=print_event,
     )

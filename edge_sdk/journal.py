@@ -1,9 +1,9 @@
 """What must survive a power cut on the device: the session, the checkpoint and the finished adapter.
 
-    session.json                 replaced as a whole, readable by the owner alone (it holds the credential)
-    checkpoint.safetensors       of the assignment in hand; the trainer writes it
-    outbox.safetensors           the finished adapter, until it is delivered
-    adapters/{…}.safetensors     downloaded versions; can be fetched again
+session.json                 replaced as a whole, readable by the owner alone (it holds the credential)
+checkpoint.safetensors       of the assignment in hand; the trainer writes it
+outbox.safetensors           the finished adapter, until it is delivered
+adapters/{…}.safetensors     downloaded versions; can be fetched again
 """
 
 from __future__ import annotations

@@ -83,4 +83,6 @@ def _idle(session: Session) -> Session:
 
 def _require(session: Session, *phases: Phase) -> None:
     if session.phase not in phases:
-        raise InternalError(f"a session in phase {session.phase} cannot do this; expected {' or '.join(phases)}")
+        raise InternalError(
+            f"a session in phase {session.phase} cannot do this; expected {' or '.join(phases)}"
+        )

@@ -110,7 +110,9 @@ class Transport:
             raise self._unreachable(error) from error
         part.replace(path)
 
-    def _send(self, method: str, route: str, accept: tuple[int, ...] = (), **arguments: Any) -> httpx.Response:
+    def _send(
+        self, method: str, route: str, accept: tuple[int, ...] = (), **arguments: Any
+    ) -> httpx.Response:
         """One attempt; a refusal comes back as the error that its problem document names."""
         try:
             response = self._http.request(method, route, **arguments)
@@ -129,7 +131,9 @@ class Transport:
 
     def _unreachable(self, error: httpx.TransportError) -> Unreachable:
         reason = str(error) or type(error).__name__
-        return Unreachable(f"no coordinator answers at {self.url} ({reason}); check the address and that it runs")
+        return Unreachable(
+            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs"
+        )
 
 
 def _bytes_from(path: Path, offset: int) -> Iterator[bytes]:
@@ -141,7 +145,7 @@ def _bytes_from(path: Path, offset: int) -> Iterator[bytes]:
 
 
 def _is_record(response: httpx.Response) -> bool:
-    return response.headers.get("Content-Type", "").startswith("application/json")
+    return str(response.headers.get("Content-Type", "")).startswith("application/json")
 
 
 def _error_of(response: httpx.Response) -> EdgeError:
@@ -155,4 +159,6 @@ def _error_of(response: httpx.Response) -> EdgeError:
     text = json.dumps(response.text[:80])
     if response.status_code >= 500 or response.status_code in (408, 429):
         return OurFault(f"the server answered {response.status_code}: {text}")
-    return ProtocolError(f"{response.request.url} answered {response.status_code}: {text}; is it a coordinator?")
+    return ProtocolError(
+        f"{response.request.url} answered {response.status_code}: {text}; is it a coordinator?"
+    )
