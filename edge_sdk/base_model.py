@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -89,8 +90,9 @@ def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tupl
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"{directory}: transformers cannot build this model: {reason}") from error
+        raise InputError(
+            f"{directory}: transformers cannot build this model: {_first_line(error)}"
+        ) from error
     linear = _block_linears(skeleton)
     if targets == ALL_LINEAR:
         return linear
@@ -141,21 +143,40 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
     tokenizer = _tokenizer(directory)
     compute = _compute_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     with _quiet(sum(path.stat().st_size for path in weights) < QUIET_BYTES):
-        import bitsandbytes  # noqa: F401  its first import prints the advice that is held back here
-
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=compute,
-            device_map={"": place},
-            quantization_config=_nf4(compute) if quantise else None,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        loaded = _weights(directory, place, compute, quantise)
     loaded.eval().requires_grad_(False)
     if quantise:
         _keep_trainable(loaded)
     transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
     return LoadedBase(loaded, tokenizer, place, quantise, transposed)
+
+
+def _weights(directory: Path, device: torch.device, compute: torch.dtype, quantise: bool) -> Any:
+    """The model with every weight of its own: transformers would fill what is missing with random numbers."""
+    import bitsandbytes  # noqa: F401  its first import prints the advice that `_quiet` holds back
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=compute,
+            device_map={"": device},
+            quantization_config=_nf4(compute) if quantise else None,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{directory}: its weights cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"{directory}: {len(missing)} weights are missing, {missing[0]} among them")
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def use_threads(count: int) -> None:
@@ -218,8 +239,7 @@ def _tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(f"{directory}: its tokeniser cannot be loaded: {reason}") from error
+        raise InputError(f"{directory}: its tokeniser cannot be loaded: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{directory}: its tokeniser has no eos token, so that no answer would ever end")
     if tokenizer.pad_token_id is None:

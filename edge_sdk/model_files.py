@@ -69,14 +69,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not a JSON object.
     """
-    path = directory / "config.json"
+    return _read_object(directory / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON; download the model again") from error
-    if not isinstance(config, dict):
+    if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object; download the model again")
-    return config
+    return value
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -88,10 +92,12 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that loading would read; other copies beside them do not count."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(_read_object(index).get("weight_map", {}).values())) or [index.name]
     else:
         names = ["model.safetensors"]
     for name in names:
+        if name == index.name:
+            raise InputError(f"{index}: names no weight files; download the model again")
         if not (directory / name).is_file():
             raise InputError(f"{directory}: {name} is missing; the weights must be there as safetensors")
     return [directory / name for name in names]
@@ -123,7 +129,7 @@ def file_digests(files: list[Path], remembered: Path | None = None) -> dict[str,
 
 
 def _remembered(path: Path) -> dict[str, str]:
-    """What `_digests` wrote; a missing or damaged file only means that the files are read again."""
+    """What `file_digests` wrote; a missing or damaged file only means that the files are read again."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
