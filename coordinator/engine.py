@@ -205,10 +205,13 @@ class Engine:
         """Apply one event and return what is to be done about it, in order."""
         return self._handlers[type(event)](event, now)
 
+    def _limit(self) -> int:
+        """The largest staleness that merges."""
+        return 0 if self.policy.mode == "synchronous" else self.policy.max_staleness
+
     def require_mergeable(self, version: int) -> None:
         """Raise StaleUpdate if an update trained from `version` is too old to be merged next."""
-        tau = self.state.version - version
-        limit = 0 if self.policy.mode == "synchronous" else self.policy.max_staleness
+        tau, limit = self.state.version - version, self._limit()
         if tau > limit:
             raise StaleUpdate(
                 f"trained from version {version}, {tau} behind; at most {limit} merge. Train from "
@@ -220,7 +223,8 @@ class Engine:
         """Grant work, repeat the grant that a device already holds, or say when to come back."""
         state, policy = self.state, self.policy
         held = state.leases.get(event.device)
-        if held and held.rank == event.rank and now < held.expires_at:
+        can_count = held and now < held.expires_at and state.version - held.version <= self._limit()
+        if held and can_count and held.rank == event.rank:
             return [Grant(held, state.version_rank, is_new=False)]
         if state.contributed.get(event.device) == state.version:
             return [
@@ -277,11 +281,18 @@ class Engine:
         return self._merge_if_due(now)
 
     def _merge_failed(self, event: MergeFailed, now: float) -> list[Effect]:
-        """Put the innocent updates back in front of the buffer; the next tick tries again."""
-        kept = [update for update in self.state.merging if update.update not in event.rejected]
-        self.state.buffer = [*kept, *self.state.buffer]
-        self.state.merging = ()
-        self.state.first_at = now if self.state.buffer else None
+        """Put the innocent updates back in front of the buffer; the next tick tries again.
+
+        A device whose update is out may work from this version again: nobody else may be there to end it.
+        """
+        state = self.state
+        kept = [update for update in state.merging if update.update not in event.rejected]
+        for update in state.merging:
+            state.contributed.pop(update.device, None)
+        state.buffer, state.merging = [*kept, *state.buffer], ()
+        for update in state.buffer:
+            state.contributed[update.device] = max(update.version, state.contributed.get(update.device, 0))
+        state.first_at = now if state.buffer else None
         return []
 
     def _merge_if_due(self, now: float) -> list[Effect]:

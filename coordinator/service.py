@@ -86,6 +86,7 @@ class Coordinator:
             state.leases[device] = engine.Lease(a.id, device, a.version, a.rank, now + policy.lease_s)
             if a.version == state.version:
                 state.granted.add(device)
+        state.granted.update(d for d, version in state.contributed.items() if version == state.version)
         state.buffer = [_buffered(stored) for stored in self.store.unmerged()]
         state.first_at = now if state.buffer else None
         return state

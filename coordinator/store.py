@@ -111,10 +111,11 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk ends it by itself
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
         with self._lock:
@@ -244,8 +245,10 @@ class Store:
         return [StoredUpdate(i, d, v, from_json(Update, json.loads(record))) for i, d, v, record in rows]
 
     def last_contributions(self) -> dict[str, int]:
-        """Device -> newest version that an acknowledged update of it was trained from."""
-        return dict(self._rows("SELECT device, MAX(version) FROM updates GROUP BY device"))
+        """Device -> newest version that an acknowledged update of it was trained from, rejected ones aside."""
+        return dict(
+            self._rows("SELECT device, MAX(version) FROM updates WHERE rejected IS NULL GROUP BY device")
+        )
 
     def reject_update(self, id: str, reason: str) -> None:
         """Leave an acknowledged update out for good, with the reason (a blob that rotted on disk, say)."""
