@@ -245,7 +245,7 @@ class Store:
         return [StoredUpdate(i, d, v, from_json(Update, json.loads(record))) for i, d, v, record in rows]
 
     def last_contributions(self) -> dict[str, int]:
-        """Device -> newest version that an acknowledged update of it was trained from, rejected ones aside."""
+        """Device -> newest version that an update of it was trained from; rejected ones aside."""
         return dict(
             self._rows("SELECT device, MAX(version) FROM updates WHERE rejected IS NULL GROUP BY device")
         )

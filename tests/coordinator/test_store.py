@@ -1,0 +1,180 @@
+"""The database: all or nothing, once and only once."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from coordinator.store import MIGRATIONS, Store, StoredUpdate, Version
+from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.messages import Assignment, Update
+
+UPDATE = Update("ab" * 32, 100, 4, 160, 20, 2.5, 1.25, 30.5)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "coordinator.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    made = Store(path)
+    for device in ("d", "e"):
+        made.add_device(device, f"name of {device}", f"hash of {device}", {"system": "Linux"}, 1.0)
+    yield made
+    made.close()
+
+
+def assignment(id: str, version: int = 0, rank: int = 4) -> Assignment:
+    return Assignment(id, version, rank, carry_rank=0, steps=20, seed=1, expires_in_s=600.0)
+
+
+def deliver(store: Store, id: str, device: str = "d", version: int = 0, at: float = 5.0) -> StoredUpdate:
+    store.add_assignment(device, assignment(id, version), 2.0)
+    stored = StoredUpdate(id, device, version, UPDATE)
+    assert store.add_update(stored, at)
+    return stored
+
+
+def version(number: int) -> Version:
+    return Version(number, "cd" * 32, 4, 2.0, 0.5, 9.0)
+
+
+def test_what_was_written_is_there_after_reopening(path: Path, store: Store) -> None:
+    stored = deliver(store, "a")
+    store.set_meta("federation", "{}")
+    store.close()
+    again = Store(path)
+    assert again.meta("federation") == "{}"
+    assert again.unmerged() == [stored]
+    assert again.device_of("hash of d") == "d"
+    assert [device.name for device in again.devices()] == ["name of d", "name of e"]
+    again.close()
+
+
+def test_unknown_things_are_none(store: Store) -> None:
+    assert store.meta("none") is None
+    assert store.device_of("hash of nobody") is None
+    assert store.assignment("none", "d") is None
+    assert store.update_digest("none") is None
+    assert store.version(1) is None
+    assert store.versions(5) == []
+
+
+def test_an_assignment_belongs_to_its_device(store: Store) -> None:
+    store.add_assignment("d", assignment("a"), 2.0)
+    assert store.assignment("a", "d") == assignment("a")
+    assert store.assignment("a", "e") is None
+
+
+def test_a_device_has_one_open_assignment(store: Store) -> None:
+    for id in ("a", "b"):
+        store.add_assignment("d", assignment(id, rank=2), 2.0)
+    store.add_assignment("e", assignment("c"), 2.0)
+    assert store.open_assignments() == [("d", assignment("b", rank=2)), ("e", assignment("c"))]
+    store.close_assignment("b")
+    assert store.open_assignments() == [("e", assignment("c"))]
+    assert store.assignment("b", "d") is not None  # its update may still come
+
+
+def test_an_update_is_added_once(store: Store) -> None:
+    stored = deliver(store, "a")
+    assert not store.add_update(stored, 6.0)
+    assert store.unmerged() == [stored]
+    assert store.open_assignments() == []
+    assert store.update_digest("a") == UPDATE.digest
+
+
+def test_another_adapter_for_the_same_assignment_is_refused(store: Store) -> None:
+    stored = deliver(store, "a")
+    other = replace(stored, update=replace(UPDATE, digest="ef" * 32))
+    with pytest.raises(ProtocolError, match="assignment a was delivered before, with digest abababababab"):
+        store.add_update(other, 6.0)
+    assert store.unmerged() == [stored]
+
+
+def test_unmerged_updates_come_oldest_first(store: Store) -> None:
+    for id, at in (("a", 7.0), ("b", 5.0), ("c", 6.0)):
+        deliver(store, id, at=at)
+    assert [stored.id for stored in store.unmerged()] == ["b", "c", "a"]
+
+
+def test_publish_marks_its_updates(store: Store) -> None:
+    for id, device in (("a", "d"), ("b", "e"), ("c", "d")):
+        deliver(store, id, device)
+    store.publish(version(1), [("a", 0.25, 0), ("b", 0.75, 2)])
+    assert [stored.id for stored in store.unmerged()] == ["c"]
+    assert store.versions(5) == [version(1)]
+    assert [(d.id, d.updates, d.mean_staleness) for d in store.devices()] == [("d", 1, 0.0), ("e", 1, 2.0)]
+
+
+def test_an_update_is_in_one_version_only_and_the_second_is_dropped_whole(store: Store) -> None:
+    for id in ("a", "b"):
+        deliver(store, id)
+    store.publish(version(1), [("a", 1.0, 0)])
+    with pytest.raises(sqlite3.IntegrityError, match="update a is merged already"):
+        store.publish(version(2), [("b", 0.5, 0), ("a", 0.5, 0)])
+    assert store.versions(5) == [version(1)]
+    assert [stored.id for stored in store.unmerged()] == ["b"]
+    store.publish(version(2), [("b", 1.0, 0)])  # and the store goes on
+    assert [v.version for v in store.versions(5)] == [2, 1]
+
+
+def test_a_version_is_published_once(store: Store) -> None:
+    for id in ("a", "b"):
+        deliver(store, id)
+    store.publish(version(1), [("a", 1.0, 0)])
+    with pytest.raises(sqlite3.IntegrityError):
+        store.publish(version(1), [("b", 1.0, 0)])
+    assert [stored.id for stored in store.unmerged()] == ["b"]
+
+
+def test_a_rejected_update_is_in_no_version_and_holds_its_device_up_no_longer(store: Store) -> None:
+    deliver(store, "a", version=0)
+    deliver(store, "b", version=3)
+    assert store.last_contributions() == {"d": 3}
+    store.reject_update("b", "its blob is gone")
+    assert [stored.id for stored in store.unmerged()] == ["a"]
+    assert store.last_contributions() == {"d": 0}
+    with pytest.raises(sqlite3.IntegrityError):
+        store.publish(version(1), [("b", 1.0, 0)])
+
+
+def test_a_failure_in_a_transaction_leaves_nothing(store: Store) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        store.add_assignment("nobody", assignment("a"), 2.0)
+    assert store.assignment("a", "nobody") is None
+    store.add_assignment("d", assignment("a"), 2.0)
+
+
+def test_commits_are_durable(store: Store) -> None:
+    assert store._rows("PRAGMA journal_mode") == [("wal",)]
+    assert store._rows("PRAGMA synchronous") == [(2,)]  # FULL
+
+
+def test_a_newer_schema_is_refused(path: Path, store: Store) -> None:
+    store.close()
+    database = sqlite3.connect(path)
+    database.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    database.close()
+    with pytest.raises(InputError, match=f"schema {len(MIGRATIONS) + 1} is newer than this coordinator's"):
+        Store(path)
+
+
+@pytest.mark.parametrize("content", [b"this is no database, whatever its name says" * 50, b"\0" * 5000])
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "coordinator.sqlite"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="coordinator.sqlite: not a usable coordinator database"):
+        Store(path)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a usable coordinator database"):
+        Store(tmp_path)
