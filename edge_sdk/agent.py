@@ -14,14 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from edge_sdk import session as sessions
 from edge_sdk.core import codec, memory
@@ -46,8 +44,8 @@ from edge_sdk.core.messages import (
     NotNow,
     Update,
 )
-from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.journal import Journal
+from edge_sdk.options import Event, Kind, Options, default_state_dir
 from edge_sdk.probe import probe
 from edge_sdk.session import Session
 from edge_sdk.transport import Transport
@@ -58,46 +56,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("edge_sdk")
 
-Kind = Literal["joined", "rank", "waiting", "offline", "training", "step", "delivered", "refused", "stopped"]
-
 MAX_BACKOFF_S = 60.0
 BUDGET_SHARE = 0.5  # of the memory that is free now: the rest stays the owner's
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that an application or a terminal may want to show."""
-
-    kind: Kind
-    text: str
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    version: int = 0
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a device takes part; every field has a calm default."""
-
-    name: str = field(default_factory=platform.node)
-    model: str | None = None  # default: the federation's own
-    state_dir: Path | None = None  # default: a folder below the user's cache
-    profile: DeviceProfile | None = None  # default: measured
-    memory_budget_bytes: int | None = None  # default: half of what is free
-    duty: float = 1.0  # share of the time that may be spent computing
-    threads: int = 1
-    device: str = "auto"  # torch device
-    quantise: bool = True
-    progress: bool | None = False  # bars on stderr; None shows them on a terminal
-
-    def __post_init__(self) -> None:
-        if not 0 < self.duty <= 1:
-            raise InputError(f"duty {self.duty} must be above 0 and at most 1")
-        if self.threads < 1:
-            raise InputError(f"threads {self.threads} must be 1 or more")
-        if self.memory_budget_bytes is not None and self.memory_budget_bytes < 1:
-            raise InputError(f"memory budget {self.memory_budget_bytes} must be above 0")
 
 
 class Agent:
@@ -152,13 +112,17 @@ class Agent:
             self._failure = error
             log.error("%s", error)
 
+    def request_stop(self) -> None:
+        """Ask a run in any thread to end after the training step in hand. Returns at once; signal-safe."""
+        self._stop.set()
+
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the run after the training step in hand; its work goes on from a checkpoint next time.
 
         Raises:
             EdgeError: what ended the run by itself before.
         """
-        self._stop.set()
+        self.request_stop()
         if self._thread:
             self._thread.join(timeout_s)
             if self._failure:
@@ -216,7 +180,11 @@ class Agent:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self._transport = Transport(self.url, token)
         federation = self._transport.federation()
-        base = base_model.describe(self._model(federation), digests=self.journal.folder / "digests.json")
+        base = base_model.describe(
+            self._model(federation),
+            targets=",".join(federation.base.modules),
+            digests=self.journal.folder / "digests.json",
+        )
         federation.base.require(base.fingerprint)
         if known and known.federation == federation:
             self._session = known
@@ -227,7 +195,7 @@ class Agent:
                 f"{federation.id}; use another state folder"
             )
         device = self.options.profile or probe(quick=True)
-        request = JoinRequest(self.options.name, base.fingerprint, _summary(device))
+        request = JoinRequest(self.options.name, base.fingerprint, device.summary())
         reply = self._transport.join(request)
         self._transport.close()
         self._transport = Transport(self.url, reply.credential)
@@ -262,6 +230,11 @@ class Agent:
         if self._choice is None:
             raise InputError("the rank is chosen when the agent has prepared; call prepare() first")
         return self._choice
+
+    @property
+    def federation(self) -> Federation:
+        """What this device takes part in."""
+        return self._require_session().federation
 
     @property
     def transport(self) -> Transport:
@@ -445,21 +418,3 @@ class Agent:
         version: int = 0,
     ) -> None:
         self._on_event(Event(kind, text, step, steps, loss, version))
-
-
-def default_state_dir(url: str, name: str) -> Path:
-    """Where a device keeps its state unless told otherwise: one folder for each coordinator and name."""
-    label = hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()[:12]
-    return Path.home() / ".cache" / "edge-sdk" / label
-
-
-def _summary(profile: DeviceProfile) -> dict[str, str]:
-    """What the host is told about a device: its class, not its serial numbers."""
-    accelerator = profile.accelerator
-    return {
-        "name": profile.name,
-        "system": profile.system,
-        "machine": profile.machine,
-        "memory_total_bytes": str(profile.memory_total_bytes),
-        "accelerator": accelerator.name if accelerator else "none",
-    }

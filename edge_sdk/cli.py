@@ -16,7 +16,7 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.records import to_json
 
 if TYPE_CHECKING:
-    from edge_sdk.agent import Event
+    from edge_sdk.options import Event
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"
@@ -91,8 +91,9 @@ def parse_bytes(text: str) -> int:
 
 
 def _join(options: argparse.Namespace) -> int:
-    from edge_sdk.agent import Agent, Options
+    from edge_sdk.agent import Agent
     from edge_sdk.core.profile import load_profile
+    from edge_sdk.options import Options
 
     chosen = {"name": options.name} if options.name else {}
     agent = Agent(
@@ -113,8 +114,8 @@ def _join(options: argparse.Namespace) -> int:
         ),
         on_event=print_event,
     )
-    signal.signal(signal.SIGTERM, lambda *_: agent.stop(timeout_s=0.0))
-    signal.signal(signal.SIGINT, lambda *_: agent.stop(timeout_s=0.0))
+    signal.signal(signal.SIGTERM, lambda *_: agent.request_stop())
+    signal.signal(signal.SIGINT, lambda *_: agent.request_stop())
     agent.run(updates=options.updates)
     return 0
 

@@ -69,6 +69,11 @@ class Trainer:
         self._places = AdapterPlaces(base, shapes, scaling)
         self._bars = sys.stderr.isatty() if progress is None else progress
 
+    @property
+    def base(self) -> LoadedBase:
+        """The base model that was taken over."""
+        return self._base
+
     # --- training ----------------------------------------------------------------------------
 
     def train(

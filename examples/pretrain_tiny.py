@@ -11,6 +11,10 @@ Data: T0 prompt templates, and the English sides of the Natural Instructions *tr
 that can be a client in an experiment is read: the two held-out T0 data sets are kept for perplexity only,
 and a translation task never serves as a client of a `tiny` federation.
 
+Copying: a small model trained on text alone learns grammar long before it learns to look something up and
+repeat it (after 10M tokens a repeated sentence was no easier the second time). So a share of the rows are
+exercises made from the same text: repeat a sentence, say what follows a word, look a value up by its key.
+
 Optimiser: Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) on the matrices inside
 the blocks, AdamW on embeddings and norms; warm-up, constant, then linear decay of the learning rate.
 """
@@ -26,6 +30,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +90,39 @@ def is_english(text: str) -> bool:
     return len(words) >= 4 and ascii_share > 0.97 and sum(w in ENGLISH for w in words) * 8 >= len(words)
 
 
+def copy_exercises(texts: list[str], count: int, seed: int) -> list[tuple[str, str]]:
+    """(prompt, completion) pairs whose completion stands in the prompt, made from words of `texts`."""
+    rng = random.Random(seed)
+    exercises = []
+    while len(exercises) < count:
+        words = rng.choice(texts).split()
+        if len(words) < 8:
+            continue
+        begin = rng.randrange(len(words) - 6)
+        words = words[begin : begin + rng.randint(6, 24)]
+        kind = rng.choice(["repeat", "after", "look up", "shuffled"])
+        if kind == "repeat":
+            exercises.append((" ".join(words), " ".join(words)))
+        elif kind == "shuffled":  # no grammar to lean on: only copying helps
+            rng.shuffle(words)
+            words = [*words[:10], str(rng.randrange(1000))]
+            exercises.append((" ".join(words), " ".join(words)))
+        elif kind == "after":
+            place = rng.randrange(len(words) - 3)
+            question = f'{" ".join(words)}\nWhat follows "{" ".join(words[place : place + 2])}"?'
+            exercises.append((question, " ".join(words[place + 2 : place + 6])))
+        else:
+            keys = list(dict.fromkeys(words))[:5]
+            values = [
+                " ".join(rng.choice(texts).split()[:3]) if rng.random() < 0.6 else str(rng.randrange(1000))
+                for _ in keys
+            ]
+            pairs = [f"{key}: {value}" for key, value in zip(keys, values, strict=True)]
+            asked = rng.randrange(len(keys))
+            exercises.append(("\n".join([*pairs, f"{keys[asked]}?"]), values[asked]))
+    return exercises
+
+
 def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     """Byte-level BPE; each digit is a token of its own, so that a number is copied digit by digit."""
     tokenizer = Tokenizer(models.BPE())
@@ -123,7 +161,7 @@ def pack(documents: list[list[int]], length: int, pad: int) -> np.ndarray:
 
 
 def prepare(data: Path, work: Path) -> None:
-    """Write tokenizer.json, train.npy, valid_t0.npy, valid_english.npy and corpus.json into `work`."""
+    """Write tokenizer.json, the packed rows (train, copy, valid_*.npy) and corpus.json into `work`."""
     work.mkdir(parents=True, exist_ok=True)
     examples = list(t0_examples(data))
     sentences = english_sentences(data)
@@ -150,8 +188,10 @@ def prepare(data: Path, work: Path) -> None:
 
     train = encode_pairs(kept) + encode_plain(sentences)
     random.Random(1).shuffle(train)
+    passages = [p for p, _ in random.Random(2).sample(kept, 20000)] + sentences
     sets = {
         "train": train,
+        "copy": encode_pairs(copy_exercises(passages, 140_000, seed=3)),
         "valid_t0": encode_pairs(unseen),
         "valid_english": encode_plain(held_out_sentences),
     }
@@ -186,6 +226,16 @@ def build_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Steps in all, the share at full learning rate, the share of copying exercises and their first step."""
+
+    steps: int
+    decay_from: float
+    copy_share: float
+    copy_from: int
+
+
 def learning_rate_factor(step: int, steps: int, decay_from: float) -> float:
     """Warm-up over 50 steps, constant, then linear to zero from `decay_from * steps` on."""
     start = decay_from * steps
@@ -214,8 +264,9 @@ def perplexity(model: Any, rows: np.ndarray) -> float:
     return math.exp(total / count)
 
 
-def train(work: Path, steps: int, batch: int, threads: int, decay_from: float) -> None:
-    """Train to `steps` in all, from the last checkpoint if there is one."""
+def train(work: Path, schedule: Schedule, batch: int, threads: int) -> None:
+    """Train to the end of the schedule, from the last checkpoint if there is one."""
+    steps = schedule.steps
     torch.set_num_threads(threads)
     model = build_model()
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n]
@@ -223,7 +274,7 @@ def train(work: Path, steps: int, batch: int, threads: int, decay_from: float) -
     muon = torch.optim.Muon(inner, lr=0.02, weight_decay=0.01, momentum=0.95)
     adam = torch.optim.AdamW(outer, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
     base_rates = {id(muon): 0.02, id(adam): 3e-3}
-    rows = np.load(work / "train.npy")
+    rows, copy_rows = np.load(work / "train.npy"), np.load(work / "copy.npy")
     checkpoint = work / "checkpoint.pt"
     step = 0
     if checkpoint.exists():
@@ -235,10 +286,10 @@ def train(work: Path, steps: int, batch: int, threads: int, decay_from: float) -
     compiled_loss = torch.compile(lambda rows: next_token_loss(model, rows))
     started, saved, since = time.monotonic(), time.monotonic(), step
     while step < steps:
-        epoch, offset = divmod(step * batch, len(rows) - batch)
-        order = np.random.default_rng(epoch).permutation(len(rows))
-        picked = torch.from_numpy(rows[order[offset : offset + batch]].astype(np.int64))
-        factor = learning_rate_factor(step, steps, decay_from)
+        copies = round(batch * schedule.copy_share) if step >= schedule.copy_from else 0
+        parts = [take(rows, step, batch - copies), take(copy_rows, step, copies)]
+        picked = torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        factor = learning_rate_factor(step, steps, schedule.decay_from)
         for optimizer in (muon, adam):
             for group in optimizer.param_groups:
                 group["lr"] = base_rates[id(optimizer)] * factor
@@ -258,6 +309,14 @@ def train(work: Path, steps: int, batch: int, threads: int, decay_from: float) -
             saved = time.monotonic()
     for name in ("valid_t0", "valid_english"):
         print(f"{name}: perplexity {perplexity(model, np.load(work / f'{name}.npy')):.2f}")
+
+
+def take(rows: np.ndarray, step: int, count: int) -> np.ndarray:
+    """The `count` rows of this step, in epochs of seeded permutations."""
+    if count == 0:
+        return rows[:0]
+    epoch, offset = divmod(step * count, len(rows) - count)
+    return rows[np.random.default_rng(epoch).permutation(len(rows))[offset : offset + count]]
 
 
 def save(path: Path, model: Any, muon: Any, adam: Any, step: int) -> None:
@@ -306,12 +365,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=16, help="rows of 512 tokens in a step")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--decay-from", type=float, default=0.7, help="share of the steps at full rate")
+    parser.add_argument("--decay-from", type=float, default=0.6, help="share of the steps at full rate")
+    parser.add_argument("--copy-share", type=float, default=0.35, help="share of the rows that are exercises")
+    parser.add_argument("--copy-from", type=int, default=0, help="first step with exercises")
     options = parser.parse_args()
     if options.stage == "prepare":
         prepare(options.data, options.work)
     elif options.stage == "train":
-        train(options.work, options.steps, options.batch, options.threads, options.decay_from)
+        schedule = Schedule(options.steps, options.decay_from, options.copy_share, options.copy_from)
+        train(options.work, schedule, options.batch, options.threads)
     else:
         export(options.work, options.out, options.batch)
     return 0

@@ -1,0 +1,56 @@
+"""How a device takes part, and what it tells about it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.profile import DeviceProfile
+
+Kind = Literal["joined", "rank", "waiting", "offline", "training", "step", "delivered", "refused", "stopped"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that an application or a terminal may want to show."""
+
+    kind: Kind
+    text: str
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    version: int = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a device takes part; every field has a calm default."""
+
+    name: str = field(default_factory=platform.node)
+    model: str | None = None  # default: the federation's own
+    state_dir: Path | None = None  # default: a folder below the user's cache
+    profile: DeviceProfile | None = None  # default: measured
+    memory_budget_bytes: int | None = None  # default: half of what is free
+    duty: float = 1.0  # share of the time that may be spent computing
+    threads: int = 1
+    device: str = "auto"  # torch device
+    quantise: bool = True
+    progress: bool | None = False  # bars on stderr; None shows them on a terminal
+
+    def __post_init__(self) -> None:
+        if not 0 < self.duty <= 1:
+            raise InputError(f"duty {self.duty} must be above 0 and at most 1")
+        if self.threads < 1:
+            raise InputError(f"threads {self.threads} must be 1 or more")
+        if self.memory_budget_bytes is not None and self.memory_budget_bytes < 1:
+            raise InputError(f"memory budget {self.memory_budget_bytes} must be above 0")
+
+
+def default_state_dir(url: str, name: str) -> Path:
+    """Where a device keeps its state unless told otherwise: one folder for each coordinator and name."""
+    label = hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()[:12]
+    return Path.home() / ".cache" / "edge-sdk" / label
