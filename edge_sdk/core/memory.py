@@ -38,11 +38,16 @@ NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 TRAINED_BYTES = 16  # fp32: the weight, its gradient, two moments of Adam
 UPLOAD_BYTES = 4  # adapters travel as float32
 
+# fp32, per token and vocabulary entry: forward, logits, those of the label positions and their
+# log-probabilities; backward, the log-probabilities and two gradients.
+LOGIT_BYTES = 12
+
 # glibc serves blocks under 32 MB from a heap that grows around the tensors that live until the backward
-# pass, so that a process holds more than it allocated. Measured growth of the resident set beyond the other
-# terms, as a share of activations, logits and workspace, over ten runs (5.8M and 63M parameters, 192 to
-# 1,536 tokens): 1.20 to 1.68; with MALLOC_MMAP_THRESHOLD_=65536 it is gone, for steps 1.2 to 2 times as long.
-GLIBC_HEAP_SPREAD = 1.7
+# pass, so that a process holds more than it allocated. Growth of the peak resident set beyond the other
+# terms, as a share of activations, logits and workspace, over ten trainings of the `tiny` base with glibc
+# 2.36: 0.70 to 1.20. With MALLOC_MMAP_THRESHOLD_=65536 in the environment it is gone, for steps that take 1.2
+# to 2 times as long.
+GLIBC_HEAP_SPREAD = 1.25
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def estimate(
     tokens = micro_batch * sequence_len
     largest = max((o * i for o, i in facts.shapes.values()), default=0)
     activations = tokens * _bytes_per_token(facts, rank, placement.compute_bytes)
-    logits = tokens * facts.vocab * _bytes_per_logit(placement.compute_bytes)
+    logits = tokens * facts.vocab * LOGIT_BYTES
     workspace = largest * placement.compute_bytes  # one layer's weights, dequantised
     return Estimate(
         quantised_weights=round(NF4_BYTES * facts.linear_parameters),
@@ -130,10 +135,11 @@ def estimate(
 def _bytes_per_token(facts: ModelFacts, rank: int, compute_bytes: int) -> int:
     """Bytes that autograd keeps for one token.
 
-    Per block: the inputs of two norms; the inputs of the LoRA `A` matrices (normed hidden states, twice,
-    attention output, MLP product); query, key and value; the MLP between its linear layers; one fp32
-    log-sum-exp per head and scale per norm. Per target: the r values between `A` and `B`. At half
-    precision norms keep fp32 copies of their inputs, PEFT one for each target, and attention its own output.
+    Per block: the inputs of two norms (the first block's first input needs no gradient, the final norm's
+    does); the inputs of the LoRA `A` matrices (normed hidden states, twice, attention output, MLP product);
+    query, key and value; the MLP between its linear layers; one fp32 log-sum-exp per head and scale per
+    norm. Per target: the r values between `A` and `B`. At half precision norms keep fp32 copies of their
+    inputs, PEFT one for each target, and attention its own output.
     """
     attention = facts.query_width + 2 * facts.key_value_width
     mlp = facts.mlp_tensors * facts.intermediate
@@ -146,16 +152,7 @@ def _bytes_per_token(facts: ModelFacts, rank: int, compute_bytes: int) -> int:
         inputs = 4 * sum(i for _, i in facts.shapes.values())
         attention += facts.query_width
     block = norms + compute_bytes * (attention + mlp)
-    return block * facts.layers + inputs + between + scalars + norms  # the last: the final norm and its input
-
-
-def _bytes_per_logit(compute_bytes: int) -> int:
-    """Bytes per token and vocabulary entry while cross-entropy runs backward.
-
-    The logits, those of the label positions, their log-probabilities, and the gradients of the last two, in
-    fp32 but for the first; at half precision both kinds of logits are held beside their fp32 form.
-    """
-    return 4 * 4 + compute_bytes if compute_bytes == 4 else 3 * 4 + 2 * compute_bytes
+    return block * facts.layers + inputs + between + scalars
 
 
 def choose_rank(
