@@ -12,7 +12,6 @@ a journal. The text stays here: only LoRA factors, example counts and losses lea
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import random
 import threading
@@ -45,6 +44,7 @@ from edge_sdk.core.messages import (
     Update,
 )
 from edge_sdk.journal import Journal
+from edge_sdk.model_files import read_config, resolve
 from edge_sdk.options import Event, Kind, Options, default_state_dir
 from edge_sdk.probe import probe
 from edge_sdk.session import Session
@@ -157,7 +157,7 @@ class Agent:
         base_model.use_threads(self.options.threads)
         session = self._membership()
         federation = session.federation
-        self._choice = self._choose_rank(federation, base_model.resolve(self._model(federation)))
+        self._choice = self._choose_rank(federation, resolve(self._model(federation)))
         base = base_model.load(
             self._model(federation), device=self.options.device, quantise=self.options.quantise
         )
@@ -208,18 +208,20 @@ class Agent:
 
     def _choose_rank(self, federation: Federation, model: Path) -> memory.RankChoice:
         """The largest rank of the ladder that this device's memory carries."""
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        from edge_sdk import base_model
+
         budget = self.options.memory_budget_bytes
         if budget is None:
             device = self.options.profile or probe(quick=True)
             budget = int(device.trainable_memory_bytes() * BUDGET_SHARE)
         carried = federation.rank_cap if federation.rule == "carry" else 0
         choice = memory.choose_rank(
-            facts_from_config(config, federation.base.modules),
+            facts_from_config(read_config(model), federation.base.modules),
             federation.training,
             federation.ladder,
             carried,
             budget,
+            base_model.placement(self.options.device, self.options.quantise),
         )
         self._tell("rank", choice.reason)
         return choice

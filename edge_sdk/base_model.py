@@ -13,7 +13,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from edge_sdk.core.errors import InputError
+from edge_sdk.core.memory import ACCELERATOR, CPU, Placement
 from edge_sdk.core.messages import Base
 from edge_sdk.model_files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
 
@@ -177,6 +178,14 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def placement(device: str = "auto", quantise: bool = True) -> Placement:
+    """How `load` would compute on this device, as the memory estimate needs it."""
+    place = _device(device)
+    compute_bytes = _compute_dtype(place).itemsize
+    chosen = replace(CPU if place.type == "cpu" else ACCELERATOR, compute_bytes=compute_bytes)
+    return chosen if quantise else replace(chosen, weight_bytes=compute_bytes)
 
 
 def use_threads(count: int) -> None:

@@ -1,7 +1,7 @@
 """A whole federation on this machine: one coordinator process, several device processes, a live table.
 
-Used by `examples.demo` and `examples.natural_instructions`. Processes talk over HTTP on the loopback address as
-they would over a network; nothing is shared between them but that.
+Used by `examples.demo` and `examples.natural_instructions`. Processes talk over HTTP on the loopback address
+as they would over a network; nothing is shared between them but that.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class LocalFederation:
                 try:
                     status = self.status()
                 except Unreachable as error:
-                    raise InputError(f"the coordinator is gone; see {self.folder / 'coordinator.log'}") from error
+                    raise InputError(
+                        f"the coordinator is gone; see {self.folder / 'coordinator.log'}"
+                    ) from error
                 self._require_devices()
                 if console.is_terminal:
                     live.update(self._picture(status, seconds, title))
@@ -172,9 +174,13 @@ class LocalFederation:
             try:
                 code = device.process.wait(max(1.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired as error:
-                raise InputError(f"device {device.name} did not finish; see {device.home / 'device.log'}") from error
+                raise InputError(
+                    f"device {device.name} did not finish; see {device.home / 'device.log'}"
+                ) from error
             if code != 0:
-                raise InputError(f"device {device.name} ended with code {code}; see {device.home / 'device.log'}")
+                raise InputError(
+                    f"device {device.name} ended with code {code}; see {device.home / 'device.log'}"
+                )
 
     def export(self, out: Path) -> None:
         """Write the newest global adapter as a PEFT folder."""
@@ -217,7 +223,7 @@ def _cells(known: DeviceStatus | None, device: Device) -> list[Any]:
 
 
 def one_thread() -> dict[str, str]:
-    """The environment of a process that computes on one thread: several that take all cores stall each other."""
+    """The environment of a process that computes on one thread: several on all cores stall each other."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

@@ -73,7 +73,7 @@ def test_facts_by_hand() -> None:
 def test_the_estimate_by_hand() -> None:
     found = estimate(FACTS, rank=2, carry_rank=4, micro_batch=8, sequence_len=96, placement=EXACT)
     tokens = 8 * 96
-    assert found.quantised_weights == round(4_718_592 * (0.5 + 1 / 64 + 1 / 4096))
+    assert found.linear_weights == round(4_718_592 * (0.5 + 1 / 64 + 1 / 4096))
     assert found.other_weights == 4 * 1_051_904
     assert found.trained_factors == 16 * 2 * 6 * 4864
     assert found.carried_factors == 4 * 4 * 6 * 4864
@@ -89,7 +89,7 @@ def test_the_estimate_by_hand() -> None:
 
 def test_placement() -> None:
     full, half = estimate(FACTS, 8, 8, 4, 64, EXACT), estimate(FACTS, 8, 8, 4, 64, ACCELERATOR)
-    assert full.quantised_weights == half.quantised_weights
+    assert full.linear_weights == half.linear_weights
     assert full.trained_factors == half.trained_factors
     assert full.other_weights == 2 * half.other_weights
     assert full.carried_factors == 2 * half.carried_factors

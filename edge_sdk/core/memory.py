@@ -57,6 +57,7 @@ class Placement:
     compute_bytes: int
     carried_bytes: int  # per value of the frozen carried adapter
     heap_spread: float  # see GLIBC_HEAP_SPREAD; 0 where the allocator does not fragment
+    weight_bytes: float = NF4_BYTES  # per parameter of the linear layers; `compute_bytes` if not quantised
 
 
 CPU = Placement(compute_bytes=4, carried_bytes=4, heap_spread=GLIBC_HEAP_SPREAD)
@@ -68,7 +69,7 @@ ACCELERATOR = Placement(compute_bytes=2, carried_bytes=2, heap_spread=0.0)
 class Estimate:
     """The peak, early in the backward pass, in bytes on top of a process with the frameworks loaded."""
 
-    quantised_weights: int
+    linear_weights: int
     other_weights: int
     trained_factors: int
     carried_factors: int
@@ -121,7 +122,7 @@ def estimate(
     logits = tokens * facts.vocab * LOGIT_BYTES
     workspace = largest * placement.compute_bytes  # one layer's weights, dequantised
     return Estimate(
-        quantised_weights=round(NF4_BYTES * facts.linear_parameters),
+        linear_weights=round(placement.weight_bytes * facts.linear_parameters),
         other_weights=placement.compute_bytes * facts.other_parameters,
         trained_factors=TRAINED_BYTES * facts.adapter_values(rank),
         carried_factors=placement.carried_bytes * facts.adapter_values(carry_rank),

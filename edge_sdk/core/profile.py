@@ -85,6 +85,12 @@ class DeviceProfile:
         gpu = _free(self.accelerator.memory_total_bytes, self.accelerator.memory_free_bytes)
         return min(ram, gpu) if self.accelerator.shared else gpu
 
+    def trainable_memory_total_bytes(self) -> int:
+        """All memory of where training would run, free or not: what tells classes of machines apart."""
+        if self.accelerator is None:
+            return self.memory_total_bytes
+        return self.accelerator.memory_total_bytes
+
     def summary(self) -> dict[str, str]:
         """Flat text values for `JoinRequest.profile`. The name stays here: a host name can be a person's."""
         values = asdict(self)

@@ -78,11 +78,16 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
 
 
 def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
-    """Decode str, bool, int or a finite float; an int is a fine float, a bool is never a number."""
+    """Decode str, bool, int or a finite float; an int is a fine float, a bool is never a number.
+
+    JSON can spell half of a surrogate pair, which is no text that could be stored or sent.
+    """
     if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ProtocolError(f"{where}: expected {hint.__name__}, got {_kind_of(value)}")
+    if hint is str and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ProtocolError(f"{where}: holds half of a surrogate pair, which is no text")
     return value
 
 
