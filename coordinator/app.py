@@ -66,6 +66,9 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
         return _problem(kind(f"{request.method} {request.path}: {error.reason}"), error.status)
     except TimeoutError:
         return _problem(ProtocolError("the body stopped coming; send it again"), 408)
+    except (ConnectionError, web.RequestPayloadError) as error:
+        log.info("%s %s broke off (%s)", request.method, request.path, error or type(error).__name__)
+        return _problem(ProtocolError("the body broke off; send the rest of it"))
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _problem(InternalError("the coordinator failed at this request; its log says why"))
@@ -101,8 +104,8 @@ async def _body(request: web.Request, kind: type[Record]) -> Record:
     """Read and decode a JSON record of bounded size within a bounded time."""
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            text = await request.text()
-        value = json.loads(text)
+            text = await request.read()
+        value = json.loads(text)  # UTF-8, -16 or -32, whatever charset the header claims
     except web.HTTPRequestEntityTooLarge as error:
         raise TooLarge(f"a record has at most {MAX_RECORD_BYTES} bytes") from error
     except (ValueError, RecursionError) as error:
@@ -167,6 +170,8 @@ async def upload(request: web.Request) -> web.Response:
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
     offset, cap = int(text), coordinator.upload_cap(assignment)
+    if (request.content_length or 0) > cap:
+        raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
     while True:
         async with asyncio.timeout(CHUNK_TIMEOUT_S):
             chunk = await request.content.readany()

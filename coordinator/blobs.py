@@ -12,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -26,6 +28,8 @@ class Blobs:
         self._blobs, self._uploads, self._cache = folder / "blobs", folder / "uploads", folder / "cache"
         for part in (self._blobs, self._uploads, self._cache):
             part.mkdir(parents=True, exist_ok=True)
+        # An upload is written by one thread at a time; ids share locks, so that there are not ever more.
+        self._locks = [threading.Lock() for _ in range(64)]
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest lies or would lie."""
@@ -82,7 +86,7 @@ class Blobs:
             OffsetConflict: bytes are missing before `offset`, or there already.
             TooLarge: the upload would exceed its cap; nothing is written.
         """
-        with self.upload_path(id).open("ab") as file:
+        with self._lock(id), self.upload_path(id).open("ab") as file:
             end = file.tell()
             if offset != end:
                 raise OffsetConflict(f"{end} bytes are stored; continue there, not at {offset}", offset=end)
@@ -91,15 +95,32 @@ class Blobs:
             file.write(chunk)
         return end + len(chunk)
 
-    def finish(self, id: str, digest: str) -> Path:
-        """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
+    def whole(self, id: str, digest: str) -> Path:
+        """Where the bytes of a finished upload can be read before it becomes a blob, or because it is one.
 
         Raises:
             ProtocolError: the bytes have another digest; they are dropped, so that the upload can restart.
         """
+        with self._lock(id):
+            return self._whole(id, digest)
+
+    def finish(self, id: str, digest: str) -> Path:
+        """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
+
+        Raises:
+            ProtocolError: as `whole`.
+        """
+        blob = self.path(digest)
+        with self._lock(id):
+            if self._whole(id, digest) == blob:
+                self.upload_path(id).unlink(missing_ok=True)
+            else:
+                self._adopt(self.upload_path(id), digest)
+        return blob
+
+    def _whole(self, id: str, digest: str) -> Path:
         blob, upload = self.path(digest), self.upload_path(id)
         if blob.exists():
-            upload.unlink(missing_ok=True)
             return blob
         if not upload.exists():
             raise ProtocolError("nothing was uploaded for this assignment; send the adapter first")
@@ -109,8 +130,10 @@ class Blobs:
             raise ProtocolError(
                 f"the uploaded bytes have SHA-256 {actual[:12]}…, not {digest[:12]}…; upload again"
             )
-        self._adopt(upload, digest)
-        return blob
+        return upload
+
+    def _lock(self, id: str) -> threading.Lock:
+        return self._locks[zlib.crc32(id.encode(errors="replace")) % len(self._locks)]
 
     def discard(self, id: str) -> None:
         """Forget an upload."""

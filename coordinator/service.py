@@ -22,6 +22,7 @@ from coordinator.store import Store, StoredUpdate, Version
 from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError, InputError, NotFound, ProtocolError, TooLarge, Unauthorised
 from edge_sdk.core.messages import (
+    PROTOCOL_VERSION,
     Ask,
     Assignment,
     DeviceStatus,
@@ -40,14 +41,21 @@ from edge_sdk.core.records import from_json, to_json
 log = logging.getLogger("coordinator")
 TICK_S = 0.5
 
+# Of the product B̃·A of one module. No training comes near it; a sum of many such still fits in float32, so
+# that nobody can make the global adapter overflow.
+MAX_NORM = 1e6
+
 
 class Coordinator:
     """One federation on one data folder. Create it in the event loop that will use it."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.blobs = Blobs(folder)
+        except OSError as error:
+            raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
         self.store = Store(folder / "coordinator.sqlite")
-        self.blobs = Blobs(folder)
         self.federation = self._fixed_federation(settings, folder)
         self.join_token = _join_token(folder / "join-token")
         self.engine = Engine(settings.policy, self._restored_state(settings.policy))
@@ -141,6 +149,11 @@ class Coordinator:
 
     def join(self, request: JoinRequest) -> JoinReply:
         """Enrol a device and give it a credential of its own."""
+        if request.protocol != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the device speaks protocol {request.protocol}, this coordinator {PROTOCOL_VERSION}; "
+                "update the older of the two"
+            )
         self.federation.base.require(request.fingerprint)
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
         self.store.add_device(device, request.name[:80], _hash(credential), request.profile, time.time())
@@ -202,11 +215,12 @@ class Coordinator:
         """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once."""
         assignment = self.require_assignment(device, id)
         if self.store.update_digest(id) == update.digest:
+            self.blobs.discard(id)  # a device that heard no answer has sent it all again
             return UpdateReply(id, self.engine.state.version)
         self._check_claims(assignment, update)
         self.engine.require_mergeable(assignment.version)
-        path = await asyncio.to_thread(self.blobs.finish, id, update.digest)
-        await asyncio.to_thread(self._check_adapter, path, assignment, update)
+        await asyncio.to_thread(self._check_adapter, assignment, update)
+        await asyncio.to_thread(self.blobs.finish, id, update.digest)
         stored = StoredUpdate(id, device, assignment.version, update)
         if await asyncio.to_thread(self.store.add_update, stored, time.time()):
             self._apply(engine.Stored(_buffered(stored)))
@@ -221,16 +235,21 @@ class Coordinator:
         if update.size_bytes > cap:
             raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
 
-    def _check_adapter(self, path: Path, assignment: Assignment, update: Update) -> None:
-        """Shapes, dtypes and finite values of the whole file; a bad one is dropped again."""
+    def _check_adapter(self, assignment: Assignment, update: Update) -> None:
+        """Shapes, dtypes and values of the whole upload. A bad one is dropped and never becomes a blob:
+
+        blobs are shared by content, so that none may be deleted for the sake of one device.
+        """
         federation = self.federation
+        path = self.blobs.whole(assignment.id, update.digest)
         try:
             cap = self.upload_cap(assignment)
             file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
-            for _ in file.modules():
-                pass
+            for name, factors in file.modules():
+                if not factors.norm() <= MAX_NORM:
+                    raise AdapterError(f"module {name} has norm {factors.norm():.3g}, above {MAX_NORM:g}")
         except (AdapterError, TooLarge):
-            path.unlink(missing_ok=True)
+            self.blobs.discard(assignment.id)
             raise
 
     # --- versions ---
@@ -361,12 +380,15 @@ def _buffered(stored: StoredUpdate) -> engine.Buffered:
 
 def _hash(token: str) -> str:
     """How a secret of 256 random bits is kept: one SHA-256 is enough, there is nothing to guess."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
 
 
 def _join_token(path: Path) -> str:
     """The federation's join token, made at the first start, readable by the host alone."""
     if not path.exists():
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(16) + "\n")
+        made = path.with_name(f".{path.name}-new")  # moved into place whole: half a token lets nobody in
+        made.unlink(missing_ok=True)
+        made.touch(mode=0o600)
+        made.write_text(secrets.token_urlsafe(16) + "\n")
+        made.replace(path)
     return path.read_text().strip()

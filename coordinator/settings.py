@@ -132,6 +132,8 @@ def _check(settings: Settings, where: str) -> None:
     """What no single field can tell."""
     chosen, training = settings.federation, settings.training
     ladder = chosen.ladder
+    if not settings.base.modules:
+        raise InputError(f"{where}: base {settings.base.model} names no modules; make it with `edge-sdk base`")
     widest = max(min(shape) for shape in settings.base.modules.values())
     if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 1:
         raise InputError(f"{where}: federation.ladder must be rising ranks from 1 on, not {list(ladder)}")

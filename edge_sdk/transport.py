@@ -15,7 +15,17 @@ from typing import Any, TypeVar
 import httpx
 
 from edge_sdk.core import messages
-from edge_sdk.core.errors import EdgeError, OurFault, ProtocolError, Unreachable, from_problem
+from edge_sdk.core.errors import (
+    EdgeError,
+    InputError,
+    NotFound,
+    OffsetConflict,
+    OurFault,
+    ProtocolError,
+    Unauthorised,
+    Unreachable,
+    from_problem,
+)
 from edge_sdk.core.messages import (
     Ask,
     Assignment,
@@ -34,12 +44,20 @@ from edge_sdk.core.records import from_json, to_json
 Record = TypeVar("Record")
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 CHUNK_BYTES = 256 << 10
+UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the offset was asked for
 
 
 class Transport:
-    """Calls of one device. `token` is its credential, or the join token before it has one."""
+    """Calls of one device. `token` is its credential, or the join token before it has one.
+
+    Raises:
+        InputError: the address or the token cannot be one; nothing was sent.
+    """
 
     def __init__(self, url: str, token: str) -> None:
+        _require_address(url)
+        if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+            raise InputError("the token is not one: it must be printable ASCII without spaces around it")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"}
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
@@ -74,7 +92,15 @@ class Transport:
 
     def upload(self, assignment: str, path: Path) -> None:
         """Send what the coordinator does not have yet of the file."""
-        route = messages.UPLOAD.format(id=assignment)
+        for _ in range(UPLOAD_TRIES):
+            try:
+                self._upload_rest(messages.UPLOAD.format(id=assignment), path)
+            except OffsetConflict:
+                continue
+            return
+        raise Unreachable(f"the upload met another sender {UPLOAD_TRIES} times; it goes on later")
+
+    def _upload_rest(self, route: str, path: Path) -> None:
         text = self._send("HEAD", route).headers.get(messages.UPLOAD_OFFSET, "")
         if not text.isdigit():
             raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -106,7 +132,7 @@ class Transport:
                 with part.open("ab" if response.status_code == 206 else "wb") as file:
                     for chunk in response.iter_bytes(CHUNK_BYTES):
                         file.write(chunk)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         part.replace(path)
 
@@ -116,7 +142,7 @@ class Transport:
         """One attempt; a refusal comes back as the error that its problem document names."""
         try:
             response = self._http.request(method, route, **arguments)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         if response.is_error and not (response.status_code in accept and _is_record(response)):
             raise _error_of(response)
@@ -129,11 +155,22 @@ class Transport:
             raise Unreachable(f"{self.url} does not answer like a coordinator; check the address") from error
         return from_json(kind, value)
 
-    def _unreachable(self, error: httpx.TransportError) -> Unreachable:
+    def _unreachable(self, error: httpx.RequestError) -> Unreachable:
         reason = str(error) or type(error).__name__
         return Unreachable(
             f"no coordinator answers at {self.url} ({reason}); check the address and that it runs"
         )
+
+
+def _require_address(url: str) -> None:
+    """Raise InputError unless `url` has the form of an HTTP address."""
+    try:
+        parsed = httpx.URL(url)
+        good = parsed.scheme in ("http", "https") and bool(parsed.host)
+    except httpx.InvalidURL:
+        good = False
+    if not good:
+        raise InputError(f"{url!r} is no address of a coordinator; write it like http://192.168.1.20:8765")
 
 
 def _bytes_from(path: Path, offset: int) -> Iterator[bytes]:
@@ -149,7 +186,13 @@ def _is_record(response: httpx.Response) -> bool:
 
 
 def _error_of(response: httpx.Response) -> EdgeError:
-    """The error behind a refusal. What is no problem document comes from a proxy or a stranger."""
+    """The error behind a refusal. What is no problem document comes from a proxy or a stranger.
+
+    The answer to HEAD has no body, so that its status has to do.
+    """
+    bodyless: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}
+    if response.request.method == "HEAD" and response.status_code in bodyless:
+        return bodyless[response.status_code](f"{response.request.url} answered {response.status_code}")
     try:
         document = response.json()
     except ValueError:

@@ -1,0 +1,118 @@
+"""Real processes for tests: a coordinator that can be killed and started again, and one-shot commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+ROOT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 60.0  # of a loaded machine; nothing here takes a tenth of it
+
+
+def environment() -> dict[str, str]:
+    """One compute thread, no model hub, and no join token from the caller's shell."""
+    kept = {key: value for key, value in os.environ.items() if key != "EDGE_JOIN_TOKEN"}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+class CoordinatorProcess:
+    """`edge-coordinator serve` on a folder. It outlives no test: use it in a with statement.
+
+    Its port is a free one at the first start and the same from then on, as a host's would be.
+    """
+
+    def __init__(self, folder: Path, config: str) -> None:
+        self.data = folder / "data"
+        self.config = folder / "coordinator.toml"
+        self.config.write_text(config)
+        self.log = folder / "coordinator.log"
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> CoordinatorProcess:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def join_token(self) -> str:
+        return (self.data / "join-token").read_text().strip()
+
+    def start(self) -> None:
+        """Start, and return when it listens."""
+        with self.log.open("ab") as log:
+            written = log.tell()
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "coordinator.cli", "serve"),
+                    *("--data", str(self.data), "--config", str(self.config), "--port", str(self.port)),
+                ],
+                env=environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            said = self.log.read_bytes()[written:].decode()
+            if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)\n", said):
+                self.port = int(found.group(1))
+                return
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(f"the coordinator does not listen: {said}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL: it gets no chance to tidy up."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def _end(self, number: int) -> int:
+        if self._process is None:
+            return 0
+        self._process.send_signal(number)
+        code = self._process.wait(PATIENCE_S)
+        self._process = None
+        return code
+
+
+def toml(sections: Mapping[str, Mapping[str, object]], base: Path) -> str:
+    """A configuration file with this base record. Values: numbers, strings, lists of numbers."""
+    lines = [f"base = '{base}'"]
+    for name, values in sections.items():
+        lines.append(f"[{name}]")
+        lines += [
+            f"{key} = {value!r}".replace("True", "true").replace("False", "false")
+            for key, value in values.items()
+        ]
+    return "\n".join(lines) + "\n"
