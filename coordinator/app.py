@@ -67,7 +67,7 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
     except TimeoutError:
         return _problem(ProtocolError("the body stopped coming; send it again"), 408)
     except (ConnectionError, web.RequestPayloadError) as error:
-        log.info("%s %s broke off (%s)", request.method, request.path, error or type(error).__name__)
+        log.info("%s %s broke off (%s)", request.method, request.path, str(error) or type(error).__name__)
         return _problem(ProtocolError("the body broke off; send the rest of it"))
     except Exception:
         log.exception("%s %s failed", request.method, request.path)

@@ -389,6 +389,6 @@ def _join_token(path: Path) -> str:
         made = path.with_name(f".{path.name}-new")  # moved into place whole: half a token lets nobody in
         made.unlink(missing_ok=True)
         made.touch(mode=0o600)
-        made.write_text(secrets.token_urlsafe(16) + "\n")
+        made.write_text(secrets.token_hex(16) + "\n")  # never begins with a dash, as an option would
         made.replace(path)
     return path.read_text().strip()

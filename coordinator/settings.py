@@ -133,7 +133,7 @@ def _check(settings: Settings, where: str) -> None:
     chosen, training = settings.federation, settings.training
     ladder = chosen.ladder
     if not settings.base.modules:
-        raise InputError(f"{where}: base {settings.base.model} names no modules; make it with `edge-sdk base`")
+        raise InputError(f"{where}: base {settings.base.model} names no modules; make it by `edge-sdk base`")
     widest = max(min(shape) for shape in settings.base.modules.values())
     if not ladder or list(ladder) != sorted(set(ladder)) or ladder[0] < 1:
         raise InputError(f"{where}: federation.ladder must be rising ranks from 1 on, not {list(ladder)}")

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from edge_sdk import session as sessions
 from edge_sdk.core import codec, memory
 from edge_sdk.core.errors import (
+    BaseMismatch,
     EdgeError,
     InputError,
     NotFound,
@@ -151,6 +152,18 @@ class Agent:
         """Everything before the first assignment: read the data, join, choose the rank, load the base."""
         if self._trainer is not None:
             return self._trainer
+        try:
+            return self._prepare()
+        except EdgeError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Hang up. A later `run` or `prepare` of a new Agent goes on where this one was."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def _prepare(self) -> Trainer:
         from edge_sdk import base_model, dataset, trainer
 
         raw = dataset.load_examples(self._data) if self._data else []
@@ -172,20 +185,14 @@ class Agent:
 
     def _membership(self) -> Session:
         """The session of an earlier run, or a new one by joining. Checks the base model either way."""
-        from edge_sdk import base_model
-
         known = self.journal.load()
         token = known.credential if known else self._join_token
         if not token:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self._transport = Transport(self.url, token)
         federation = self._transport.federation()
-        base = base_model.describe(
-            self._model(federation),
-            targets=",".join(federation.base.modules),
-            digests=self.journal.folder / "digests.json",
-        )
-        federation.base.require(base.fingerprint)
+        fingerprint = self._fingerprint(federation)
+        federation.base.require(fingerprint)
         if known and known.federation == federation:
             self._session = known
             return known
@@ -195,13 +202,27 @@ class Agent:
                 f"{federation.id}; use another state folder"
             )
         device = self.options.profile or probe(quick=True)
-        request = JoinRequest(self.options.name, base.fingerprint, device.summary())
+        request = JoinRequest(self.options.name, fingerprint, device.summary())
         reply = self._transport.join(request)
         self._transport.close()
         self._transport = Transport(self.url, reply.credential)
         self._save(sessions.joined(self.url, reply))
         self._tell("joined", f"joined federation {federation.id} as {self.options.name}")
         return self._require_session()
+
+    def _fingerprint(self, federation: Federation) -> str:
+        """What identifies this device's base model with the federation's target modules."""
+        from edge_sdk import base_model
+
+        model = self._model(federation)
+        resolve(model)  # a model that is not there is no mismatch
+        targets = ",".join(federation.base.modules)
+        try:
+            return base_model.describe(model, targets, self.journal.folder / "digests.json").fingerprint
+        except InputError as error:
+            raise BaseMismatch(
+                f"{error}; the federation trains {federation.base.model}: load that model"
+            ) from error
 
     def _model(self, federation: Federation) -> str:
         return self.options.model or federation.base.model
@@ -256,8 +277,7 @@ class Agent:
             elif session.phase == "training":
                 self._train()
             else:
-                self._deliver()
-                return 1
+                return self._deliver()
         except StaleUpdate as error:
             self._drop(f"came too late: {error}")
         except NotFound as error:
@@ -350,8 +370,8 @@ class Agent:
 
         return on_step
 
-    def _deliver(self) -> None:
-        """Upload what lies in the outbox and have it acknowledged."""
+    def _deliver(self) -> int:
+        """Upload what lies in the outbox and have it acknowledged: 1. If it is refused for good: 0."""
         session = self._require_session()
         work, update = session.current(), session.update
         assert update is not None
@@ -362,11 +382,12 @@ class Agent:
             raise
         except TheirFault as error:
             self._drop(f"the update was refused: {error}")
-            return
+            return 0
         self._save(sessions.delivered(session, reply.current_version))
         self.journal.clear_work()
         text = f"delivered rank {work.rank} from version {work.version}, loss {update.loss_after:.3f}"
         self._tell("delivered", text, loss=update.loss_after, version=work.version)
+        return 1
 
     def _drop(self, reason: str) -> None:
         self._save(sessions.dropped(self._require_session()))

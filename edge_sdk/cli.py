@@ -95,6 +95,8 @@ def _join(options: argparse.Namespace) -> int:
     from edge_sdk.core.profile import load_profile
     from edge_sdk.options import Options
 
+    if options.updates is not None and options.updates < 1:
+        raise InputError(f"--updates {options.updates} must be 1 or more")
     chosen = {"name": options.name} if options.name else {}
     agent = Agent(
         options.url,
@@ -116,7 +118,10 @@ def _join(options: argparse.Namespace) -> int:
     )
     signal.signal(signal.SIGTERM, lambda *_: agent.request_stop())
     signal.signal(signal.SIGINT, lambda *_: agent.request_stop())
-    agent.run(updates=options.updates)
+    try:
+        agent.run(updates=options.updates)
+    finally:
+        agent.close()
     return 0
 
 

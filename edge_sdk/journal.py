@@ -23,7 +23,10 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.adapters = folder / "adapters"
-        self.adapters.mkdir(parents=True, exist_ok=True)
+        try:
+            self.adapters.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: no usable state folder ({error.strerror}); name another") from error
         self.checkpoint = folder / "checkpoint.safetensors"
         self.outbox = folder / "outbox.safetensors"
         self._session = folder / "session.json"
@@ -64,7 +67,8 @@ class Journal:
 def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace `path` so that a crash at any moment leaves the old content or the new, and nothing else."""
     temporary = path.with_name(f".{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    temporary.unlink(missing_ok=True)  # one that a crash left has the mode of its time
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(data)
         file.flush()

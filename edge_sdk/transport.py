@@ -153,7 +153,10 @@ class Transport:
             value = response.json()
         except ValueError as error:
             raise Unreachable(f"{self.url} does not answer like a coordinator; check the address") from error
-        return from_json(kind, value)
+        try:
+            return from_json(kind, value)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.url}: {error}") from error
 
     def _unreachable(self, error: httpx.RequestError) -> Unreachable:
         reason = str(error) or type(error).__name__
@@ -166,7 +169,8 @@ def _require_address(url: str) -> None:
     """Raise InputError unless `url` has the form of an HTTP address."""
     try:
         parsed = httpx.URL(url)
-        good = parsed.scheme in ("http", "https") and bool(parsed.host)
+        good = parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 65536
+        good = good and not any(character.isspace() for character in url)
     except httpx.InvalidURL:
         good = False
     if not good:

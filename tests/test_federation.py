@@ -1,0 +1,230 @@
+"""Whole rounds with real parts: a coordinator process, HTTP, agents, and 4-bit base models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from coordinator.cli import main as host
+from edge_sdk import base_model
+from edge_sdk.adapter_places import CARRIED, AdapterPlaces
+from edge_sdk.agent import Agent
+from edge_sdk.core import memory
+from edge_sdk.core.facts import facts_from_config
+from edge_sdk.core.messages import Base, Rule
+from edge_sdk.core.records import to_json
+from edge_sdk.options import Event, Options
+from tests.models import ARCHITECTURES, Architecture, build_model
+from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
+
+LADDER = (2, 8)
+CAP = 12
+BATCH, SEQUENCE_LEN = 2, 48
+IDS = torch.tensor([[1, 30, 40, 50, 60, 70, 80, 2]])
+
+# PEFT reads an attribute that transformers has renamed, and finds GPT-2's Conv1D by itself and says so.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+]
+
+
+def configuration(
+    folder: Path, base: Base, rule: Rule, training: dict[str, object], policy: dict[str, object]
+) -> str:
+    record = folder / "base.json"
+    record.write_text(json.dumps(to_json(base)))
+    federation: dict[str, object] = {
+        "rule": rule,
+        "ladder": list(LADDER),
+        "rank_cap": CAP,
+        "heartbeat_s": 0.01,
+    }
+    sections: dict[str, dict[str, object]] = {
+        "federation": federation,
+        "training": {"batch": BATCH, "sequence_len": SEQUENCE_LEN, "learning_rate": 0.01} | training,
+        "policy": {"retry_s": 0.05} | policy,
+    }
+    return toml(sections, record)
+
+
+def write_data(path: Path, colour: str) -> Path:
+    records = [
+        {
+            "prompt": f"turn the {colour} light {state}",
+            "completion": f'{{"light": "{colour}", "state": "{state}"}}',
+        }
+        for state in ("on", "off", "dim")
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def budget_for(rank: int, base: Base, rule: Rule) -> int:
+    """Memory in which this rank fits and the next larger one does not."""
+    facts = facts_from_config(base_model.read_config(Path(base.model)), base.modules)
+    carried = CAP if rule == "carry" else 0
+    place = base_model.placement("cpu", True)
+    return memory.estimate(facts, rank, carried, BATCH, SEQUENCE_LEN, place).peak_bytes
+
+
+def wait_for_version(agent: Agent, version: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while agent.transport.status().version < version:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits.float()
+    return found
+
+
+def exported_logits(directory: Path, adapter: Path) -> torch.Tensor:
+    """What PEFT computes with an exported adapter on the 4-bit base."""
+    return logits(PeftModel.from_pretrained(base_model.load(str(directory), device="cpu").model, adapter))
+
+
+@pytest.mark.parametrize("rule", ["carry", "flexlora"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: Rule) -> None:
+    directory = build_model(tmp_path / "base", architecture)
+    base = base_model.describe(str(directory))
+    config = configuration(tmp_path, base, rule, {"steps": 3}, {"buffer_size": 2})
+    with CoordinatorProcess(tmp_path, config) as coordinator, contextlib.ExitStack() as ending:
+        agents = []
+        for rank, colour in zip(LADDER, ("red", "blue"), strict=True):
+            options = Options(
+                name=colour,
+                state_dir=tmp_path / colour,
+                device="cpu",
+                memory_budget_bytes=budget_for(rank, base, rule),
+            )
+            data = write_data(tmp_path / f"{colour}.jsonl", colour)
+            agent = Agent(coordinator.url, data=data, join_token=coordinator.join_token, options=options)
+            agents.append(agent)
+            assert agent.run(updates=1) == 1
+            ending.callback(agent.transport.close)
+            assert agent.choice.rank == rank
+        wait_for_version(agents[0], 1)
+        for agent in agents:  # and once more, now from a version that holds something
+            assert agent.run(updates=1) == 1
+        wait_for_version(agents[0], 2)
+        assert {device.rank for device in agents[0].transport.status().devices} == set(LADDER)
+
+        version, adapter = agents[1].newest()
+        assert version == 2
+        assert adapter is not None
+        out = tmp_path / "adapter"
+        assert host(["export", "--data", str(coordinator.data), "--out", str(out)]) == 0
+
+    plain = logits(base_model.load(str(directory), device="cpu").model)
+    loaded = exported_logits(directory, out)
+    places = AdapterPlaces(base_model.load(str(directory), device="cpu"), base.modules, 2.0)
+    with places.installed({CARRIED: adapter}):
+        ours = logits(places._base.model)
+    assert (loaded - plain).abs().max() > 1e-2
+    np.testing.assert_allclose(loaded.numpy(), ours.numpy(), atol=1e-3 * float(plain.abs().max()))
+
+
+# --- a device that dies ---------------------------------------------------------------------------
+
+
+def checkpointed_step(path: Path) -> int:
+    """The step that a checkpoint holds; 0 without one."""
+    if not path.exists():
+        return 0
+    with safe_open(path, framework="numpy") as file:
+        return int(json.loads(file.metadata()["progress"])["step"])
+
+
+def test_a_killed_device_goes_on_from_its_checkpoint_and_delivers_once(tmp_path: Path) -> None:
+    directory = build_model(tmp_path / "base", "llama")
+    base = base_model.describe(str(directory))
+    steps = 40
+    training: dict[str, object] = {"steps": steps, "checkpoint_s": 0.05}
+    config = configuration(tmp_path, base, "carry", training, {"buffer_size": 1})
+    data, state = write_data(tmp_path / "data.jsonl", "red"), tmp_path / "state"
+    with CoordinatorProcess(tmp_path, config) as coordinator:
+        arguments = ["join", coordinator.url, "--data", str(data), "--state", str(state), "--device", "cpu"]
+        arguments += ["--token", coordinator.join_token, "--memory-budget", "1GB", "--duty", "0.1"]
+        with (tmp_path / "device.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "edge_sdk.cli", *arguments],
+                env=environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            deadline = time.monotonic() + PATIENCE_S
+            try:
+                while checkpointed_step(state / "checkpoint.safetensors") < 3:
+                    assert process.poll() is None, (tmp_path / "device.log").read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+            finally:
+                process.kill()
+                process.wait()
+        reached = checkpointed_step(state / "checkpoint.safetensors")
+        assert 3 <= reached < steps
+
+        events: list[Event] = []
+        agent = Agent(
+            coordinator.url,
+            data=data,
+            options=Options(state_dir=state, device="cpu", memory_budget_bytes=10**9),
+            on_event=events.append,
+        )
+        assert agent.run(updates=1) == 1
+        taken = [event.step for event in events if event.kind == "step"]
+        assert taken == list(range(reached + 1, steps + 1))
+        wait_for_version(agent, 1)
+        agent.transport.close()
+        assert not (state / "outbox.safetensors").exists()
+        assert not (state / "checkpoint.safetensors").exists()
+        with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as database:
+            (row,) = database.execute("SELECT record, merged_version FROM updates").fetchall()
+        assert (json.loads(row[0])["steps"], row[1]) == (steps, 1)
+
+
+def test_a_device_goes_on_while_the_coordinator_is_away(tmp_path: Path) -> None:
+    directory = build_model(tmp_path / "base", "llama")
+    base = base_model.describe(str(directory))
+    config = configuration(tmp_path, base, "flexlora", {"steps": 3}, {"buffer_size": 1})
+    data = write_data(tmp_path / "data.jsonl", "red")
+    with CoordinatorProcess(tmp_path, config) as coordinator:
+        offline: list[str] = []
+
+        def on_event(event: Event) -> None:
+            if event.kind == "step" and event.step == 1 and not offline:
+                coordinator.kill()
+            if event.kind == "offline":
+                offline.append(event.text)
+                if len(offline) == 5:  # two of them heartbeats, the rest attempts to deliver
+                    coordinator.start()
+
+        options = Options(state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9)
+        agent = Agent(
+            coordinator.url,
+            data=data,
+            join_token=coordinator.join_token,
+            options=options,
+            on_event=on_event,
+        )
+        assert agent.run(updates=1) == 1
+        assert any("training goes on without the coordinator" in text for text in offline)
+        assert any("trying again in" in text for text in offline)
+        wait_for_version(agent, 1)
+        agent.transport.close()

@@ -1,0 +1,64 @@
+"""Every arrow of the device's state machine, and what it must not do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from edge_sdk import session as sessions
+from edge_sdk.core.errors import InternalError
+from edge_sdk.core.messages import Assignment, JoinReply, Update
+from edge_sdk.session import Session
+from tests.core.wire_samples import FEDERATION
+
+WORK = Assignment(id="a", version=7, rank=4, carry_rank=16, steps=20, seed=9, expires_in_s=600.0)
+UPDATE = Update("ab" * 32, 100, 4, 160, 20, 2.5, 1.25, 30.5)
+
+IDLE = sessions.joined("http://host", JoinReply("d", "secret", FEDERATION))
+TRAINING = sessions.assigned(IDLE, WORK, micro_batch=2)
+OUTBOX = sessions.trained(TRAINING, UPDATE)
+
+
+def test_joining_gives_an_idle_member() -> None:
+    assert Session("http://host", "d", "secret", FEDERATION) == IDLE
+    assert (IDLE.phase, IDLE.assignment, IDLE.delivered) == ("idle", None, 0)
+
+
+def test_the_round_of_one_update() -> None:
+    assert (TRAINING.phase, TRAINING.current(), TRAINING.micro_batch) == ("training", WORK, 2)
+    assert TRAINING.last_version == 7
+    assert (OUTBOX.phase, OUTBOX.current(), OUTBOX.update) == ("outbox", WORK, UPDATE)
+    after = sessions.delivered(OUTBOX, current_version=9)
+    assert (after.phase, after.assignment, after.update, after.micro_batch) == ("idle", None, None, 0)
+    assert (after.delivered, after.last_version) == (1, 9)
+    assert after.credential == IDLE.credential
+
+
+@pytest.mark.parametrize("session", [TRAINING, OUTBOX])
+def test_dropped_work_leaves_no_trace_but_the_version(session: Session) -> None:
+    after = sessions.dropped(session)
+    assert (after.phase, after.assignment, after.update, after.delivered) == ("idle", None, None, 0)
+    assert after.last_version == 7
+
+
+@pytest.mark.parametrize(
+    ("arrow", "wrong"),
+    [
+        (lambda session: sessions.assigned(session, WORK, 1), [TRAINING, OUTBOX]),
+        (lambda session: sessions.trained(session, UPDATE), [IDLE, OUTBOX]),
+        (lambda session: sessions.delivered(session, 1), [IDLE, TRAINING]),
+        (sessions.dropped, [IDLE]),
+    ],
+)
+def test_an_arrow_from_another_phase_is_a_bug_by_name(
+    arrow: Callable[[Session], Session], wrong: list[Session]
+) -> None:
+    for session in wrong:
+        with pytest.raises(InternalError, match=f"a session in phase {session.phase} cannot do this"):
+            arrow(session)
+
+
+def test_an_idle_session_has_no_assignment() -> None:
+    with pytest.raises(InternalError, match="no assignment in phase idle"):
+        IDLE.current()
