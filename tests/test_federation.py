@@ -228,3 +228,33 @@ def test_a_device_goes_on_while_the_coordinator_is_away(tmp_path: Path) -> None:
         assert any("trying again in" in text for text in offline)
         wait_for_version(agent, 1)
         agent.transport.close()
+
+
+def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_model.describe(str(build_model(tmp_path / "base", "llama")))
+    config = configuration(tmp_path, base, "carry", {"steps": 2}, {"buffer_size": 1})
+    with CoordinatorProcess(tmp_path, config) as coordinator:
+        events: list[Event] = []
+        agent = Agent(
+            coordinator.url,
+            data=write_data(tmp_path / "data.jsonl", "red"),
+            join_token=coordinator.join_token,
+            options=Options(state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9),
+            on_event=events.append,
+        )
+        put, spoilt = agent.journal.put_outbox, [True]
+
+        def put_outbox(adapter: bytes) -> None:
+            put(adapter[:-1] + b"?" if spoilt else adapter)
+            spoilt.clear()
+
+        monkeypatch.setattr(agent.journal, "put_outbox", put_outbox)
+        try:
+            assert agent.run(updates=1) == 1
+        finally:
+            agent.close()
+    assert [event.kind for event in events if event.kind in ("refused", "delivered")] == [
+        "refused",
+        "delivered",
+    ]
+    assert "upload again" in next(event.text for event in events if event.kind == "refused")

@@ -257,6 +257,30 @@ def test_the_transport_finds_the_right_offset_by_itself(device: Device) -> None:
     device.hand_in(work, content)
 
 
+def test_bytes_that_arrive_late_from_a_cut_connection_cost_another_question(
+    coordinator: CoordinatorProcess, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = device.work()
+    content = codec.encode(random_adapter(4, 13), SCALING)
+    (tmp_path / "adapter").write_bytes(content)
+    route = messages.UPLOAD.format(id=work.id)
+    asked: list[str] = []
+    ask_and_send = device.transport._send
+
+    def meanwhile(method: str, *arguments: Any, **more: Any) -> httpx.Response:
+        answer = ask_and_send(method, *arguments, **more)
+        if method == "HEAD" and not asked:
+            start = {messages.UPLOAD_OFFSET: "0"}
+            request(coordinator, "PATCH", route, device.credential, headers=start, content=content[:50])
+        asked.append(method)
+        return answer
+
+    monkeypatch.setattr(device.transport, "_send", meanwhile)
+    device.transport.upload(work.id, tmp_path / "adapter")
+    assert asked == ["HEAD", "HEAD", "PATCH"]  # the refused one raised
+    device.transport.deliver(work.id, update_of(content, 4))
+
+
 def test_a_body_over_the_cap_is_refused_and_not_stored(
     coordinator: CoordinatorProcess, device: Device
 ) -> None:
