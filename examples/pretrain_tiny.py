@@ -390,12 +390,12 @@ nothing.
 {corpus["english_sentences"]:,} English sides of the Natural Instructions v2 *translation* tasks (Apache-2.0),
 and {copies:,} tokens of copying exercises made from the same text. Held out, whole: the T0 data sets
 {" and ".join(corpus["held_out_t0"])}, and 400 of the sentences. No Natural Instructions task but translations
-was seen, so the others can be clients of an experiment; nor were the smart-home commands of the demonstration.
+was seen, so the others can be clients of an experiment; nor was a smart-home command of the demonstration.
 
 **Training.** {figures["steps"]:,} steps of 16 rows of 512 tokens: {seen / 1e6:.1f}M tokens seen,
 {seen / (text + copies):.1f} times as many as there are. Muon and AdamW, bfloat16 autocast, one to two CPU
-cores for about two hours. The copying exercises joined at step 1,300, after a check showed that nothing had been learnt
-about copying by then; a rebuild has them from the start.
+cores for about two hours. The copying exercises joined at step 1,300, after a check showed that nothing had
+been learnt about copying by then; a rebuild has them from the start.
 
 | perplexity per token | bfloat16 | NF4 |
 |---|---|---|
