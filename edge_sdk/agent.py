@@ -20,10 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_sdk import enrolment
 from edge_sdk import session as sessions
 from edge_sdk.core import codec, memory
 from edge_sdk.core.errors import (
-    BaseMismatch,
     EdgeError,
     InputError,
     NotFound,
@@ -33,21 +33,17 @@ from edge_sdk.core.errors import (
     Unauthorised,
     Unreachable,
 )
-from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import (
     Ask,
     Directive,
     Federation,
     Heartbeat,
-    JoinRequest,
     NotNow,
     Update,
 )
 from edge_sdk.journal import Journal
-from edge_sdk.model_files import read_config, resolve
 from edge_sdk.options import Event, Kind, Options, default_state_dir
-from edge_sdk.probe import probe
 from edge_sdk.session import Session
 from edge_sdk.transport import Transport
 
@@ -58,7 +54,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge_sdk")
 
 MAX_BACKOFF_S = 60.0
-BUDGET_SHARE = 0.5  # of the memory that is free now: the rest stays the owner's
 
 
 class Agent:
@@ -168,12 +163,11 @@ class Agent:
 
         raw = dataset.load_examples(self._data) if self._data else []
         base_model.use_threads(self.options.threads)
-        session = self._membership()
-        federation = session.federation
-        self._choice = self._choose_rank(federation, resolve(self._model(federation)))
-        base = base_model.load(
-            self._model(federation), device=self.options.device, quantise=self.options.quantise
-        )
+        federation = self._membership().federation
+        self._choice = enrolment.choose_rank(federation, self.options)
+        self._tell("rank", self._choice.reason)
+        model = enrolment.model_of(federation, self.options)
+        base = base_model.load(model, device=self.options.device, quantise=self.options.quantise)
         length = federation.training.sequence_len
         self._examples = [dataset.tokenise(example, base.tokenizer, length) for example in raw]
         self._trainer = trainer.Trainer(
@@ -181,7 +175,7 @@ class Agent:
         )
         return self._trainer
 
-    # --- membership ---
+    # --- what this device is ---
 
     def _membership(self) -> Session:
         """The session of an earlier run, or a new one by joining. Checks the base model either way."""
@@ -191,7 +185,7 @@ class Agent:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self._transport = Transport(self.url, token)
         federation = self._transport.federation()
-        fingerprint = self._fingerprint(federation)
+        fingerprint = enrolment.fingerprint(federation, self.options, self.journal.folder / "digests.json")
         federation.base.require(fingerprint)
         if known and known.federation == federation:
             self._session = known
@@ -201,51 +195,12 @@ class Agent:
                 f"{self.journal.folder} belongs to federation {known.federation.id}, but {self.url} serves "
                 f"{federation.id}; use another state folder"
             )
-        device = self.options.profile or probe(quick=True)
-        request = JoinRequest(self.options.name, fingerprint, device.summary())
-        reply = self._transport.join(request)
+        reply = self._transport.join(enrolment.request(fingerprint, self.options))
         self._transport.close()
         self._transport = Transport(self.url, reply.credential)
         self._save(sessions.joined(self.url, reply))
         self._tell("joined", f"joined federation {federation.id} as {self.options.name}")
         return self._require_session()
-
-    def _fingerprint(self, federation: Federation) -> str:
-        """What identifies this device's base model with the federation's target modules."""
-        from edge_sdk import base_model
-
-        model = self._model(federation)
-        resolve(model)  # a model that is not there is no mismatch
-        targets = ",".join(federation.base.modules)
-        try:
-            return base_model.describe(model, targets, self.journal.folder / "digests.json").fingerprint
-        except InputError as error:
-            raise BaseMismatch(
-                f"{error}; the federation trains {federation.base.model}: load that model"
-            ) from error
-
-    def _model(self, federation: Federation) -> str:
-        return self.options.model or federation.base.model
-
-    def _choose_rank(self, federation: Federation, model: Path) -> memory.RankChoice:
-        """The largest rank of the ladder that this device's memory carries."""
-        from edge_sdk import base_model
-
-        budget = self.options.memory_budget_bytes
-        if budget is None:
-            device = self.options.profile or probe(quick=True)
-            budget = int(device.trainable_memory_bytes() * BUDGET_SHARE)
-        carried = federation.rank_cap if federation.rule == "carry" else 0
-        choice = memory.choose_rank(
-            facts_from_config(read_config(model), federation.base.modules),
-            federation.training,
-            federation.ladder,
-            carried,
-            budget,
-            base_model.placement(self.options.device, self.options.quantise),
-        )
-        self._tell("rank", choice.reason)
-        return choice
 
     @property
     def choice(self) -> memory.RankChoice:
