@@ -47,7 +47,8 @@ LADDER, RANK_CAP, SCALING = (2, 4, 8, 16), 32, 2.0
 RANKS = (2, 4, 8, 16, 2, 4, 8, 2)  # of the first device, the second, … and again from the start
 TRAINING = Training(steps=10, batch=8, sequence_len=256, learning_rate=1e-3)
 # Updates of a version and those of the next start from nearly the same adapter: at η = 1 what they have in
-# common is added twice. Half of it did as well on all clients that took no part, better on other categories.
+# common is added twice. One run of each, 8 versions, an unfinished base: loss on unseen clients of other
+# categories 4.29 before, 4.13 with η = 1, 4.02 with 0.5; on the participants 4.43 before, 2.99 and 3.40.
 POLICY = Policy(buffer_size=4, quorum=2, timeout_s=60.0, server_learning_rate=0.5, retry_s=0.5)
 UNSEEN = 16  # clients of each of the two groups that take no part
 TEST_ROWS = 24  # held-out rows of a client that the loss is measured on
