@@ -150,6 +150,10 @@ def _check(settings: Settings, where: str) -> None:
     ):
         if not value > 0:
             raise InputError(f"{where}: {name} is {value}; it must be above 0")
+    if training.learning_rate_decay > 1:
+        raise InputError(
+            f"{where}: training.learning_rate_decay is {training.learning_rate_decay}; at most 1"
+        )
     for field in dataclasses.fields(training):
         if not getattr(training, field.name) > 0:
             raise InputError(

@@ -269,7 +269,7 @@ class Agent:
             batch=training.batch,
             micro_batch=session.micro_batch,
             sequence_len=training.sequence_len,
-            learning_rate=training.learning_rate,
+            learning_rate=training.learning_rate_at(work.version),
             duty=self.options.duty,
             checkpoint_s=training.checkpoint_s,
         )
