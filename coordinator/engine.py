@@ -63,6 +63,7 @@ class Lease:
     version: int
     rank: int
     expires_at: float
+    live_rank: int = 0  # of the global adapter at `version`
     steps_done: int = 0
 
 
@@ -146,11 +147,9 @@ Event = Asked | Beat | Stored | Tick | Merged | MergeFailed
 
 @dataclass(frozen=True)
 class Grant:
-    """Hand this lease to its device; `carry_rank` is the live rank of the version to start from."""
+    """Hand this lease to its device: a new one, or the one that it holds already."""
 
     lease: Lease
-    carry_rank: int
-    is_new: bool
 
 
 @dataclass(frozen=True)
@@ -225,18 +224,21 @@ class Engine:
         held = state.leases.get(event.device)
         can_count = held and now < held.expires_at and state.version - held.version <= self._limit()
         if held and can_count and held.rank == event.rank:
-            return [Grant(held, state.version_rank, is_new=False)]
+            return [Grant(held)]
         if state.contributed.get(event.device) == state.version:
             return [
                 Wait(policy.retry_s, f"your update of version {state.version} is in; the next is not due")
             ]
         if policy.mode == "synchronous" and len(state.granted - {event.device}) >= policy.buffer_size:
             return [Wait(policy.retry_s, f"round {state.version} has its {policy.buffer_size} devices")]
-        lease = Lease(event.assignment, event.device, state.version, event.rank, now + policy.lease_s)
+        expires_at = now + policy.lease_s
+        lease = Lease(
+            event.assignment, event.device, state.version, event.rank, expires_at, state.version_rank
+        )
         state.leases[event.device] = lease
         state.granted.add(event.device)
         expired: list[Effect] = [Expired(held)] if held else []
-        return [*expired, Grant(lease, state.version_rank, is_new=True)]
+        return [*expired, Grant(lease)]
 
     def _beat(self, event: Beat, now: float) -> list[Effect]:
         """Note progress. Work goes on as long as it can count, its lease expired or not."""

@@ -91,7 +91,8 @@ class Coordinator:
             contributed=self.store.last_contributions(),
         )
         for device, a in self.store.open_assignments():
-            state.leases[device] = engine.Lease(a.id, device, a.version, a.rank, now + policy.lease_s)
+            expires_at = now + policy.lease_s
+            state.leases[device] = engine.Lease(a.id, device, a.version, a.rank, expires_at, a.carry_rank)
             if a.version == state.version:
                 state.granted.add(device)
         state.granted.update(d for d, version in state.contributed.items() if version == state.version)
@@ -170,21 +171,18 @@ class Coordinator:
         if isinstance(answer, engine.Wait):
             return NotNow(answer.retry_after_s, answer.reason)
         assert isinstance(answer, engine.Grant)
-        assignment = self._assignment(answer)
-        if answer.is_new:
+        assignment = self._assignment(answer.lease)
+        if self.store.assignment(assignment.id, device) is None:
             await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
         return assignment
 
-    def _assignment(self, grant: engine.Grant) -> Assignment:
-        """The wire record of a lease. An id that was granted before gives the same one, time left aside."""
-        lease = grant.lease
-        known = self.store.assignment(lease.assignment, lease.device)
-        carries = self.federation.rule == "carry"
+    def _assignment(self, lease: engine.Lease) -> Assignment:
+        """The wire record of a lease: the same each time, but for the time left."""
         return Assignment(
             id=lease.assignment,
             version=lease.version,
             rank=lease.rank,
-            carry_rank=known.carry_rank if known else grant.carry_rank if carries else 0,
+            carry_rank=lease.live_rank if self.federation.rule == "carry" else 0,
             steps=self.federation.training.steps,
             seed=int(hashlib.sha256(lease.assignment.encode()).hexdigest()[:8], 16),
             expires_in_s=max(0.0, lease.expires_at - self.now()),

@@ -108,15 +108,17 @@ def test_a_device_contributes_once_to_a_version() -> None:
     assert "version 0" in answer.reason
     engine.handle(stored("x", "e"), 3.0)
     engine.handle(Merged(1, 4), 4.0)
-    assert granted(engine.handle(Asked("d", 4, "a3"), 5.0)).lease == Lease("a3", "d", 1, 4, 605.0)
+    assert granted(engine.handle(Asked("d", 4, "a3"), 5.0)).lease == Lease(
+        "a3", "d", 1, 4, 605.0, live_rank=4
+    )
 
 
 def test_a_device_that_asks_again_gets_the_grant_that_it_holds() -> None:
     engine = Engine(Policy(lease_s=600.0), State(version=2, version_rank=7))
     first = granted(engine.handle(Asked("d", 4, "a1"), 0.0))
     again = granted(engine.handle(Asked("d", 4, "a2"), 599.0))
-    assert first == Grant(Lease("a1", "d", 2, 4, 600.0), 7, is_new=True)
-    assert again == Grant(Lease("a1", "d", 2, 4, 600.0), 7, is_new=False)
+    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, live_rank=7))
+    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, live_rank=7))
 
 
 def test_asking_at_another_rank_replaces_the_grant() -> None:
@@ -125,7 +127,7 @@ def test_asking_at_another_rank_replaces_the_grant() -> None:
     expired, grant = engine.handle(Asked("d", 2, "a2"), 1.0)
     assert expired == Expired(first)
     assert isinstance(grant, Grant)
-    assert (grant.lease.assignment, grant.lease.rank, grant.is_new) == ("a2", 2, True)
+    assert (grant.lease.assignment, grant.lease.rank) == ("a2", 2)
 
 
 @pytest.mark.parametrize("mode", ["buffered", "synchronous"])
@@ -209,7 +211,7 @@ def test_a_device_whose_update_was_rejected_gets_work_again() -> None:
     engine.handle(stored("a", "only"), 0.0)
     engine.handle(MergeFailed(("a",)), 1.0)
     assert engine.state.buffer == []
-    assert granted(engine.handle(Asked("only", 4, "b"), 2.0)).is_new
+    assert granted(engine.handle(Asked("only", 4, "b"), 2.0)).lease.assignment == "b"
 
 
 # --- synchronous ----------------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def rounds(**other: Any) -> Engine:
 def test_a_round_has_k_devices() -> None:
     engine = rounds()
     for device in "12":
-        assert granted(engine.handle(Asked(device, 4, f"a{device}"), 0.0)).is_new
+        assert granted(engine.handle(Asked(device, 4, f"a{device}"), 0.0)).lease.assignment == f"a{device}"
     (answer,) = engine.handle(Asked("3", 4, "a3"), 0.0)
     assert isinstance(answer, Wait)
     assert "round 0 has its 2 devices" in answer.reason
@@ -233,7 +235,7 @@ def test_a_round_that_lost_a_device_takes_another() -> None:
     for device, at in (("1", 0.0), ("2", 30.0)):
         engine.handle(Asked(device, 4, f"a{device}"), at)
     assert isinstance(engine.handle(Tick(), 60.0)[0], Expired)
-    assert granted(engine.handle(Asked("3", 4, "a3"), 61.0)).is_new
+    assert granted(engine.handle(Asked("3", 4, "a3"), 61.0)).lease.assignment == "a3"
     assert isinstance(engine.handle(Asked("1", 4, "a4"), 62.0)[-1], Wait)
 
 
@@ -352,7 +354,7 @@ class Federation(RuleBasedStateMachine):
             assert (lease.device, lease.rank) == (device, rank)
             assert lease.expires_at > self.now
             assert self.version - lease.version <= self.limit  # what is granted can count
-            if answer.is_new:
+            if lease.assignment not in self.work:
                 assert lease.version == self.version
                 assert not self.waits(device)
                 self.work[lease.assignment] = (device, lease.version)
