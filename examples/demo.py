@@ -69,12 +69,16 @@ CAST = (
 LOSES_POWER = "laptop"
 
 
-def budget_bytes(profile: str) -> int:
-    """The memory that training may take on a device of this class, scaled to the embedded base."""
+def budget_bytes(profile: str, rule: str) -> int:
+    """The memory that training may take on a device of this class, scaled to the embedded base.
+
+    What a carried adapter needs is on top, so that both rules choose the same ranks and can be compared.
+    """
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     placement = base_model.placement("auto")
-    bare = memory.estimate(facts, 0, RANK_CAP, TRAINING.batch, TRAINING.sequence_len, placement)
+    carried = RANK_CAP if rule == "carry" else 0
+    bare = memory.estimate(facts, 0, carried, TRAINING.batch, TRAINING.sequence_len, placement)
     return bare.peak_bytes + load_profile(profile).trainable_memory_total_bytes() // MEMORY_SCALE
 
 
@@ -107,7 +111,7 @@ retry_s = 0.5
         write_jsonl(place / "unseen.test.jsonl", list(smart_home.test_set(unseen, TEST_PER_INTENT - 2, seed)))
         command = [sys.executable, "-m", "examples.demo_device", "--name", who.name, "--home", str(place)]
         command += ["--url", federation.url, "--token", federation.token, "--profile", who.profile]
-        command += ["--budget", str(budget_bytes(who.profile)), "--duty", str(who.duty)]
+        command += ["--budget", str(budget_bytes(who.profile, rule)), "--duty", str(who.duty)]
         federation.devices.append(Device(who.name, command, place, who.note))
     return federation
 
@@ -161,7 +165,7 @@ def run(folder: Path, rule: str, seed: int, versions: int, limit_s: float) -> di
             {
                 "name": who.name,
                 "profile": who.profile,
-                "memory_bytes": budget_bytes(who.profile),
+                "memory_bytes": budget_bytes(who.profile, rule),
                 "r": after["r"],
                 "updates": known[who.name].updates,
                 "mean_staleness": known[who.name].mean_staleness,

@@ -48,7 +48,8 @@ def test_the_closing_table_fits_80_columns_uncut() -> None:
     assert "…" not in text.getvalue()
 
 
-def test_the_cast_chooses_different_ranks_from_its_budgets() -> None:
+@pytest.mark.parametrize("rule", ["carry", "flexlora"])
+def test_the_cast_chooses_different_ranks_from_its_budgets(rule: str) -> None:
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     ranks = [
@@ -56,8 +57,8 @@ def test_the_cast_chooses_different_ranks_from_its_budgets() -> None:
             facts,
             demo.TRAINING,
             demo.LADDER,
-            demo.RANK_CAP,
-            demo.budget_bytes(household.profile),
+            demo.RANK_CAP if rule == "carry" else 0,
+            demo.budget_bytes(household.profile, rule),
             base_model.placement("auto"),
         ).rank
         for household in demo.CAST
