@@ -219,7 +219,7 @@ def _keep_trainable(model: Any) -> None:
 def _let_go_of_files(model: Any) -> None:
     """Copy what is not quantised out of the memory-mapped weight file.
 
-    On a CPU those tensors are views into the mapping, and one view keeps the pages of the whole file resident.
+    On a CPU those tensors are views into the mapping, and one view keeps the whole file's pages resident.
     """
     copies: dict[int, torch.Tensor] = {}
     for parameter in model.parameters():

@@ -8,8 +8,8 @@ import torch
 
 from edge_sdk.dataset import IGNORED
 
-# Rows become float32 probabilities this many values at a time: 16 MB.
-CHUNK_VALUES = 1 << 22
+# Rows become float32 probabilities this many values at a time: 4 MB.
+CHUNK_VALUES = 1 << 20
 
 
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -18,13 +18,14 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
     torch's chain of selection, cast, log-softmax and likelihood holds several copies of the logits, some in
     float32; this holds the one array that came in and turns it into its own gradient. That is softmax −
     one-hot in float32, rounded to the logits' dtype, as in the chain, but before the loss is divided by a
-    number of tokens and not after: in bfloat16 one rounding more. Where an earlier operation still needs the logits, autograd notices and raises in the backward pass.
+    number of tokens and not after: in bfloat16 one rounding more. Where an earlier operation still needs the
+    logits, autograd notices and raises in the backward pass.
 
     Args:
         logits: (rows, vocabulary).
         targets: (rows,), int64.
     """
-    return _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-any-return]
+    return _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from edge_sdk import checkpoint as checkpoints
+from edge_sdk import optimizers
 from edge_sdk.adapter_places import CARRIED, LOCAL, AdapterPlaces
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.checkpoint import Progress
@@ -31,6 +32,7 @@ from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
 from edge_sdk.core.messages import Directive
 from edge_sdk.dataset import IGNORED, Tokenised, collate, prompt_ids
 from edge_sdk.loss import summed_cross_entropy
+from edge_sdk.recompute import recomputed
 from edge_sdk.training import (
     Abandoned,
     Evaluation,
@@ -98,7 +100,8 @@ class Trainer:
         """
         self._check_rows(examples, plan.sequence_len)
         adapter = self._starting_factors(start)
-        with self._places.installed({LOCAL: adapter, CARRIED: start.carried}):
+        places = self._places.installed({LOCAL: adapter, CARRIED: start.carried})
+        with places, recomputed(self._base.model, plan.checkpointing):
             run = _Run(self._places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
             if checkpoint and (found := checkpoints.read(checkpoint, marks)):
@@ -254,7 +257,7 @@ class _Run:
         self.plan = plan
         self.progress = Progress(0, 0, 0.0, 0.0, 0.0)
         self._parameters = parameters
-        self._optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=0.0)
+        self._optimizer = optimizers.build(plan.optimizer, parameters.values(), plan.learning_rate)
 
     def clip(self) -> float:
         """Clip the gradient to MAX_GRADIENT_NORM; the norm before."""
@@ -287,22 +290,21 @@ class _Run:
 
     def state(self) -> tuple[Progress, dict[str, Matrix]]:
         """Counters, and factors with both Adam moments."""
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, parameter in self._parameters.items():
-            state = self._optimizer.state[parameter]
-            parts = {"": parameter, ".m": state["exp_avg"], ".v": state["exp_avg_sq"]}
-            for suffix, tensor in parts.items():
-                tensors[name + suffix] = np.ascontiguousarray(tensor.detach().cpu().numpy())
+            tensors[name] = np.ascontiguousarray(parameter.detach().cpu().numpy())
+            for part, array in optimizers.moments(self.plan.optimizer, self._optimizer, parameter).items():
+                tensors[f"{name}.{part}"] = array
         return self.progress, tensors
 
     def restore(self, progress: Progress, tensors: Mapping[str, Matrix]) -> None:
         """Continue from what `state` gave."""
         self.progress = progress
+        kind = self.plan.optimizer
         for name, parameter in self._parameters.items():
-            parts = [torch.from_numpy(tensors[name + s]).to(parameter.device) for s in ("", ".m", ".v")]
-            parameter.data.copy_(parts[0])
-            step = torch.tensor(float(progress.step))
-            self._optimizer.state[parameter] = {"step": step, "exp_avg": parts[1], "exp_avg_sq": parts[2]}
+            parameter.data.copy_(torch.from_numpy(tensors[name]))
+            parts = {p: tensors[f"{name}.{p}"] for p in optimizers.MOMENTS[kind] if f"{name}.{p}" in tensors}
+            optimizers.restore(kind, self._optimizer, parameter, parts, progress.step)
 
 
 def _batches(

@@ -14,6 +14,7 @@ import numpy as np
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Directive
+from edge_sdk.core.setting import Optimizer
 from edge_sdk.dataset import Tokenised
 
 REST_SLICE_S = 0.5  # in calm mode the caller is heard at least this often
@@ -37,7 +38,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. `micro_batch` and `duty` suit the device and change the result by rounding alone.
+    """How to train. `micro_batch`, `checkpointing` and `duty` suit the device and change the result by
+    rounding alone.
 
     `duty`: the share of wall time that may be spent computing; below 1 the trainer rests between steps.
     """
@@ -49,6 +51,8 @@ class Plan:
     learning_rate: float
     duty: float = 1.0
     checkpoint_s: float = 30.0
+    checkpointing: bool = False  # see core.setting.Setting
+    optimizer: Optimizer = "adamw"
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.micro_batch) < 1 or not 0 < self.duty <= 1:
@@ -118,7 +122,7 @@ def identity(
 ) -> dict[str, Any]:
     """What a checkpoint must agree with: all that decides the result but how the device spreads the work."""
     settings = dataclasses.asdict(plan)
-    for name in ("micro_batch", "duty", "checkpoint_s"):
+    for name in ("micro_batch", "duty", "checkpoint_s", "checkpointing"):
         del settings[name]
     digest = hashlib.sha256()
     for part in (adapter, start.carried or {}):

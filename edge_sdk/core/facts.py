@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edge_sdk.core.errors import InputError
+from edge_sdk.core.setting import Ranks
 
 Shapes = Mapping[str, tuple[int, int]]
 """Target module -> (out, in)."""
@@ -27,10 +28,15 @@ class ModelFacts:
     key_value_width: int  # key-value heads · head size
     mlp_tensors: int  # of width `intermediate` kept between the MLP's linear layers
     vocab: int
+    norms_in_float32: bool = True  # RMS norms of transformers compute on a float32 copy; layer norms do not
+    head_norms: bool = False  # of query and key, as in Qwen 3
 
-    def adapter_values(self, rank: int) -> int:
+    def adapter_values(self, rank: int | Ranks) -> int:
         """Values in an adapter of `rank`; a module narrower than that holds min(out, in) components."""
-        return sum(min(rank, o, i) * (o + i) for o, i in self.shapes.values())
+        ranks = Ranks.uniform(rank) if isinstance(rank, int) and rank else rank
+        if not isinstance(ranks, Ranks):
+            return 0
+        return sum(min(ranks.of(name), o, i) * (o + i) for name, (o, i) in self.shapes.items())
 
     def largest_rank(self) -> tuple[str, int]:
         """The module with room for the largest rank, and that rank."""
@@ -73,6 +79,7 @@ def _llama_facts(config: Mapping[str, Any], shapes: Shapes) -> ModelFacts:
         key_value_width=key_value,
         mlp_tensors=3,  # gate, its SiLU, up
         vocab=vocab,
+        head_norms=str(config.get("model_type", "")).startswith("qwen3"),
     )
 
 
@@ -94,6 +101,7 @@ def _gpt2_facts(config: Mapping[str, Any], shapes: Shapes) -> ModelFacts:
         key_value_width=hidden,
         mlp_tensors=4,  # x, x/2, tanh and 1 + tanh
         vocab=vocab,
+        norms_in_float32=False,
     )
 
 

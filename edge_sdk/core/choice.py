@@ -1,0 +1,213 @@
+"""The choice of how a device trains: the largest rank that its memory, its time and its link carry.
+
+Ranks come first. Only where no rank of the ladder fits is the way of training changed, in this order, from
+what costs nothing of the result to what does:
+
+1. smaller micro-batches, whose gradients add up (rounding alone differs);
+2. activations computed twice (rounding alone, for about a third more time);
+3. moments of 8 bits in the optimiser;
+4. shorter sequences, which lose text.
+
+The sequence length never exceeds the longest example that the device has: that costs nothing at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.facts import ModelFacts
+from edge_sdk.core.memory import CPU, UPLOAD_BYTES, Placement, estimate, human_bytes
+from edge_sdk.core.messages import Training
+from edge_sdk.core.setting import Ranks, Setting
+from edge_sdk.core.timing import StepTime
+
+# Text is not cut shorter than this to save memory: an instruction and its answer no longer fit.
+SHORTEST_SEQUENCE = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an assignment may take. None: not limited, or not measured."""
+
+    budget_bytes: int
+    deadline_s: float | None = None  # from receiving an assignment to delivering it
+    upload_bytes_s: float | None = None
+    download_bytes_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Device:
+    """What predictions rest on. `correction` scales the predicted bytes by what was measured before."""
+
+    placement: Placement = CPU
+    times: StepTime | None = None  # None: not calibrated
+    correction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way of training. `why_not` is empty where it fits; times are None where nothing was measured."""
+
+    setting: Setting
+    peak_bytes: int
+    step_s: float | None
+    assignment_s: float | None  # training, and both transfers where the link was measured
+    upload_bytes: int
+    why_not: str
+
+    @property
+    def rank(self) -> int:
+        """The rank that the coordinator is told."""
+        return self.setting.ranks.largest
+
+    @property
+    def fits(self) -> bool:
+        """Whether nothing speaks against it."""
+        return not self.why_not
+
+
+@dataclass(frozen=True)
+class RankChoice:
+    """How to train, and why. `candidates`: every rank of the ladder, trained in the chosen way."""
+
+    setting: Setting
+    limits: Limits
+    candidates: tuple[Candidate, ...]
+    reason: str
+
+    @property
+    def rank(self) -> int:
+        """The rank that the coordinator is told."""
+        return self.setting.ranks.largest
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate that was taken."""
+        return next(c for c in self.candidates if c.setting == self.setting)
+
+
+def choose(
+    facts: ModelFacts,
+    training: Training,
+    ladder: Sequence[Ranks],
+    carry_rank: int,
+    limits: Limits,
+    device: Device = Device(),  # noqa: B008 a frozen record
+    longest: int | None = None,
+) -> RankChoice:
+    """The largest of `ladder` that fits, in the first way of training in which any does.
+
+    Args:
+        facts: the base model.
+        training: what the federation asks for.
+        ladder: ranks in any order.
+        carry_rank: components of the global adapter to hold frozen; 0 for none.
+        limits: what an assignment may take.
+        device: what the predictions rest on.
+        longest: tokens of the longest local example, where known.
+
+    Raises:
+        InputError: an impossible ladder, or nothing fits; says what is needed and what would help.
+    """
+    check_ladder(facts, ladder)
+    rising = sorted(ladder, key=lambda ranks: facts.adapter_values(ranks))
+    length = min(training.sequence_len, longest or training.sequence_len)
+    tried: tuple[Candidate, ...] = ()
+    for way in _ways(training.batch, length):
+        settings = [replace(way, ranks=ranks, carry_rank=carry_rank) for ranks in rising]
+        tried = tuple(_candidate(facts, setting, training, limits, device) for setting in settings)
+        in_memory = [c for c in tried if c.peak_bytes <= limits.budget_bytes]
+        if in_memory:
+            chosen = ([c for c in in_memory if c.fits] or in_memory[:1])[-1]
+            return RankChoice(chosen.setting, limits, tried, _reason(chosen, tried, training, length))
+    least = tried[0]
+    raise InputError(
+        f"not enough memory to train: {least.setting} needs {human_bytes(least.peak_bytes)}, the budget is "
+        f"{human_bytes(limits.budget_bytes)}; close other programs, raise the budget, or ask the host for a "
+        "smaller base model"
+    )
+
+
+def _ways(batch: int, length: int) -> Iterator[Setting]:
+    """Ways of training, in the order of the module's docstring; the ranks are put in later."""
+    ranks = Ranks.uniform(1)
+    sizes = [batch]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    for recomputes in (False, True):
+        for size in sizes:
+            yield Setting(ranks, 0, length, size, recomputes)
+    while True:
+        yield Setting(ranks, 0, length, 1, True, "adamw8bit")
+        if length <= SHORTEST_SEQUENCE:
+            return
+        length = max(SHORTEST_SEQUENCE, length // 2)
+
+
+def check_ladder(facts: ModelFacts, ladder: Sequence[Ranks]) -> None:
+    """Refuse an empty ladder and one that no module has room for.
+
+    Raises:
+        InputError: names the rank and the largest module.
+    """
+    if not ladder:
+        raise InputError("the ladder of ranks is empty; give at least one rank")
+    if not facts.shapes:
+        raise InputError("the base model has no target modules; name the linear layers that LoRA is to adapt")
+    module, limit = facts.largest_rank()
+    most = max(ranks.largest for ranks in ladder)
+    if most > limit:
+        out_features, in_features = facts.shapes[module]
+        raise InputError(
+            f"rank {most} on the ladder is larger than any module: {module} is "
+            f"{out_features} × {in_features}, so at most {limit}"
+        )
+
+
+def _candidate(
+    facts: ModelFacts, setting: Setting, training: Training, limits: Limits, device: Device
+) -> Candidate:
+    """Predict one way of training and compare it with the limits."""
+    predicted = estimate(facts, setting, device.placement)
+    moving = predicted.peak_bytes - predicted.framework
+    peak = predicted.framework + round(device.correction * moving)
+    upload = UPLOAD_BYTES * facts.adapter_values(setting.ranks)
+    step_s = device.times.step_s(facts, setting, training.batch) if device.times else None
+    sent_s = upload / limits.upload_bytes_s if limits.upload_bytes_s else 0.0
+    fetched = UPLOAD_BYTES * facts.adapter_values(setting.carry_rank or setting.ranks)
+    sent_s += fetched / limits.download_bytes_s if limits.download_bytes_s else 0.0
+    whole_s = None if step_s is None else step_s * training.steps + sent_s
+    why_not = ""
+    if peak > limits.budget_bytes:
+        over = human_bytes(peak - limits.budget_bytes)
+        why_not = f"needs {human_bytes(peak)}, {over} over the budget"
+    elif limits.deadline_s and (whole_s if whole_s is not None else sent_s) > limits.deadline_s:
+        needed = whole_s if whole_s is not None else sent_s
+        what = "its transfers" if sent_s > needed / 2 else "training"
+        why_not = f"needs {needed:.0f} s of {limits.deadline_s:.0f} s, most of it for {what}"
+    return Candidate(setting, peak, step_s, whole_s, upload, why_not)
+
+
+def _reason(chosen: Candidate, candidates: Sequence[Candidate], training: Training, length: int) -> str:
+    """Why this one, and why not the next."""
+    text = f"rank {chosen.setting.ranks} needs {human_bytes(chosen.peak_bytes)}"
+    if chosen.why_not:
+        text += f"; no rank is quick enough: it {chosen.why_not}, and late work still counts"
+    larger = candidates[candidates.index(chosen) + 1 :]
+    if not larger:
+        text += "; it is the top of the ladder"
+    elif not chosen.why_not:
+        text += f"; rank {larger[0].setting.ranks} {larger[0].why_not}"
+    setting = chosen.setting
+    changes = []
+    if setting.micro_batch < training.batch:
+        changes.append(f"the batch of {training.batch} runs {setting.micro_batch} at a time")
+    if setting.checkpointing:
+        changes.append("activations are computed twice")
+    if setting.optimizer != "adamw":
+        changes.append("the optimiser keeps 8-bit moments")
+    if setting.sequence_len < length:
+        changes.append(f"examples are cut to {setting.sequence_len} tokens")
+    return text + ("; to fit at all, " + ", ".join(changes) if changes else "")
