@@ -4,6 +4,7 @@ session.json                 replaced as a whole, readable by the owner alone (i
 checkpoint.safetensors       of the assignment in hand; the trainer writes it
 outbox.safetensors           the finished adapter, until it is delivered
 adapters/{…}.safetensors     downloaded versions; can be fetched again
+link.json                    measured throughput to the coordinator (see `link`)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Journal:
             raise InputError(f"{folder}: no usable state folder ({error.strerror}); name another") from error
         self.checkpoint = folder / "checkpoint.safetensors"
         self.outbox = folder / "outbox.safetensors"
+        self.link = folder / "link.json"
         self._session = folder / "session.json"
 
     def load(self) -> Session | None:
