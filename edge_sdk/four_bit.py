@@ -53,11 +53,12 @@ def trial(name: str) -> str:
         torch.randn(shape, generator=generator).to(device)
         for shape in ((ROWS, WIDTHS[0]), (RANK, WIDTHS[0]), (WIDTHS[1], RANK), (ROWS, WIDTHS[2]))
     ]
-    quantised = _step(leaves, lambda x, k: layers[k](x.to(dtype)).float())
-    reference = _step(leaves, lambda x, k: x @ weights[k].T)
-    alone = layers[0](leaves[0][:1].to(dtype)).float()  # one row, no gradient: how text is generated
-    quantised["the product of one row"] = alone
-    reference["the product of one row"] = leaves[0][:1] @ weights[0].T
+    row = leaves[0][:1]
+    # One row without a gradient, as text is generated, and before the step: training must work after it.
+    quantised = {"the product of one row": layers[0](row.to(dtype)).float()}
+    quantised |= _step(leaves, lambda x, k: layers[k](x.to(dtype)).float())
+    reference = {"the product of one row": row @ weights[0].T}
+    reference |= _step(leaves, lambda x, k: x @ weights[k].T)
     for what, wanted in reference.items():
         distance = _distance(quantised[what].detach(), wanted.detach())
         if not distance <= TOLERANCE[dtype]:  # NaN is not within it either
