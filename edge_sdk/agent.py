@@ -42,7 +42,7 @@ from edge_sdk.core.messages import (
     NotNow,
     Update,
 )
-from edge_sdk.journal import Journal
+from edge_sdk.journal import DIGESTS, Journal
 from edge_sdk.options import Event, Kind, Options, default_state_dir
 from edge_sdk.session import Session
 from edge_sdk.transport import Transport
@@ -188,7 +188,7 @@ class Agent:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self._transport = Transport(self.url, token, self.journal.link)
         federation = self._transport.federation()
-        fingerprint = enrolment.fingerprint(federation, self.options, self.journal.folder / "digests.json")
+        fingerprint = enrolment.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
         federation.base.require(fingerprint)
         if known and known.federation == federation:
             self._session = known
