@@ -39,7 +39,7 @@ def coordinator_check(transport: Transport, has_token: bool) -> tuple[Check, Fed
         mend = "ask the host for the join token; it lies in the file `join-token` of its data folder"
         return not_fine("coordinator", f"{transport.url} answers: {error}", mend), None
     except EdgeError as error:
-        mend = "check the address, this machine's network and the host's firewall"
+        mend = "on the host, `edge-coordinator serve --host 0.0.0.0` and an open port; here, the network"
         if isinstance(error, TheirFault):
             mend = "check the address; or update the older of the two: python -m pip install -U flexlora-edge"
         return not_fine("coordinator", str(error), mend), None
@@ -68,7 +68,7 @@ def data_check(path: Path, federation: Federation | None) -> Check:
     try:
         examples = load_examples(path)
     except InputError as error:
-        return not_fine("data", str(error), "mend that line or name another file; README.md shows the forms")
+        return not_fine("data", str(error), "mend that line, or name another file with --data")
     plain = sum(example.text is not None for example in examples)
     kinds = {"conversations": len(examples) - plain, "plain texts": plain}
     text = f"{path}: " + " and ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
