@@ -33,9 +33,9 @@ from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.messages import Status, Training
 from edge_sdk.core.profile import load_profile
+from edge_sdk.model_files import read_config, resolve
 from edge_sdk.options import cache_dir
 from edge_sdk.preflight import four_bit_works
-from edge_sdk.model_files import read_config, resolve
 from examples import smart_home
 from examples.local_federation import Device, LocalFederation, fresh_folder, write_jsonl
 
