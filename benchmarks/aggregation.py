@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from rich.table import Table
 
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.probe import cpu_name
+from edge_sdk.processor import cpu_name
 
 RANKS = (8, 8, 8, 8, 30, 30, 30, 64, 64, 64)
 KEPT = 64
@@ -111,7 +110,7 @@ def main() -> int:
     ]
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     machine = {
-        "cpu": cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")) or platform.processor(),
+        "cpu": cpu_name(),
         "threads": threads,
     }
     peak = gemm_gflops()

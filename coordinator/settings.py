@@ -42,6 +42,7 @@ class FederationSettings:
     scaling: float = 2.0
     split: Split = "balanced"
     heartbeat_s: float = 5.0
+    mixed_ranks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Settings:
     def build(self, id: str) -> Federation:
         """The federation that these settings describe."""
         chosen = {f.name: getattr(self.federation, f.name) for f in dataclasses.fields(self.federation)}
-        return Federation(id=id, base=self.base, training=self.training, **chosen)
+        lease_s = self.policy.lease_s
+        return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 
 
 def load_settings(path: Path | None) -> Settings:
@@ -144,6 +146,12 @@ def _check(settings: Settings, where: str) -> None:
         )
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
+    for pair in chosen.mixed_ranks:
+        if not 1 <= min(pair) <= max(pair) <= ladder[-1]:
+            raise InputError(
+                f"{where}: federation.mixed_ranks has {list(pair)}; ranks (attention, feed-forward) lie from 1 "
+                f"to the ladder's {ladder[-1]}"
+            )
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),

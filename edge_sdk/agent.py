@@ -42,7 +42,7 @@ from edge_sdk.core.messages import (
     NotNow,
     Update,
 )
-from edge_sdk.journal import Journal
+from edge_sdk.journal import DIGESTS, Journal
 from edge_sdk.options import Event, Kind, Options, default_state_dir
 from edge_sdk.session import Session
 from edge_sdk.transport import Transport
@@ -164,10 +164,13 @@ class Agent:
         raw = dataset.load_examples(self._data) if self._data else []
         base_model.use_threads(self.options.threads)
         federation = self._membership().federation
-        self._choice = enrolment.choose_rank(federation, self.options)
+        decision = enrolment.decide(federation, self.options)
+        if decision.notice:
+            self._tell("unquantised", decision.notice)
+        self._choice = decision.choice
         self._tell("rank", self._choice.reason)
         model = enrolment.model_of(federation, self.options)
-        base = base_model.load(model, device=self.options.device, quantise=self.options.quantise)
+        base = base_model.load(model, device=self.options.device, quantise=decision.quantise)
         length = federation.training.sequence_len
         self._examples = [dataset.tokenise(example, base.tokenizer, length) for example in raw]
         self._trainer = trainer.Trainer(
@@ -183,9 +186,9 @@ class Agent:
         token = known.credential if known else self._join_token
         if not token:
             raise InputError("this device has not joined yet; give it the federation's join token")
-        self._transport = Transport(self.url, token)
+        self._transport = Transport(self.url, token, self.journal.link)
         federation = self._transport.federation()
-        fingerprint = enrolment.fingerprint(federation, self.options, self.journal.folder / "digests.json")
+        fingerprint = enrolment.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
         federation.base.require(fingerprint)
         if known and known.federation == federation:
             self._session = known
@@ -197,7 +200,7 @@ class Agent:
             )
         reply = self._transport.join(enrolment.request(fingerprint, self.options))
         self._transport.close()
-        self._transport = Transport(self.url, reply.credential)
+        self._transport = Transport(self.url, reply.credential, self.journal.link)
         self._save(sessions.joined(self.url, reply))
         self._tell("joined", f"joined federation {federation.id} as {self.options.name}")
         return self._require_session()

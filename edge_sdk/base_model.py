@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import re
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +27,8 @@ from transformers.utils import logging as transformers_logging
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.memory import ACCELERATOR, CPU, Placement
 from edge_sdk.core.messages import Base
+from edge_sdk.device import compute_dtype, torch_device
+from edge_sdk.four_bit import keep_trainable
 from edge_sdk.model_files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
 
 __all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
@@ -131,7 +133,7 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
 
     Args:
         model: `tiny`, a directory or a Hugging Face id.
-        device: `auto` (what accelerate picks), `cpu`, `cuda`, `cuda:1`, `mps`.
+        device: `auto` (see `device.torch_device`), `cpu`, `cuda`, `cuda:1`, `mps`.
         quantise: NF4 with double quantisation of the linear layers; otherwise weights stay in `dtype`.
         dtype: of computation and of all that is not quantised. `auto` is bfloat16 where the processor has it.
 
@@ -140,22 +142,23 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
     """
     directory = resolve(model)
     weights = weight_files(directory)
-    place = _device(device)
+    place = torch_device(device)
     tokenizer = _tokenizer(directory)
-    compute = _compute_dtype(place) if dtype == "auto" else getattr(torch, dtype)
+    compute = compute_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     with _quiet(sum(path.stat().st_size for path in weights) < QUIET_BYTES):
         loaded = _weights(directory, place, compute, quantise)
     loaded.eval().requires_grad_(False)
     _let_go_of_files(loaded)
     if quantise:
-        _keep_trainable(loaded)
+        keep_trainable(loaded)
     transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
     return LoadedBase(loaded, tokenizer, place, quantise, transposed)
 
 
 def _weights(directory: Path, device: torch.device, compute: torch.dtype, quantise: bool) -> Any:
     """The model with every weight of its own: transformers would fill what is missing with random numbers."""
-    import bitsandbytes  # noqa: F401  its first import prints the advice that `_quiet` holds back
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        import bitsandbytes  # noqa: F401  its first import prints the advice that `_quiet` holds back
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -183,8 +186,8 @@ def _first_line(error: BaseException) -> str:
 
 def placement(device: str = "auto", quantise: bool = True) -> Placement:
     """How `load` would compute on this device, as the memory estimate needs it."""
-    place = _device(device)
-    compute_bytes = _compute_dtype(place).itemsize
+    place = torch_device(device)
+    compute_bytes = compute_dtype(place).itemsize
     chosen = replace(CPU if place.type == "cpu" else ACCELERATOR, compute_bytes=compute_bytes)
     return chosen if quantise else replace(chosen, weight_bytes=compute_bytes)
 
@@ -203,19 +206,6 @@ def _nf4(compute: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _keep_trainable(model: Any) -> None:
-    """Keep bitsandbytes from repacking weights for inference.
-
-    On a CPU with AVX512-BF16 its Linear4bit repacks its weight in place on the first forward in evaluation
-    mode whose input needs no gradient, and the packed product has no backward: training after one
-    evaluation would silently lose the gradient through every layer. It also fails on out_features that are
-    no multiple of 32.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _let_go_of_files(model: Any) -> None:
     """Copy what is not quantised out of the memory-mapped weight file.
 
@@ -228,34 +218,6 @@ def _let_go_of_files(model: Any) -> None:
             if address not in copies:
                 copies[address] = parameter.data.clone()
             parameter.data = copies[address]  # tied weights stay tied
-
-
-def _device(name: str) -> torch.device:
-    """The device to load on."""
-    if name == "auto":
-        return torch.device(PartialState().device)
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not to be had here; use auto or cpu") from error
-    return device
-
-
-def _compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it, else float32.
-
-    NF4 training of `tiny` (8 rows of 96 tokens, one thread, AVX512-BF16) took 214 ms a step in bfloat16,
-    340 ms in float32, 234 ms with bfloat16 products in a float32 model; unquantised 199 and 321 ms. Without
-    the instruction bfloat16 is emulated and slower than float32. float16 is never chosen: its gradients
-    underflow without loss scaling.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float32
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-    return torch.float32
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -1,15 +1,16 @@
-"""`edge-sdk`: take part in a federation, describe a base model, see what this machine is."""
+"""`edge-sdk`: take part in a federation, describe a base model, see what this machine is and lacks."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk import __version__
 from edge_sdk.core.errors import EdgeError, InputError
@@ -69,8 +70,28 @@ def _parser() -> argparse.ArgumentParser:
 
     profile = commands.add_parser("profile", help="measure this machine and print its profile")
     profile.add_argument("--quick", action="store_true", help="skip the timing")
+    profile.add_argument("--json", action="store_true", help="print JSON in place of TOML")
     profile.set_defaults(run=_profile)
+    _add_doctor(commands)
     return parser
+
+
+def _add_doctor(commands: Any) -> None:
+    """The parser of `edge-sdk doctor`."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="is this machine fit to take part?",
+        description="Checks this machine and says what mends it. Nothing is joined or downloaded.",
+        epilog="Exit code: 0 fit, warnings or not; 1 something must be mended first; 2 the command is wrong.",
+    )
+    doctor.add_argument("url", nargs="?", help="address of the coordinator (default: the machine alone)")
+    doctor.add_argument("--token", help=f"join token (or set {TOKEN_VARIABLE})")
+    doctor.add_argument("--data", type=Path, help="JSONL file with this device's own text")
+    doctor.add_argument("--model", help="base model (default: the federation's, or `tiny`)")
+    doctor.add_argument("--state", type=Path, help="folder that joining would use")
+    doctor.add_argument("--device", default="auto", help="torch device (default: the best there is)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
 
 
 def parse_bytes(text: str) -> int:
@@ -149,10 +170,38 @@ def _base(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     from edge_sdk.core.profile import to_toml
+    from edge_sdk.options import cache_dir
     from edge_sdk.probe import probe
 
-    print(to_toml(probe(quick=options.quick)), end="")
+    measured = probe(quick=options.quick, folder=cache_dir())
+    print(json.dumps(to_json(measured), indent=1) + "\n" if options.json else to_toml(measured), end="")
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from edge_sdk import doctor
+    from edge_sdk.check import rendered
+    from edge_sdk.options import Options
+
+    question = doctor.Question(
+        options=Options(model=options.model, state_dir=options.state, device=options.device),
+        url=options.url,
+        token=options.token or os.environ.get(TOKEN_VARIABLE),
+        data=options.data,
+    )
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    checks = []
+    for check in doctor.examine(question):
+        checks.append(check)
+        if not options.json:
+            print(rendered(check, width, terminal and "NO_COLOR" not in os.environ), flush=True)
+    fit = doctor.fit(checks)
+    if options.json:
+        print(json.dumps({"fit": fit, "checks": [to_json(check) for check in checks]}, indent=1))
+    else:
+        print(f"\n{doctor.verdict(question, checks)}")
+    return 0 if fit else 1
 
 
 if __name__ == "__main__":

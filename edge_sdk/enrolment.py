@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edge_sdk.core import memory
+from edge_sdk.core import choice
 from edge_sdk.core.errors import BaseMismatch, InputError
 from edge_sdk.core.facts import facts_from_config
+from edge_sdk.core.memory import human_bytes
 from edge_sdk.core.messages import Federation, JoinRequest
+from edge_sdk.core.setting import Ranks
+from edge_sdk.core.timing import StepTime
+from edge_sdk.link import Link
 from edge_sdk.model_files import read_config, resolve
-from edge_sdk.options import Options
+from edge_sdk.options import Options, cache_dir
+from edge_sdk.preflight import four_bit_works
 from edge_sdk.probe import probe
 
 BUDGET_SHARE = 0.5  # of the memory that is free now: the rest stays the owner's
+
+
+@dataclass(frozen=True)
+class Known:
+    """What this device has measured of itself. The defaults stand for: not measured."""
+
+    framework_bytes: int = 0
+    times: StepTime | None = None
+    correction: float = 1.0
+    link: Link = field(default_factory=Link)
+    longest: int | None = None  # tokens of the longest local example
 
 
 def model_of(federation: Federation, options: Options) -> str:
@@ -46,27 +64,99 @@ def fingerprint(federation: Federation, options: Options, digests: Path) -> str:
 
 def request(base: str, options: Options) -> JoinRequest:
     """How this device introduces itself; `base` is its model's fingerprint."""
-    device = options.profile or probe(quick=True)
+    device = options.profile or probe(quick=True, folder=options.state_dir or cache_dir())
     return JoinRequest(options.name, base, device.summary())
 
 
-def choose_rank(federation: Federation, options: Options) -> memory.RankChoice:
-    """The largest rank of the ladder that this device's memory carries.
+@dataclass(frozen=True)
+class Decision:
+    """How this device will train. `notice`: why it does not quantise although it was wished; else empty."""
+
+    choice: choice.RankChoice
+    quantise: bool
+    notice: str = ""
+
+
+def decide(federation: Federation, options: Options, known: Known = Known()) -> Decision:  # noqa: B008 frozen
+    """The rank to train, in 4 bits where that works on this device, and otherwise unquantised if that fits.
 
     Raises:
-        InputError: not even the smallest does; says what it needs and what would help.
+        InputError: the memory is not enough, or would only be in 4 bits, which fail here; says why.
+    """
+    if not options.quantise:
+        return Decision(choose_rank(federation, options, False, known), quantise=False)
+    tried = four_bit_works(options.device, cache_dir())
+    if tried.ok:
+        return Decision(choose_rank(federation, options, True, known), quantise=True)
+    if not tried.importable:
+        # PEFT imports bitsandbytes wherever it finds it, quantised or not; None is Python's own mark for a
+        # module that is not to be found.
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
+    notice = f"4-bit training does not work here: {tried.reason}"
+    try:
+        unquantised = choose_rank(federation, options, False, known)
+    except InputError as error:
+        raise InputError(f"{notice}; unquantised, {error}; `edge-sdk doctor` says what mends it") from error
+    return Decision(unquantised, quantise=False, notice=f"{notice}; training goes on unquantised")
+
+
+def choose_rank(
+    federation: Federation, options: Options, quantise: bool, known: Known = Known()  # noqa: B008 frozen
+) -> choice.RankChoice:
+    """How to train: the largest rank of the ladder that this device carries, with the base in 4 bits or not.
+
+    Raises:
+        InputError: not even the smallest fits; says what it needs and what would help.
     """
     from edge_sdk import base_model
 
-    budget = options.memory_budget_bytes
-    if budget is None:
-        device = options.profile or probe(quick=True)
-        budget = int(device.trainable_memory_bytes() * BUDGET_SHARE)
-    return memory.choose_rank(
+    placement = base_model.placement(options.device, quantise)
+    return choice.choose(
         facts_from_config(read_config(resolve(model_of(federation, options))), federation.base.modules),
         federation.training,
-        federation.ladder,
+        ladder_of(federation, options),
         federation.rank_cap if federation.rule == "carry" else 0,
-        budget,
-        base_model.placement(options.device, options.quantise),
+        choice.Limits(
+            budget_bytes(options),
+            federation.lease_s,
+            known.link.upload_bytes_s,
+            known.link.download_bytes_s,
+        ),
+        choice.Device(replace(placement, framework_bytes=known.framework_bytes), known.times, known.correction),
+        known.longest,
     )
+
+
+def ladder_of(federation: Federation, options: Options) -> list[Ranks]:
+    """The ranks that this device may choose from: its own wish alone, or all of the federation's.
+
+    Raises:
+        InputError: the wish is above the federation's ladder.
+    """
+    ladder = [Ranks.uniform(rank) for rank in federation.ladder]
+    ladder += [Ranks(attention, mlp) for attention, mlp in federation.mixed_ranks]
+    if options.ranks is None:
+        return ladder
+    most = max(ranks.largest for ranks in ladder)
+    if options.ranks.largest > most:
+        raise InputError(f"rank {options.ranks} is above the federation's ladder, which ends at {most}")
+    return [options.ranks]
+
+
+def budget_bytes(options: Options) -> int:
+    """What training may take: the owner's word, or half of what is free now.
+
+    Raises:
+        InputError: the owner's word is more than the machine has.
+    """
+    device = options.profile or probe(quick=True)
+    free = device.trainable_memory_bytes()
+    if options.memory_budget_bytes is None:
+        return int(free * BUDGET_SHARE)
+    total = device.trainable_memory_total_bytes()
+    if options.memory_budget_bytes > total:
+        raise InputError(
+            f"memory budget {human_bytes(options.memory_budget_bytes)} is more than {device.name} has: "
+            f"{human_bytes(total)}"
+        )
+    return options.memory_budget_bytes

@@ -4,6 +4,8 @@ session.json                 replaced as a whole, readable by the owner alone (i
 checkpoint.safetensors       of the assignment in hand; the trainer writes it
 outbox.safetensors           the finished adapter, until it is delivered
 adapters/{…}.safetensors     downloaded versions; can be fetched again
+digests.json                 of the base model's files, which take a minute to read
+link.json                    measured throughput to the coordinator (see `link`)
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from pathlib import Path
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.session import Session
+
+SESSION, DIGESTS = "session.json", "digests.json"
 
 
 class Journal:
@@ -29,7 +33,8 @@ class Journal:
             raise InputError(f"{folder}: no usable state folder ({error.strerror}); name another") from error
         self.checkpoint = folder / "checkpoint.safetensors"
         self.outbox = folder / "outbox.safetensors"
-        self._session = folder / "session.json"
+        self.link = folder / "link.json"
+        self._session = folder / SESSION
 
     def load(self) -> Session | None:
         """The session as last saved; None on a new device.

@@ -43,6 +43,25 @@ def resolve(model: str) -> Path:
     return _download(model)
 
 
+def find(model: str) -> Path | None:
+    """As `resolve`, but without the network: None for a hub model that was never downloaded.
+
+    Raises:
+        InputError: as `resolve` for a directory, or no hub model can be called so.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if model == TINY or model.startswith((".", "/", "~")) or Path(model).expanduser().is_dir():
+        return resolve(model)
+    try:
+        return Path(snapshot_download(model, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise InputError(f"{model}: no such directory, and no such model on the Hugging Face hub") from error
+
+
 def _download(model: str) -> Path:
     """A snapshot of a hub model: configuration, tokeniser and safetensors, not its other formats."""
     from huggingface_hub import snapshot_download

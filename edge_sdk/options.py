@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +11,20 @@ from typing import Literal
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import DeviceProfile
+from edge_sdk.core.setting import Ranks
 
-Kind = Literal["joined", "rank", "waiting", "offline", "training", "step", "delivered", "refused", "stopped"]
+Kind = Literal[
+    "joined",
+    "unquantised",
+    "rank",
+    "waiting",
+    "offline",
+    "training",
+    "step",
+    "delivered",
+    "refused",
+    "stopped",
+]
 
 
 @dataclass(frozen=True)
@@ -35,10 +48,11 @@ class Options:
     state_dir: Path | None = None  # default: a folder below the user's cache
     profile: DeviceProfile | None = None  # default: measured
     memory_budget_bytes: int | None = None  # default: half of what is free
+    ranks: Ranks | None = None  # default: the largest of the federation's ladder that fits
     duty: float = 1.0  # share of the time that may be spent computing
     threads: int = 1
     device: str = "auto"  # torch device
-    quantise: bool = True
+    quantise: bool = True  # where it works; the preflight says whether it does
     progress: bool | None = False  # bars on stderr; None shows them on a terminal
 
     def __post_init__(self) -> None:
@@ -50,7 +64,13 @@ class Options:
             raise InputError(f"memory budget {self.memory_budget_bytes} must be above 0")
 
 
+def cache_dir() -> Path:
+    """Where devices keep what they need between starts, as the XDG base directory specification says."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "edge-sdk"
+
+
 def default_state_dir(url: str, name: str) -> Path:
     """Where a device keeps its state unless told otherwise: one folder for each coordinator and name."""
     label = hashlib.sha256(f"{url}\n{name}".encode()).hexdigest()[:12]
-    return Path.home() / ".cache" / "edge-sdk" / label
+    return cache_dir() / label

@@ -8,6 +8,7 @@ continues at the right byte.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from edge_sdk.core.messages import (
     UpdateReply,
 )
 from edge_sdk.core.records import from_json, to_json
+from edge_sdk.link import Link, load_link, save_link
 
 Record = TypeVar("Record")
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -50,16 +52,22 @@ UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the off
 class Transport:
     """Calls of one device. `token` is its credential, or the join token before it has one.
 
+    `link` is the measured throughput; `link_file` keeps it for the next start. `server_date` is the Date
+    header of the last answer.
+
     Raises:
         InputError: the address or the token cannot be one; nothing was sent.
     """
 
-    def __init__(self, url: str, token: str) -> None:
+    def __init__(self, url: str, token: str, link_file: Path | None = None) -> None:
         _require_address(url)
         if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
             raise InputError("the token is not one: it must be printable ASCII without spaces around it")
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"}
+        self._link_file = link_file
+        self.link = load_link(link_file) if link_file else Link()
+        self.server_date: str | None = None
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
 
     def close(self) -> None:
@@ -105,10 +113,13 @@ class Transport:
         if not text.isdigit():
             raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
         offset = int(text)
-        if offset >= path.stat().st_size:
+        rest_bytes = path.stat().st_size - offset
+        if rest_bytes <= 0:
             return
         headers = {messages.UPLOAD_OFFSET: str(offset), "Content-Type": messages.OFFSET_CONTENT_TYPE}
+        began = time.monotonic()
         self._send("PATCH", route, content=_bytes_from(path, offset), headers=headers)
+        self._measured(self.link.with_upload(rest_bytes, time.monotonic() - began))
 
     def deliver(self, assignment: str, update: Update) -> UpdateReply:
         """Say what was uploaded. Safe to repeat: the same update counts once."""
@@ -121,6 +132,7 @@ class Transport:
         have = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
         route = messages.ADAPTER.format(version=version, rank=rank)
+        began, received_bytes = time.monotonic(), 0
         try:
             with self._http.stream("GET", route, headers=headers) as response:
                 if response.status_code == 416:  # the part is whole or not ours: start over
@@ -131,9 +143,10 @@ class Transport:
                     raise _error_of(response)
                 with part.open("ab" if response.status_code == 206 else "wb") as file:
                     for chunk in response.iter_bytes(CHUNK_BYTES):
-                        file.write(chunk)
+                        received_bytes += file.write(chunk)
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
+        self._measured(self.link.with_download(received_bytes, time.monotonic() - began))
         part.replace(path)
 
     def _send(
@@ -144,9 +157,16 @@ class Transport:
             response = self._http.request(method, route, **arguments)
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
+        self.server_date = response.headers.get("Date")
         if response.is_error and not (response.status_code in accept and _is_record(response)):
             raise _error_of(response)
         return response
+
+    def _measured(self, link: Link) -> None:
+        """Take over a newer measurement of the link."""
+        if link != self.link and self._link_file:
+            save_link(self._link_file, link)
+        self.link = link
 
     def _record(self, kind: type[Record], response: httpx.Response) -> Record:
         try:

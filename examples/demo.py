@@ -34,6 +34,8 @@ from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.messages import Status, Training
 from edge_sdk.core.profile import load_profile
 from edge_sdk.model_files import read_config, resolve
+from edge_sdk.options import cache_dir
+from edge_sdk.preflight import four_bit_works
 from examples import smart_home
 from examples.local_federation import Device, LocalFederation, fresh_folder, write_jsonl
 
@@ -100,6 +102,7 @@ quorum = 2
 timeout_s = 8.0
 retry_s = 0.5
 """
+    four_bit_works("auto", cache_dir())  # tried once here, or by six devices at the same time
     federation = LocalFederation(fresh_folder(folder), config)
     federation.start_coordinator()
     homes = smart_home.households(len(CAST), seed, TRAIN_PER_INTENT, TEST_PER_INTENT)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import sys
 import time
@@ -40,7 +39,9 @@ from edge_sdk.core.messages import Base, Rule, Status, Training
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
 from edge_sdk.model_files import read_config, resolve
-from edge_sdk.probe import BOARD, CPUINFO, cpu_name
+from edge_sdk.options import cache_dir
+from edge_sdk.preflight import four_bit_works
+from edge_sdk.processor import cpu_name
 from edge_sdk.trainer import Evaluation, Trainer
 from examples.instruction_clients import Choice, Client, Filter, choose, eligible, read_clients
 from examples.instruction_report import Loss, Participant, Report, markdown, show
@@ -144,6 +145,7 @@ def start(settings: Settings, base: Base, participants: Sequence[Client]) -> Loc
         command += ["--token", federation.token, "--data", str(home / "train.jsonl")]
         command += ["--state", str(home / "state"), "--memory-budget", str(budget)]
         federation.devices.append(Device(name, command, home))
+    four_bit_works("auto", cache_dir())  # tried once here, or by every device at the same time
     for device in federation.devices:
         device.start()
     return federation
@@ -228,7 +230,7 @@ def _loaded(trainer: Trainer) -> str:
 
 
 def _machine() -> str:
-    name = cpu_name(CPUINFO, BOARD) or platform.machine()
+    name = cpu_name()
     return f"{name}, {os.cpu_count()} cores, one compute thread in each process"
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before any test imports torch: processes that each take every core run many times slower together.
@@ -14,3 +18,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[Path]:
+    """A cache folder for this run: devices learn nothing from earlier runs, and share one preflight."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield Path(folder) / "edge-sdk"

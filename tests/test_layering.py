@@ -128,10 +128,23 @@ def test_the_coordinator_names_only_the_core(path: Path) -> None:
 
 @pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)
 def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: Path) -> None:
-    if shown(path) in {"edge_sdk/trainer.py", "edge_sdk/base_model.py", "edge_sdk/adapter_places.py"}:
-        return
+    allowed = {
+        "edge_sdk/trainer.py": LEARNING,
+        "edge_sdk/base_model.py": LEARNING,
+        "edge_sdk/adapter_places.py": LEARNING,
+        "edge_sdk/four_bit.py": {"torch", "bitsandbytes"},  # the trial must not wait for transformers
+        "edge_sdk/device.py": {"torch"},
+        "edge_sdk/preflight.py": {"torch"},
+    }
     named = {name.split(".")[0] for name in imports_of(path)} & LEARNING
-    assert named <= ({"torch"} if shown(path) == "edge_sdk/probe.py" else set())
+    assert named <= allowed.get(shown(path), set())
+
+
+@pytest.mark.parametrize(
+    "module", ["edge_sdk.agent", "edge_sdk.probe", "edge_sdk.preflight", "edge_sdk.doctor", "edge_sdk.cli"]
+)
+def test_what_an_application_imports_loads_no_learning_library(module: str) -> None:
+    assert not loaded_by(module) & LEARNING
 
 
 @pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)

@@ -28,13 +28,16 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.samp
     ['"', "\\", "\x7f", "\x00", "\r\n", '"""', "a # b", "= 1", "𝔘 🍓", "\u2028", "[accelerator]"]
 )
 counts = st.integers(1, 2**62)
+sizes = st.none() | st.integers(0, 2**62)
 accelerators = st.builds(
     Accelerator,
     kind=st.sampled_from(["cuda", "mps", "xpu"]),
     name=texts,
     memory_total_bytes=counts,
-    memory_free_bytes=st.none() | st.integers(0, 2**62),
+    memory_free_bytes=sizes,
     shared=st.booleans(),
+    compute_capability=st.none() | texts,
+    bf16=st.none() | st.booleans(),
 )
 profiles = st.builds(
     DeviceProfile,
@@ -45,12 +48,23 @@ profiles = st.builds(
     cores=counts,
     threads=counts,
     memory_total_bytes=counts,
-    memory_available_bytes=st.none() | st.integers(0, 2**62),
-    accelerator=st.none() | accelerators,
-    disk_free_bytes=st.none() | st.integers(0, 2**62),
+    cpu_features=st.none() | st.lists(texts, max_size=3).map(tuple),
+    memory_available_bytes=sizes,
+    swap_total_bytes=sizes,
+    swap_free_bytes=sizes,
+    disk_free_bytes=sizes,
     on_battery=st.none() | st.booleans(),
+    battery_percent=st.none() | st.floats(0, 100),
+    gemm_dtype=st.none() | st.sampled_from(["float32", "bfloat16"]),
     gflops=st.none() | st.floats(1e-300, 1e300),
+    accelerators=st.lists(accelerators, max_size=3).map(tuple),
 )
+
+
+def test_the_laws_below_draw_every_field() -> None:
+    for strategy, record in ((profiles, DeviceProfile), (accelerators, Accelerator)):
+        drawn = set(strategy.wrapped_strategy.kwargs)
+        assert drawn == {field.name for field in dataclasses.fields(record)}
 
 
 @given(profiles)
@@ -59,12 +73,16 @@ def test_a_profile_survives_toml(profile: DeviceProfile) -> None:
 
 
 def test_the_toml_is_what_a_person_would_write() -> None:
-    gpu = Accelerator("cuda", 'the "good" one', 100, shared=True)
-    profile = dataclasses.replace(PI, accelerator=gpu, on_battery=False, gflops=1.5)
+    gpu = Accelerator("cuda", 'the "good" one', 100, shared=True, compute_capability="8.6", bf16=True)
+    profile = dataclasses.replace(
+        PI, accelerators=(gpu, Accelerator("xpu", "", 7)), cpu_features=("asimd", "bf16"), gflops=1.5
+    )
     assert to_toml(profile) == (
         'name = "pi"\nsystem = "Linux"\nmachine = "aarch64"\ncpu = "BCM2712"\ncores = 4\nthreads = 4\n'
-        "memory_total_bytes = 8000\non_battery = false\ngflops = 1.5\n\n"
-        '[accelerator]\nkind = "cuda"\nname = "the \\"good\\" one"\nmemory_total_bytes = 100\nshared = true\n'
+        'memory_total_bytes = 8000\ncpu_features = ["asimd", "bf16"]\ngflops = 1.5\n\n'
+        '[[accelerators]]\nkind = "cuda"\nname = "the \\"good\\" one"\nmemory_total_bytes = 100\n'
+        'shared = true\ncompute_capability = "8.6"\nbf16 = true\n\n'
+        '[[accelerators]]\nkind = "xpu"\nname = ""\nmemory_total_bytes = 7\nshared = false\n'
     )
 
 
@@ -80,16 +98,27 @@ def test_the_toml_is_what_a_person_would_write() -> None:
         ("cores = 4", "cores = 4\nmemory_available_bytes = -1", "memory_available_bytes is negative"),
         ("cores = 4", "cores = 4\ncoers = 4", "unknown key 'coers'; the keys are name, system"),
         ("cores = 4", "cores 4", "not a TOML file"),
-        ("cores = 4", "cores = 4\naccelerator = 3", "accelerator: expected an object, got int"),
+        ("cores = 4", "cores = 4\nswap_free_bytes = -1", "swap_free_bytes is negative"),
+        ("cores = 4", "cores = 4\nbattery_percent = 101", "battery_percent must be from 0 to 100, got 101.0"),
+        ("cores = 4", "cores = 4\ngemm_dtype = 'int8'", "'int8' is not one of 'float32', 'bfloat16'"),
+        ("cores = 4", "cores = 4\ncpu_features = [1]", "cpu_features[0]: expected str, got int"),
+        ("cores = 4", "cores = 4\naccelerators = 3", "accelerators: expected an array, got int"),
+        ("cores = 4", "cores = 4\naccelerators = [3]", "accelerators[0]: expected an object, got int"),
+        ("8000\n", "8000\n[accelerator]\nkind = 'cuda'\n", "unknown key 'accelerator'; the keys are name"),
         (
             "8000\n",
-            "8000\n[accelerator]\nkind = 'tpu'\nname = ''\n",
-            "'tpu' is not one of 'cuda', 'mps', 'xpu'",
+            "8000\n[[accelerators]]\nkind = 'tpu'\nname = ''\n",
+            "accelerators[0].kind: 'tpu' is not one of 'cuda', 'mps', 'xpu'",
         ),
         (
             "8000\n",
-            "8000\n[accelerator]\nvram = 1\n",
-            "unknown key 'accelerator.vram'; the keys are accelerator.k",
+            "8000\n[[accelerators]]\nkind = 'cuda'\nname = 'x'\nmemory_total_bytes = 0\n",
+            "memory_total_bytes of accelerator 'x' must be positive, got 0",
+        ),
+        (
+            "8000\n",
+            "8000\n[[accelerators]]\nvram = 1\n",
+            "unknown key 'accelerators[0].vram'; the keys are accelerators[0].k",
         ),
     ],
 )
@@ -119,18 +148,20 @@ def test_memory_for_training() -> None:
     assert PI.trainable_memory_bytes() == 4_000  # half of the total where nothing was measured
     assert dataclasses.replace(PI, memory_available_bytes=6_000).trainable_memory_bytes() == 6_000
     card = Accelerator("cuda", "card", 12_000, 11_000)
-    assert dataclasses.replace(PI, accelerator=card).trainable_memory_bytes() == 11_000
+    assert dataclasses.replace(PI, accelerators=(card,)).trainable_memory_bytes() == 11_000
     shared = Accelerator("cuda", "Orin", 8_000, 7_000, shared=True)
     assert (
-        dataclasses.replace(PI, accelerator=shared, memory_available_bytes=5_000).trainable_memory_bytes()
+        dataclasses.replace(
+            PI, accelerators=(shared, card), memory_available_bytes=5_000
+        ).trainable_memory_bytes()
         == 5_000
     )
 
 
 @given(profiles)
-def test_the_summary_is_text_and_keeps_the_host_name_to_itself(profile: DeviceProfile) -> None:
+def test_the_summary_is_text_and_keeps_private_things_to_itself(profile: DeviceProfile) -> None:
     summary = profile.summary()
-    assert "name" not in summary
+    assert not {"name", "on_battery", "battery_percent"} & set(summary)
     assert all(isinstance(value, str) for value in summary.values())
     assert summary["cores"] == str(profile.cores)
     assert json.loads(json.dumps(summary)) == summary
@@ -145,8 +176,8 @@ def test_packaged_classes() -> None:
         profile = load_profile(name)
         assert profile.name == name
         assert 1 <= profile.threads <= profile.cores
-        for field in ("memory_available_bytes", "disk_free_bytes", "on_battery", "gflops"):
-            assert getattr(profile, field) is None, f"{name}: {field} is no matter of a class"
+        for field in dataclasses.fields(profile)[7:-1]:
+            assert getattr(profile, field.name) is None, f"{name}: {field.name} is no matter of a class"
         assert profile == load_profile(str(PROFILES / f"{name}.toml"))
 
 

@@ -94,6 +94,9 @@ class Federation:
     split: Split
     training: Training = field(default_factory=Training)
     heartbeat_s: float = 5.0
+    # Ranks (attention, feed-forward) that a device may train besides the ladder: the paper's Type 3.
+    mixed_ranks: tuple[tuple[int, int], ...] = ()
+    lease_s: float = field(default=600.0, compare=False)  # time for an assignment; the host may change it
     protocol: int = PROTOCOL_VERSION
 
     def __post_init__(self) -> None:

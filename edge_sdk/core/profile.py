@@ -24,6 +24,9 @@ PROFILE_PACKAGE = "edge_sdk.profiles"  # the top-level folder `profiles/`, as py
 ASSUMED_FREE_SHARE = 0.5
 
 
+GemmDtype = Literal["float32", "bfloat16"]
+
+
 @dataclass(frozen=True)
 class Accelerator:
     """A GPU that PyTorch can train on. `shared`: its memory is the machine's own (Jetson, Apple)."""
@@ -33,14 +36,17 @@ class Accelerator:
     memory_total_bytes: int
     memory_free_bytes: int | None = None  # None: not measured
     shared: bool = False
+    compute_capability: str | None = None  # CUDA: "8.6"
+    bf16: bool | None = None  # whether it multiplies bfloat16 natively
 
     def __post_init__(self) -> None:
         if self.memory_total_bytes <= 0:
             raise InputError(
-                f"accelerator.memory_total_bytes must be positive, got {self.memory_total_bytes}"
+                f"memory_total_bytes of accelerator {self.name!r} must be positive, "
+                f"got {self.memory_total_bytes}"
             )
         if (self.memory_free_bytes or 0) < 0:
-            raise InputError("accelerator.memory_free_bytes is negative")
+            raise InputError(f"memory_free_bytes of accelerator {self.name!r} is negative")
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,16 @@ class DeviceProfile:
     cores: int  # logical CPUs that this process may use
     threads: int  # compute threads that pay: physical cores, less what a CPU quota takes away
     memory_total_bytes: int  # RAM, or the limit of the container
+    cpu_features: tuple[str, ...] | None = None  # those that matter for training, by their Linux names
     memory_available_bytes: int | None = None
-    accelerator: Accelerator | None = None
-    disk_free_bytes: int | None = None
+    swap_total_bytes: int | None = None  # apart from RAM: training never counts on it
+    swap_free_bytes: int | None = None
+    disk_free_bytes: int | None = None  # where the device keeps its state
     on_battery: bool | None = None
-    gflops: float | None = None  # of a float32 matrix product on the CPU
+    battery_percent: float | None = None
+    gemm_dtype: GemmDtype | None = None  # in which training computes here
+    gflops: float | None = None  # sustained by a matrix product in `gemm_dtype` where training would run
+    accelerators: tuple[Accelerator, ...] = ()  # the first is the one that training would use
 
     def __post_init__(self) -> None:
         positive: dict[str, float | None] = {
@@ -70,9 +81,16 @@ class DeviceProfile:
         for label, value in positive.items():
             if value is not None and value <= 0:
                 raise InputError(f"{label} must be positive, got {value}")
-        for label in ("memory_available_bytes", "disk_free_bytes"):
+        for label in ("memory_available_bytes", "swap_total_bytes", "swap_free_bytes", "disk_free_bytes"):
             if (getattr(self, label) or 0) < 0:
                 raise InputError(f"{label} is negative")
+        if self.battery_percent is not None and not 0 <= self.battery_percent <= 100:
+            raise InputError(f"battery_percent must be from 0 to 100, got {self.battery_percent}")
+
+    @property
+    def accelerator(self) -> Accelerator | None:
+        """The one that training would use; None: training runs on the CPU."""
+        return self.accelerators[0] if self.accelerators else None
 
     def trainable_memory_bytes(self) -> int:
         """Memory that training may use: the accelerator's if there is one, and RAM where it is shared.
@@ -92,11 +110,15 @@ class DeviceProfile:
         return self.accelerator.memory_total_bytes
 
     def summary(self) -> dict[str, str]:
-        """Flat text values for `JoinRequest.profile`. The name stays here: a host name can be a person's."""
+        """Flat text values for `JoinRequest.profile`, with the accelerator that training would use.
+
+        The name stays here, because a host name can be a person's, and so does the state of the battery.
+        """
         values = asdict(self)
-        accelerator = values.pop("accelerator") or {}
-        values.update({f"accelerator.{key}": value for key, value in accelerator.items()})
-        del values["name"]
+        for private in ("name", "accelerators", "on_battery", "battery_percent"):
+            del values[private]
+        if self.accelerator is not None:
+            values.update({f"accelerator.{key}": value for key, value in asdict(self.accelerator).items()})
         return {
             key: value if isinstance(value, str) else json.dumps(value)
             for key, value in values.items()
@@ -110,15 +132,12 @@ def _free(total_bytes: int, free_bytes: int | None) -> int:
 
 
 def to_toml(profile: DeviceProfile) -> str:
-    """The profile as TOML text: keys in the order of the record, the accelerator as a table at the end."""
-    lines: list[str] = []
-    tables: list[str] = []
-    for key, value in asdict(profile).items():
-        if isinstance(value, dict):
-            tables += ["", f"[{key}]", *_lines(value)]
-        else:
-            lines += _lines({key: value})
-    return "\n".join([*lines, *tables]) + "\n"
+    """The profile as TOML text: keys in the order of the record, then a table for each accelerator."""
+    values = asdict(profile)
+    lines = []
+    for accelerator in values.pop("accelerators"):
+        lines += ["", "[[accelerators]]", *_lines(accelerator)]
+    return "\n".join([*_lines(values), *lines]) + "\n"
 
 
 def _lines(values: Mapping[str, Any]) -> list[str]:
@@ -126,10 +145,11 @@ def _lines(values: Mapping[str, Any]) -> list[str]:
     return [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
 
 
-def _toml_value(value: str | float) -> str:
-    """A string, bool, int or finite float as TOML.
+def _toml_value(value: str | float | tuple[str, ...]) -> str:
+    """A string, bool, int, finite float or tuple of strings as TOML.
 
-    A JSON string is a TOML basic string but for DEL, which TOML wants escaped; numbers and booleans agree.
+    A JSON string is a TOML basic string but for DEL, which TOML wants escaped; numbers, booleans and arrays
+    agree.
     """
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -145,8 +165,10 @@ def from_toml(text: str, source: str) -> DeviceProfile:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{source}: not a TOML file: {error}") from error
     _refuse_unknown(values, DeviceProfile, "", source)
-    if isinstance(values.get("accelerator"), dict):
-        _refuse_unknown(values["accelerator"], Accelerator, "accelerator.", source)
+    tables = values.get("accelerators")
+    for index, table in enumerate(tables if isinstance(tables, list) else []):
+        if isinstance(table, dict):
+            _refuse_unknown(table, Accelerator, f"accelerators[{index}].", source)
     try:
         return from_json(DeviceProfile, values, "key")
     except ProtocolError as error:
