@@ -16,11 +16,12 @@ import torch
 
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.core.codec import Shapes, peft_config
-from edge_sdk.core.errors import AdapterError
+from edge_sdk.core.errors import AdapterError, InternalError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, max_rank
+from edge_sdk.turns import Turns
 
-LOCAL, CARRIED = "local", "carried"  # trained, and held frozen
+LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
 
 
 class AdapterPlaces:
@@ -30,10 +31,13 @@ class AdapterPlaces:
         base: the frozen model.
         shapes: target module -> (out, in).
         scaling: s, the same at every rank.
+        turns: whoever uses the model takes them; the places change within a turn only.
     """
 
-    def __init__(self, base: LoadedBase, shapes: Shapes, scaling: float) -> None:
+    def __init__(self, base: LoadedBase, shapes: Shapes, scaling: float, turns: Turns | None = None) -> None:
         self._base, self._shapes, self._scaling = base, dict(shapes), scaling
+        self._turns = turns or Turns()
+        self._active: list[str] = []
         with _without_peft_notices():
             from peft import get_peft_model
 
@@ -45,16 +49,49 @@ class AdapterPlaces:
     def installed(self, adapters: Mapping[str, Adapter | None]) -> Iterator[None]:
         """Put adapters in their places, all active, with gradients for LOCAL alone; take them out after."""
         present = {name: adapter for name, adapter in adapters.items() if adapter and max_rank(adapter)}
+        with self._turns:  # an answer in hand ends first
+            if self._active:
+                raise InternalError(f"the model is busy with {', '.join(self._active)}; one run at a time")
         try:
-            for name, adapter in present.items():
-                self._install(name, adapter)
-            self._peft.base_model.set_adapter(list(present), inference_mode=True)
-            if LOCAL in present:
-                self._peft.base_model.set_requires_grad(LOCAL, requires_grad=True)
+            with self._turns:
+                for name, adapter in present.items():
+                    self._install(name, adapter)
+                self._activate(list(present))
             yield
         finally:
-            for name in present:
-                self._remove(name)
+            with self._turns:
+                for name in present:
+                    self._remove(name)
+                self._activate([])
+
+    def serve(self, adapter: Adapter | None) -> None:
+        """Put `adapter` (None: the base alone) in SERVED, in place of what was there. `serving` uses it."""
+        with self._turns:
+            active = self._active
+            try:
+                self._remove(SERVED)
+                if adapter and max_rank(adapter):
+                    self._install(SERVED, adapter)
+            finally:
+                self._activate(active)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """One turn with SERVED alone; after it all is as before, for a training run in the middle too."""
+        with self._turns:
+            active = self._active
+            self._activate([SERVED] if SERVED in self._peft.peft_config else [])
+            try:
+                yield
+            finally:
+                self._activate(active)
+
+    def _activate(self, names: list[str]) -> None:
+        """Make these adapters count, summed in this order, with gradients for LOCAL alone."""
+        self._peft.base_model.set_adapter(names, inference_mode=True)
+        if LOCAL in names:
+            self._peft.base_model.set_requires_grad(LOCAL, requires_grad=True)
+        self._active = names
 
     def _install(self, name: str, adapter: Adapter) -> None:
         """Add an adapter under `name`. A module with fewer components than the rest is padded."""

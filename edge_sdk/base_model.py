@@ -8,10 +8,13 @@ the right base without holding a weight in memory. `load` quantises to NF4 with 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,6 +189,19 @@ def placement(device: str = "auto", quantise: bool = True) -> Placement:
     compute_bytes = _compute_dtype(place).itemsize
     chosen = replace(CPU if place.type == "cpu" else ACCELERATOR, compute_bytes=compute_bytes)
     return chosen if quantise else replace(chosen, weight_bytes=compute_bytes)
+
+
+def release_memory() -> None:
+    """Give memory that nothing refers to any more back to the machine: torch and glibc both keep it for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if torch.xpu.is_available():
+        torch.xpu.empty_cache()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def use_threads(count: int) -> None:

@@ -10,8 +10,23 @@ from typing import Literal
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import DeviceProfile
+from edge_sdk.manners import Conditions
 
-Kind = Literal["joined", "rank", "waiting", "offline", "training", "step", "delivered", "refused", "stopped"]
+Kind = Literal[
+    "joined",
+    "rank",
+    "waiting",
+    "offline",
+    "training",
+    "step",
+    "delivered",
+    "refused",
+    "stopped",
+    "paused",
+    "resumed",
+    "adapter",  # a newer version of the global adapter is there
+    "notice",
+]
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,8 @@ class Options:
     memory_budget_bytes: int | None = None  # default: half of what is free
     duty: float = 1.0  # share of the time that may be spent computing
     threads: int = 1
+    nice: int = 10  # of the thread that trains, where the system has that; 0 leaves it alone
+    conditions: Conditions = field(default_factory=Conditions)  # under which to train; default: any
     device: str = "auto"  # torch device
     quantise: bool = True
     progress: bool | None = False  # bars on stderr; None shows them on a terminal
@@ -46,6 +63,8 @@ class Options:
             raise InputError(f"duty {self.duty} must be above 0 and at most 1")
         if self.threads < 1:
             raise InputError(f"threads {self.threads} must be 1 or more")
+        if not 0 <= self.nice <= 19:
+            raise InputError(f"nice {self.nice} must be from 0 (as important as any) to 19 (least important)")
         if self.memory_budget_bytes is not None and self.memory_budget_bytes < 1:
             raise InputError(f"memory budget {self.memory_budget_bytes} must be above 0")
 

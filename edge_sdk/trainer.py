@@ -12,37 +12,40 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from edge_sdk import checkpoint as checkpoints
 from edge_sdk.adapter_places import CARRIED, LOCAL, AdapterPlaces
+from edge_sdk.answering import OnText, answers
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.checkpoint import Progress
 from edge_sdk.core.codec import Shapes
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
-from edge_sdk.core.messages import Directive
-from edge_sdk.dataset import IGNORED, Tokenised, collate, prompt_ids
+from edge_sdk.dataset import IGNORED, Tokenised, collate
 from edge_sdk.training import (
     Abandoned,
     Evaluation,
+    Interrupted,
     Plan,
     Start,
+    StepAnswer,
     StepReport,
     Trained,
     batch_indices,
     identity,
     rest,
 )
+from edge_sdk.turns import Turns
 
-__all__ = ["Abandoned", "Evaluation", "Plan", "Start", "StepReport", "Trained", "Trainer"]
+__all__ = ["Abandoned", "Evaluation", "Interrupted", "Plan", "Start", "StepReport", "Trained", "Trainer"]
 
 # Adam's first steps have the full size whatever the gradient says, so they are taken small: linear over the
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.
@@ -59,14 +62,22 @@ class Trainer:
         shapes: target module -> (out, in).
         scaling: s, the same at every rank.
         progress: show bars on stderr; None shows them when stderr is a terminal.
+        turns: training steps and answers to people take turns, one step at a time.
     """
 
     def __init__(
-        self, base: LoadedBase, shapes: Shapes, scaling: float, progress: bool | None = None
+        self,
+        base: LoadedBase,
+        shapes: Shapes,
+        scaling: float,
+        progress: bool | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._base, self._shapes, self._scaling = base, dict(shapes), scaling
         self._selects_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
-        self._places = AdapterPlaces(base, shapes, scaling)
+        self._turns = turns or Turns()
+        self._places = AdapterPlaces(base, shapes, scaling, self._turns)
+        self.served_version: int | None = None
         self._bars = sys.stderr.isatty() if progress is None else progress
 
     @property
@@ -82,16 +93,17 @@ class Trainer:
         examples: Sequence[Tokenised],
         plan: Plan,
         *,
-        on_step: Callable[[StepReport], Directive],
+        on_step: Callable[[StepReport], StepAnswer],
         checkpoint: Path | None = None,
     ) -> Trained:
         """Run an assignment, from `checkpoint` if that is of this very assignment.
 
         `on_step` is called after every step, and every half second while resting; `finish` ends the run with
-        the steps done. On a CPU a resumed run gives the same bits as one that was not interrupted.
+        the steps done, `interrupt` writes the checkpoint and ends it for now, unless that was the last step.
+        On a CPU a resumed run gives the same bits as one that was not interrupted.
 
         Raises:
-            Abandoned: `on_step` said so.
+            Abandoned, Interrupted: `on_step` said so.
             InputError: no examples, rows longer than the plan or the model allows, or training that diverged.
             AdapterError: factors that do not fit the modules.
         """
@@ -112,7 +124,7 @@ class Trainer:
         self,
         run: _Run,
         batches: Iterable[Sequence[Tokenised]],
-        on_step: Callable[[StepReport], Directive],
+        on_step: Callable[[StepReport], StepAnswer],
         save: Callable[[], None] | None,
         bar: Any,
     ) -> None:
@@ -120,7 +132,8 @@ class Trainer:
         saved_at = time.monotonic()
         for rows in batches:
             began = time.monotonic()
-            loss = self._step(run, rows)
+            with self._turns:
+                loss = self._step(run, rows)
             now = time.monotonic()
             run.advance(loss, len(rows), now - began)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -129,8 +142,13 @@ class Trainer:
                 save()
                 saved_at = now
             resting_until = now + (now - began) * (1 / run.plan.duty - 1)
-            if rest(resting_until, run.report(loss), on_step) == "finish":
+            answer = rest(resting_until, run.report(loss), on_step)
+            if answer == "finish":
                 return
+            if answer == "interrupt" and run.progress.step < run.plan.steps:
+                if save:
+                    save()
+                raise Interrupted
 
     def _step(self, run: _Run, rows: Sequence[Tokenised]) -> float:
         """One optimiser step on `rows`; the mean loss per label token before it.
@@ -194,41 +212,38 @@ class Trainer:
         with self._places.installed({CARRIED: adapter}), torch.no_grad(), bar:
             for begin in range(0, len(ordered), batch):
                 rows = ordered[begin : begin + batch]
-                total += self._loss_sum(rows).item()
+                with self._turns:
+                    total += self._loss_sum(rows).item()
                 bar.update(len(rows))
         return Evaluation(total / tokens, tokens)
 
     def generate(self, adapter: Adapter | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers to `prompts`, in the form that training used. A long prompt loses its beginning."""
-        tokenizer, answers = self._base.tokenizer, []
-        room = max(1, (self._base.max_positions or sys.maxsize) - max_new_tokens)
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=self._end_tokens(),
-        )
+        said: list[str] = []
         bar = _bar("generating", len(prompts), self._bars)
-        with self._places.installed({CARRIED: adapter}), torch.no_grad(), bar:
+        with self._places.installed({CARRIED: adapter}), bar:
             for begin in range(0, len(prompts), GENERATION_BATCH):
                 part = prompts[begin : begin + GENERATION_BATCH]
-                ids, mask = _left_padded(
-                    [prompt_ids(prompt, tokenizer, room) for prompt in part], tokenizer.pad_token_id
-                )
-                produced = self._base.model.generate(
-                    input_ids=ids.to(self._base.device),
-                    attention_mask=mask.to(self._base.device),
-                    generation_config=settings,
-                )
-                answers += tokenizer.batch_decode(produced[:, ids.shape[1] :], skip_special_tokens=True)
+                with self._turns:
+                    said += answers(self._base, part, max_new_tokens)
                 bar.update(len(part))
-        return answers
+        return said
 
-    def _end_tokens(self) -> list[int]:
-        """Tokens that end an answer: the tokeniser's eos, and those that the model's own settings name."""
-        named = self._base.model.generation_config.eos_token_id
-        named = named if isinstance(named, list) else [] if named is None else [named]
-        return sorted({int(self._base.tokenizer.eos_token_id), *map(int, named)})
+    def serve(self, version: int, adapter: Adapter | None) -> None:
+        """Put the adapter that `answer` uses in place (None: the base alone), between two training steps."""
+        self._places.serve(adapter)
+        self.served_version = version
+
+    def serving(self) -> AbstractContextManager[None]:
+        """A turn in which `answer` may be called; training goes on after it as if nothing had been."""
+        return self._places.serving()
+
+    def answer(self, prompt: str, max_new_tokens: int, on_text: OnText | None = None) -> str:
+        """Greedy answer of the base with the served adapter, within `serving`.
+
+        `on_text` hears the answer in pieces, word by word, while it is made.
+        """
+        return answers(self._base, [prompt], max_new_tokens, on_text)[0]
 
     def _starting_factors(self, start: Start) -> Adapter:
         """The factors to train: those given, filled up to the rank, or fresh (B = 0, A from the seed)."""
@@ -317,11 +332,3 @@ def _bar(label: str, total: int, shown: bool, initial: int = 0) -> Any:
     return tqdm(
         desc=label, total=total, initial=initial, delay=1.0, disable=not shown, leave=False, file=sys.stderr
     )
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts aligned at their end, and the mask of their tokens; both (rows, longest)."""
-    longest = max(map(len, rows))
-    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,6 +17,14 @@ from edge_sdk.core.messages import Directive
 from edge_sdk.dataset import Tokenised
 
 REST_SLICE_S = 0.5  # in calm mode the caller is heard at least this often
+
+
+# What a step callback answers: the coordinator's word, or the device's own to leave off and go on later.
+StepAnswer = Directive | Literal["interrupt"]
+
+
+class Interrupted(Exception):
+    """`on_step` answered `interrupt`: the checkpoint is written and the run can go on later. Not an error."""
 
 
 class Abandoned(Exception):
@@ -99,14 +107,14 @@ def batch_indices(examples: int, batch: int, step: int, seed: int) -> list[int]:
     return [int(order[place // examples][place % examples]) for place in places]
 
 
-def rest(until: float, report: StepReport, on_step: Callable[[StepReport], Directive]) -> Directive:
+def rest(until: float, report: StepReport, on_step: Callable[[StepReport], StepAnswer]) -> StepAnswer:
     """Report a step, then sleep until the monotonic time `until`, asking again every half second."""
     while True:
         directive = on_step(report)
         if directive == "abandon":
             raise Abandoned
         remaining = until - time.monotonic()
-        if directive == "finish" or remaining <= 0 or report.step == report.steps:
+        if directive in ("finish", "interrupt") or remaining <= 0 or report.step == report.steps:
             return directive
         time.sleep(min(remaining, REST_SLICE_S))
         if until - time.monotonic() <= 0:
