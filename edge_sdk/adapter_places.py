@@ -1,7 +1,7 @@
 """The places of LoRA adapters in one PEFT model: put in, active together, read back, taken out.
 
 The base model stays as it is. Adapters are folded (`b = s·B`) outside and PEFT's inside: `lora_B = b / s`
-with `lora_alpha = s·r`, and `min(r, out, in)` components in a module narrower than r.
+with `lora_alpha = s·r`. Every module has the rank of its own factors.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AdapterPlaces:
         with _without_peft_notices():
             from peft import get_peft_model
 
-            config = self._config(1)
+            config = self._config(dict.fromkeys(shapes, 1))
             self._peft = get_peft_model(base.model, config, adapter_name=LOCAL, low_cpu_mem_usage=True)
         self._remove(LOCAL)
 
@@ -94,13 +94,13 @@ class AdapterPlaces:
         self._active = names
 
     def _install(self, name: str, adapter: Adapter) -> None:
-        """Add an adapter under `name`. A module with fewer components than the rest is padded."""
+        """Add an adapter under `name`. PEFT needs a component: a module without gets a dead one."""
         self.check(adapter)
-        rank = max_rank(adapter)
+        ranks = {module: max(1, adapter[module].rank) for module in self._shapes}
         with _without_peft_notices():
-            self._peft.add_adapter(name, self._config(rank), low_cpu_mem_usage=True)
-        for module, shape in self._shapes.items():
-            full = pad(adapter[module], min(rank, *shape), f"{name}/{module}")
+            self._peft.add_adapter(name, self._config(ranks), low_cpu_mem_usage=True)
+        for module, rank in ranks.items():
+            full = pad(adapter[module], rank, f"{name}/{module}")
             a, b = self._weights(module, name)
             a.weight = self._parameter(full.a)
             b.weight = self._parameter(full.b / np.float32(self._scaling))
@@ -132,8 +132,8 @@ class AdapterPlaces:
             adapter[module] = LoraFactors(b * np.float32(self._scaling), a.copy())
         return adapter
 
-    def check(self, adapter: Adapter, rank: int | None = None) -> None:
-        """Raise AdapterError unless an adapter holds exactly the target modules, none above `rank`."""
+    def check(self, adapter: Adapter, ranks: Mapping[str, int] | None = None) -> None:
+        """Raise AdapterError unless an adapter holds exactly the target modules, none above its rank."""
         for module in sorted(set(self._shapes) ^ set(adapter)):
             raise AdapterError(
                 f"module {module} is {'missing' if module in self._shapes else 'no target here'}"
@@ -141,15 +141,16 @@ class AdapterPlaces:
         for module, shape in self._shapes.items():
             if adapter[module].shape != shape:
                 raise AdapterError(f"module {module} has shape {adapter[module].shape}, expected {shape}")
-            most = min(shape) if rank is None else min(rank, *shape)
+            most = min(shape) if ranks is None else ranks[module]
             if adapter[module].rank > most:
                 raise AdapterError(f"module {module} has rank {adapter[module].rank}, more than {most}")
 
-    def _config(self, rank: int) -> Any:
-        """What an exported adapter of `rank` has as PEFT configuration, and `fan_in_fan_out`."""
+    def _config(self, ranks: Mapping[str, int]) -> Any:
+        """What an exported adapter of these ranks has as PEFT configuration, and `fan_in_fan_out`."""
         from peft import LoraConfig  # imports bitsandbytes, which base_model.load has done quietly
 
-        settings = peft_config("", self._shapes, rank, self._scaling)
+        widths = {module: (rank, rank) for module, rank in ranks.items()}  # a narrow module bounds its rank
+        settings = peft_config("", widths, max(ranks.values()), self._scaling)
         del settings["peft_type"], settings["base_model_name_or_path"]
         return LoraConfig(**settings, fan_in_fan_out=self._base.fan_in_fan_out)
 

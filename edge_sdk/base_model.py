@@ -31,6 +31,7 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.core.memory import ACCELERATOR, CPU, Placement
 from edge_sdk.core.messages import Base
 from edge_sdk.model_files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
+from edge_sdk.out_of_memory import means_out_of_memory
 
 __all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
 
@@ -170,7 +171,7 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
             output_loading_info=True,
         )
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if means_out_of_memory(error):
             raise
         raise InputError(f"{directory}: its weights cannot be loaded: {_first_line(error)}") from error
     if report["missing_keys"]:

@@ -7,7 +7,9 @@ factors, which both follow from `Start.seed`: no dropout, and no global random s
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import math
 import sys
 import time
@@ -25,11 +27,13 @@ from edge_sdk.adapter_places import CARRIED, LOCAL, AdapterPlaces
 from edge_sdk.answering import OnText, answers
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.checkpoint import Progress
+from edge_sdk.continuing import may_continue, refitted
 from edge_sdk.core.codec import Shapes
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, OutOfMemory
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
 from edge_sdk.dataset import IGNORED, Tokenised, collate
+from edge_sdk.out_of_memory import caught, out_of_memory
 from edge_sdk.training import (
     Abandoned,
     Evaluation,
@@ -46,6 +50,8 @@ from edge_sdk.training import (
 from edge_sdk.turns import Turns
 
 __all__ = ["Abandoned", "Evaluation", "Interrupted", "Plan", "Start", "StepReport", "Trained", "Trainer"]
+
+log = logging.getLogger(__name__)
 
 # Adam's first steps have the full size whatever the gradient says, so they are taken small: linear over the
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.
@@ -96,7 +102,7 @@ class Trainer:
         on_step: Callable[[StepReport], StepAnswer],
         checkpoint: Path | None = None,
     ) -> Trained:
-        """Run an assignment, from `checkpoint` if that is of this very assignment.
+        """Run an assignment, from `checkpoint` if that is of this assignment at this setting or a larger.
 
         `on_step` is called after every step, and every half second while resting; `finish` ends the run with
         the steps done, `interrupt` writes the checkpoint and ends it for now, unless that was the last step.
@@ -106,17 +112,37 @@ class Trainer:
             Abandoned, Interrupted: `on_step` said so.
             InputError: no examples, rows longer than the plan or the model allows, or training that diverged.
             AdapterError: factors that do not fit the modules.
+            OutOfMemory: the checkpoint holds the last good step, and all that the run held is free again.
         """
         self._check_rows(examples, plan.sequence_len)
+        done = self._train(start, examples, plan, on_step, checkpoint)
+        if isinstance(done, OutOfMemory):
+            raise done
+        return done
+
+    def _train(
+        self,
+        start: Start,
+        examples: Sequence[Tokenised],
+        plan: Plan,
+        on_step: Callable[[StepReport], StepAnswer],
+        checkpoint: Path | None,
+    ) -> Trained | OutOfMemory:
+        """The outcome. It is returned whatever it is: an error raised here would hold on to the run."""
         adapter = self._starting_factors(start)
         with self._places.installed({LOCAL: adapter, CARRIED: start.carried}):
             run = _Run(self._places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
-            if checkpoint and (found := checkpoints.read(checkpoint, marks)):
-                run.restore(*found)
+            accepts = functools.partial(may_continue, wanted=marks)
+            if checkpoint and (kept := checkpoints.read(checkpoint, accepts)):
+                run.restore(*refitted(kept, marks, adapter))
             save = (lambda: checkpoints.write(checkpoint, marks, *run.state())) if checkpoint else None
             with _bar("training", plan.steps, self._bars, run.progress.step) as bar:
-                self._loop(run, _batches(examples, plan, start.seed, run.progress.step), on_step, save, bar)
+                batches = _batches(examples, plan, start.seed, run.progress.step)
+                failure = caught(lambda: self._loop(run, batches, on_step, save, bar))
+            if failure:
+                run.rescue(save)
+                return out_of_memory(run.progress.step, plan.described(start.ranks), failure)
             done, factors = run.progress, self._places.factors(LOCAL)
         return Trained(factors, done.step, done.examples, done.loss_first, done.loss_last, done.seconds)
 
@@ -247,18 +273,14 @@ class Trainer:
 
     def _starting_factors(self, start: Start) -> Adapter:
         """The factors to train: those given, filled up to the rank, or fresh (B = 0, A from the seed)."""
-        if start.rank < 1:
-            raise InputError(f"rank {start.rank} is impossible; train at least rank 1")
+        ranks = {module: min(start.ranks.of(module), *shape) for module, shape in self._shapes.items()}
         empty = {
             module: LoraFactors(np.zeros((out, 0), np.float32), np.zeros((0, in_), np.float32))
             for module, (out, in_) in self._shapes.items()
         }
         given = empty if start.adapter is None else start.adapter
-        self._places.check(given, start.rank)
-        return {
-            module: pad(given[module], min(start.rank, *shape), f"{start.seed}/{module}")
-            for module, shape in self._shapes.items()
-        }
+        self._places.check(given, ranks)
+        return {module: pad(given[module], rank, f"{start.seed}/{module}") for module, rank in ranks.items()}
 
 
 class _Run:
@@ -269,6 +291,7 @@ class _Run:
         self.progress = Progress(0, 0, 0.0, 0.0, 0.0)
         self._parameters = parameters
         self._optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=0.0)
+        self._whole = True  # False while an update is under way: parameters and moments are of two steps then
 
     def clip(self) -> float:
         """Clip the gradient to MAX_GRADIENT_NORM; the norm before."""
@@ -277,10 +300,13 @@ class _Run:
     def update(self) -> None:
         """One AdamW step at the learning rate of this step of the warm-up."""
         warm_up = max(1, round(WARM_UP_SHARE * self.plan.steps))
-        rate = self.plan.learning_rate * min(1.0, (self.progress.step + 1) / warm_up)
+        own_step = self.progress.step - self.progress.adam_since + 1
+        rate = self.plan.learning_rate * min(1.0, own_step / warm_up)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self._whole = False
         self._optimizer.step()
+        self._whole = True
         self._optimizer.zero_grad()
 
     def advance(self, loss: float, examples: int, seconds: float) -> None:
@@ -292,6 +318,7 @@ class _Run:
             before.loss_first if before.step else loss,
             loss,
             before.seconds + seconds,
+            before.adam_since,
         )
 
     def report(self, loss: float) -> StepReport:
@@ -300,23 +327,41 @@ class _Run:
         return StepReport(done.step, self.plan.steps, loss, done.examples, done.seconds)
 
     def state(self) -> tuple[Progress, dict[str, Matrix]]:
-        """Counters, and factors with both Adam moments."""
+        """Counters, and factors with both Adam moments (none before Adam's first step)."""
         tensors = {}
         for name, parameter in self._parameters.items():
             state = self._optimizer.state[parameter]
-            parts = {"": parameter, ".m": state["exp_avg"], ".v": state["exp_avg_sq"]}
+            parts = {"": parameter}
+            if state:
+                parts |= {".m": state["exp_avg"], ".v": state["exp_avg_sq"]}
             for suffix, tensor in parts.items():
                 tensors[name + suffix] = np.ascontiguousarray(tensor.detach().cpu().numpy())
         return self.progress, tensors
 
     def restore(self, progress: Progress, tensors: Mapping[str, Matrix]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` gave; without moments, Adam begins anew and so does its warm-up."""
         self.progress = progress
         for name, parameter in self._parameters.items():
-            parts = [torch.from_numpy(tensors[name + s]).to(parameter.device) for s in ("", ".m", ".v")]
-            parameter.data.copy_(parts[0])
-            step = torch.tensor(float(progress.step))
-            self._optimizer.state[parameter] = {"step": step, "exp_avg": parts[1], "exp_avg_sq": parts[2]}
+            parts = {
+                suffix: torch.from_numpy(tensors[name + suffix]).to(parameter.device)
+                for suffix in ("", ".m", ".v")
+                if name + suffix in tensors
+            }
+            parameter.data.copy_(parts[""])
+            if ".m" in parts:
+                step = torch.tensor(float(progress.step - progress.adam_since))
+                state = {"step": step, "exp_avg": parts[".m"], "exp_avg_sq": parts[".v"]}
+                self._optimizer.state[parameter] = state
+
+    def rescue(self, save: Callable[[], None] | None) -> None:
+        """Write the last good step after memory ran out, if it is whole and there is memory for that.
+
+        Between updates nothing changes but gradients. If an update itself failed, or there is no room for
+        writing, the checkpoint before is what the run goes on from.
+        """
+        self._optimizer.zero_grad()
+        if save and self._whole and self.progress.step and (failure := caught(save)):
+            log.warning("no memory to write a checkpoint (%s); the one before counts", failure)
 
 
 def _batches(
