@@ -217,7 +217,8 @@ from pathlib import Path
 from edge_sdk import priority
 torch.set_num_threads(3)
 def niceness():
-    return {int(p.name): os.getpriority(os.PRIO_PROCESS, int(p.name)) for p in Path("/proc/self/task").iterdir()}
+    tasks = [int(p.name) for p in Path("/proc/self/task").iterdir()]
+    return {task: os.getpriority(os.PRIO_PROCESS, task) for task in tasks}
 before = set(niceness())
 found = {}
 def compute():
