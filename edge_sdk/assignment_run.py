@@ -40,17 +40,16 @@ class AssignmentRun:
 
     # --- training ---
 
-    def train(self, trainer: Trainer, examples: Sequence[Tokenised]) -> None:
+    def train(self, start: Start, trainer: Trainer, examples: Sequence[Tokenised]) -> None:
         """Train the assignment in hand, from its checkpoint if there is one, into the outbox.
 
         Raises:
             Interrupted: left off with a checkpoint.
-            TransferStopped: left off while downloading.
         """
         from edge_sdk.training import Abandoned
 
         work, journal = self._membership.session.current(), self._membership.journal
-        start, plan = self._start(), self._plan()
+        plan = self._plan()
         text = f"training version {work.version} at rank {work.rank}, {work.steps} steps"
         self._tell("training", text, steps=work.steps, version=work.version)
         try:
@@ -60,8 +59,12 @@ class AssignmentRun:
             return
         self._put_in_outbox(done)
 
-    def _start(self) -> Start:
-        """What the rule trains from, downloaded."""
+    def fetch(self) -> Start:
+        """What the rule trains from, downloaded.
+
+        Raises:
+            TransferStopped: left off in the middle; the next attempt goes on from there.
+        """
         from edge_sdk.training import Start
 
         work = self._membership.session.current()
@@ -106,7 +109,7 @@ class AssignmentRun:
     # --- heartbeats ---
 
     def _on_step(self, report: StepReport) -> StepAnswer:
-        """Report progress now and then, and pass on what the coordinator answers, or the device's own word."""
+        """Report progress now and then; answer with the coordinator's word, or the device's own."""
         work, self._steps_done = self._membership.session.current(), report.step
         self._tell("step", "", report.step, work.steps, report.loss, work.version)
         return "interrupt" if self._interrupted() else self._beat()

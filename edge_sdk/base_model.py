@@ -193,7 +193,7 @@ def placement(device: str = "auto", quantise: bool = True) -> Placement:
 
 
 def release_memory() -> None:
-    """Give memory that nothing refers to any more back to the machine: torch and glibc both keep it for later."""
+    """Give memory that nothing refers to back to the machine; torch and glibc would keep it for later."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -119,6 +119,7 @@ class Membership:
         self.tell("refused", f"work dropped, {reason}")
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; the next `connect` makes a new connection."""
+        self._checked = False
         if self._transport is not None:
             self._transport.close()

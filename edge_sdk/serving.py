@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from edge_sdk.core.errors import NotFound, OurFault, Unreachable
+from edge_sdk.core.errors import OurFault, Unreachable
 from edge_sdk.core.lora import Adapter
 from edge_sdk.membership import Membership
 from edge_sdk.published import PublishedAdapters
@@ -17,7 +17,7 @@ OFFLINE_S = 15.0  # … and how long a coordinator that did not answer is left a
 
 
 class Serving:
-    """Answers by the newest version that can be had; from any thread, whether training is under way or not."""
+    """Answers by the newest version that can be had, from any thread, while training is under way or not."""
 
     def __init__(self, membership: Membership, published: PublishedAdapters, model: ResidentModel) -> None:
         self._membership, self._published, self._model = membership, published, model
@@ -26,17 +26,18 @@ class Serving:
         self._due = 0.0
         self.online = True
 
-    def refresh(self) -> int:
+    def refresh(self, stopping: Callable[[], bool] | None = None) -> int:
         """Look for a newer version and have it on this device's disk; its number. 0: the base alone.
 
         Raises:
             Unreachable: nobody answers, and this device was never a member.
+            TransferStopped: `stopping` said so in the middle of a download.
         """
         with self._refreshing:
             if time.monotonic() >= self._due:
                 self._membership.recall()
                 try:
-                    self._newest = self._ask()
+                    self._newest = self._ask(stopping)
                     self.online, wait_s = True, FRESH_S
                 except (Unreachable, OurFault):
                     self._newest = max(self._newest, self._published.newest_on_disk())
@@ -44,16 +45,17 @@ class Serving:
                 self._due = time.monotonic() + wait_s
             return self._newest[0]
 
-    def _ask(self) -> tuple[int, int]:
+    def _ask(self, stopping: Callable[[], bool] | None) -> tuple[int, int]:
         """The newest version and its rank, downloaded."""
         status = self._membership.transport.status()
         newest = status.version, status.version_ranks.get(str(status.version), 0)
         if newest[1]:
-            self._published.have(*newest, "serve")
+            self._published.have(*newest, "serve", stopping)
         return newest
 
     def newest(self, rank: int | None = None) -> tuple[int, Adapter | None]:
         """The newest version and its adapter: whole, or cut to `rank`. None for version 0."""
+        self._membership.connect()
         status = self._membership.transport.status()
         live = status.version_ranks.get(str(status.version), 0)
         if not live:
@@ -74,13 +76,6 @@ class Serving:
 
     def _put_in_place(self) -> None:
         """The newest version into the loaded base, unless it is there already."""
-        trainer, (version, rank) = self._model.trainer(), self._newest
-        if trainer.served_version == version:
-            return
-        adapter = self._published.fetch(version, rank, "serve") if rank else None
-        trainer.serve(version, adapter)
-
-    @property
-    def version(self) -> int:
-        """The version that answers now."""
-        return self._newest[0]
+        trainer, newest = self._model.trainer(), self._newest
+        if trainer.served != newest:
+            trainer.serve(newest, self._published.fetch(*newest, "serve") if newest[1] else None)
