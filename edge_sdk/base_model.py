@@ -156,6 +156,13 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
     return LoadedBase(loaded, tokenizer, place, quantise, transposed)
 
 
+def import_libraries() -> None:
+    """Import what `load` and the trainer need, so that what is resident after this is the libraries' own."""
+    with _quiet(small=False):
+        import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+
+
 def _weights(directory: Path, device: torch.device, compute: torch.dtype, quantise: bool) -> Any:
     """The model with every weight of its own: transformers would fill what is missing with random numbers."""
     import bitsandbytes  # noqa: F401  its first import prints the advice that `_quiet` holds back

@@ -25,9 +25,9 @@ def said(text: str) -> bool:
 
 
 def means_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception is a failed allocation. Errors of this project are what they say they are."""
+    """Whether an exception is a failed allocation of somebody else's code, and no error of this project."""
     if isinstance(error, EdgeError):
-        return isinstance(error, OutOfMemory)
+        return False
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, Exception) and said(str(error))
