@@ -76,7 +76,7 @@ class WorkerProcess:
         python: str | None = None,
     ) -> None:
         self._setup, self._environment = setup, dict(environment or {})
-        self._patience_s, self._python = patience_s, python or sys.executable
+        self.patience_s, self._python = patience_s, python or sys.executable
         self._ids = itertools.count(1)
         self._lock = threading.Lock()  # of the inboxes, and of what is written
         self._inboxes: dict[int, Inbox] = {}
@@ -188,9 +188,9 @@ class WorkerProcess:
             self._send(kind, id, body)
             while True:
                 try:
-                    message = inbox.get(timeout=self._patience_s)
+                    message = inbox.get(timeout=self.patience_s)
                 except queue.Empty:
-                    self._kill(f"it said nothing for {self._patience_s:.0f} s")
+                    self._kill(f"it said nothing for {self.patience_s:.0f} s")
                     continue
                 if message is None:
                     raise self._death(0, doing)
@@ -379,7 +379,7 @@ class _Training:
             self._ask(self._last)
         if self._word in ("abandon", "interrupt") and now - self._said_at > GRACE_S:
             self._worker._kill(f"it was told to {self._word}, and its step took too long")
-        patience_s = max(self._worker._patience_s, STEP_PATIENCE * self._longest_s)
+        patience_s = max(self._worker.patience_s, STEP_PATIENCE * self._longest_s)
         if now - self._heard_at > patience_s:
             self._worker._kill(f"it said nothing for {patience_s:.0f} s")
 

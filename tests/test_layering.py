@@ -83,6 +83,10 @@ def test_the_device_loads_nothing_of_the_coordinator(module: str) -> None:
     assert not loaded_by(module) & {"coordinator", "aiohttp"}
 
 
+def test_an_application_that_trains_in_a_process_of_its_own_holds_no_learning_library() -> None:
+    assert not loaded_by("edge_sdk.worker_process", "edge_sdk.recovery") & OF_THE_DEVICE
+
+
 # --- what a file says that it imports -------------------------------------------------------------
 
 
@@ -128,7 +132,7 @@ def test_the_coordinator_names_only_the_core(path: Path) -> None:
 
 @pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)
 def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: Path) -> None:
-    allowed = ("trainer", "base_model", "adapter_places", "answering")
+    allowed = ("trainer", "base_model", "adapter_places", "answering", "worker")
     if shown(path) in {f"edge_sdk/{name}.py" for name in allowed}:
         return
     named = {name.split(".")[0] for name in imports_of(path)} & LEARNING
