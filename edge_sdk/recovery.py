@@ -4,7 +4,7 @@ A `Correction` is the factor by which predictions for one base model on one devi
 It is pure; `Corrections` is the file that keeps it. The next setting is the chooser's, from corrected
 predictions. How the factor moves:
 
-- After a failure it rises at once to `FAILURE_MARGIN` times what the failure proved: the setting was predicted
+- After a failure it rises at once to `FAILURE_MARGIN` times what that proved: the setting was predicted
   to fit, so that the true peak was at least the budget. That setting no longer fits.
 - After a success it moves a quarter of the way down to measured / predicted, or at once up to it: too little
   memory costs a run, too much only a rank.

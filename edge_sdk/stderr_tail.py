@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -28,6 +29,10 @@ class StderrTail:
         with self._pipe:
             while piece := os.read(self._pipe.fileno(), 1 << 16):
                 self._kept = (self._kept + piece)[-KEPT_BYTES:]
-                if sys.stderr is not None:  # a windowed application has none
+                if sys.stderr is None:  # a windowed application
+                    continue
+                with contextlib.suppress(
+                    OSError, ValueError
+                ):  # a terminal that is gone must not stop the worker
                     sys.stderr.write(piece.decode(errors="replace"))
                     sys.stderr.flush()

@@ -61,7 +61,7 @@ class Endpoint:
             if kind == "tell":
                 self._told = (id, body)
             else:
-                (self._questions if kind == "generate" else self._work).put((kind, id, body))
+                (self._work if kind in ("prepare", "train") else self._questions).put((kind, id, body))
         os._exit(0)
 
     def _serve(self, calls: queue.SimpleQueue[Call]) -> None:

@@ -17,7 +17,6 @@ import queue
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +27,8 @@ from edge_sdk.core.records import from_json, to_json
 from edge_sdk.out_of_memory import out_of_memory
 from edge_sdk.process_end import Ending, ending_of
 from edge_sdk.stderr_tail import StderrTail
-from edge_sdk.training import Abandoned, Interrupted, StepAnswer, StepReport
+from edge_sdk.training import StepAnswer, StepReport
+from edge_sdk.training_call import CLOSED, Inbox, TrainingCall, answer_of
 from edge_sdk.worker_messages import (
     Finished,
     Job,
@@ -39,23 +39,12 @@ from edge_sdk.worker_messages import (
     Word,
     line,
     parsed,
-    raised,
 )
 
 log = logging.getLogger("edge_sdk.worker")
 
-HEARD_S = 0.5  # `on_step` is asked at least this often once there is a step to report
-PATIENCE_S = (
-    600.0  # loading a base, or one step, may take this long; a step also ten times the longest before
-)
-STEP_PATIENCE = 10.0
-GRACE_S = 2.0  # a word to leave off is heard between two steps; after this long it is enforced
+PATIENCE_S = 600.0  # for loading a base, and for one step if those before were not slow
 CLOSING_S = 5.0
-
-CLOSED = "it was closed"
-
-Message = tuple[str, Any]
-Inbox = queue.SimpleQueue[Message | None]
 
 
 class WorkerProcess:
@@ -82,8 +71,8 @@ class WorkerProcess:
         self._inboxes: dict[int, Inbox] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._ending: Ending | None = None
-        self._end_because = ""  # set before this side ends the process
-        self._training: _Training | None = None
+        self.end_because = ""  # set before this side ends the process
+        self._training: TrainingCall | None = None
         self._started, self._ended = threading.Event(), threading.Event()
         self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._live, name="edge-sdk-worker", daemon=True)
@@ -122,19 +111,19 @@ class WorkerProcess:
 
     def close(self, grace_s: float = CLOSING_S) -> None:
         """End the process and wait until it is gone. Work in its hands is left as the checkpoint has it."""
-        self._end_because = self._end_because or CLOSED
+        self.end_because = self.end_because or CLOSED
         if not self._started.is_set():
             return
         if self._process is not None and self._process.stdin is not None:
             with self._lock:
                 self._close_pipe(self._process.stdin)
         if not self._ended.wait(grace_s):
-            self._kill(CLOSED)
+            self.kill(CLOSED)
         self._thread.join()
 
-    def _kill(self, because: str) -> None:
+    def kill(self, because: str) -> None:
         """End it now. Every call in hand is told why."""
-        self._end_because = because
+        self.end_because = because
         if self._process is not None:
             self._process.kill()
 
@@ -154,10 +143,13 @@ class WorkerProcess:
             InputError, AdapterError: as `Trainer.train`.
         """
         id, inbox = self._open_inbox()
-        self._training = _Training(self, id, inbox, job, on_step)
+        self._training = TrainingCall(self, id, inbox, job, on_step)
         try:
-            self._send("train", id, to_json(job))
+            self.send("train", id, to_json(job))
             return self._training.run()
+        except BaseException:  # of the application's own code too: nobody waits for this training any more
+            self.send("tell", id, "abandon")
+            raise
         finally:
             self._training = None
             self._close_inbox(id)
@@ -178,24 +170,26 @@ class WorkerProcess:
         return answers
 
     def memory(self) -> Memory:
-        """What the worker's process holds; after the step in hand, for it is answered between trainings."""
+        """What the worker's process holds, also while another thread trains."""
         return from_json(Memory, self._call("memory", None, "measuring"))
 
     def _call(self, kind: str, body: Any, doing: str, on_text: Callable[[str], None] | None = None) -> Any:
         """Send a call and wait for its answer."""
         id, inbox = self._open_inbox()
         try:
-            self._send(kind, id, body)
+            self.send(kind, id, body)
             while True:
                 try:
                     message = inbox.get(timeout=self.patience_s)
                 except queue.Empty:
-                    self._kill(f"it said nothing for {self.patience_s:.0f} s")
+                    if self._training is not None:
+                        continue  # it knows how long its steps take
+                    self.kill(f"it said nothing for {self.patience_s:.0f} s")
                     continue
                 if message is None:
-                    raise self._death(0, doing)
+                    raise self.death(0, doing)
                 if message[0] != "text":
-                    return _answer(message)
+                    return answer_of(message)
                 if on_text is not None:
                     on_text(message[1])
         finally:
@@ -216,7 +210,7 @@ class WorkerProcess:
         with self._lock:
             self._inboxes.pop(id, None)
 
-    def _send(self, kind: str, id: int, body: Any) -> None:
+    def send(self, kind: str, id: int, body: Any) -> None:
         """Write a message. A pipe that is closed says nothing here: the end is told through the inbox."""
         pipe = self._process.stdin if self._process is not None else None
         with self._lock:
@@ -236,12 +230,12 @@ class WorkerProcess:
         except OSError:
             log.debug("the worker did not read its last message")
 
-    def _death(self, step: int, doing: str) -> Exception:
+    def death(self, step: int, doing: str) -> Exception:
         """The error for a process that ended in the middle of something."""
         self._ended.wait(CLOSING_S)
         ending = self._ending or Ending("it was never started", memory=False)
-        if self._end_because:
-            return WorkerDied(f"the process that trains was ended: {self._end_because}", step=step)
+        if self.end_because:
+            return WorkerDied(f"the process that trains was ended: {self.end_because}", step=step)
         if ending.memory:
             return out_of_memory(step, doing, ending.reason)
         text = f"the process that trains ended after step {step}: {ending.reason}"
@@ -269,7 +263,7 @@ class WorkerProcess:
         try:
             self._pass_on(process.stdout)
         except ProtocolError as error:
-            self._kill(str(error))
+            self.kill(str(error))
         self._bury(process, tail)
 
     def _pass_on(self, pipe: IO[bytes]) -> None:
@@ -320,82 +314,3 @@ class WorkerProcess:
             stderr=subprocess.PIPE,
             env=os.environ | own | self._environment,
         )
-
-
-class _Training:
-    """One training call: reports come in, words go out, and nothing waits forever."""
-
-    def __init__(
-        self,
-        worker: WorkerProcess,
-        id: int,
-        inbox: Inbox,
-        job: Job,
-        on_step: Callable[[StepReport], StepAnswer],
-    ) -> None:
-        self._worker, self._id, self._inbox, self._job = worker, id, inbox, job
-        self._on_step = on_step
-        self._last: StepReport | None = None
-        self._heard_at = time.monotonic()
-        self._longest_s = 0.0
-        self._word: StepAnswer = "continue"
-        self._said_at = 0.0
-
-    def run(self) -> Finished:
-        """Until the worker answers or ends."""
-        while True:
-            try:
-                message = self._inbox.get(timeout=HEARD_S)
-            except queue.Empty:
-                self._wait()
-                continue
-            if message is None:
-                raise self._end()
-            if message[0] == "step":
-                self._note(from_json(StepReport, message[1]))
-            else:
-                return from_json(Finished, _answer(message))
-
-    def _note(self, report: StepReport) -> None:
-        now = time.monotonic()
-        self._longest_s, self._heard_at = max(self._longest_s, now - self._heard_at), now
-        self._last = report
-        self._ask(report)
-
-    def _ask(self, report: StepReport) -> None:
-        """Hear the application, until it has said to leave off."""
-        if self._word == "continue" and (word := self._on_step(report)) != "continue":
-            self.say(word)
-
-    def say(self, word: Word) -> None:
-        """Pass a word on. From any thread."""
-        self._said_at, self._word = time.monotonic(), word
-        self._worker._send("tell", self._id, word)
-
-    def _wait(self) -> None:
-        """Half a second without a message: ask again, enforce a word to leave off, and end what hangs."""
-        now = time.monotonic()
-        if self._last is not None:
-            self._ask(self._last)
-        if self._word in ("abandon", "interrupt") and now - self._said_at > GRACE_S:
-            self._worker._kill(f"it was told to {self._word}, and its step took too long")
-        patience_s = max(self._worker.patience_s, STEP_PATIENCE * self._longest_s)
-        if now - self._heard_at > patience_s:
-            self._worker._kill(f"it said nothing for {patience_s:.0f} s")
-
-    def _end(self) -> Exception:
-        """What the end of the process means: what was wanted, if it was told to leave off."""
-        if self._word == "abandon":
-            return Abandoned()
-        if self._word == "interrupt" or self._worker._end_because == CLOSED:
-            return Interrupted()
-        step = self._last.step if self._last else 0
-        return self._worker._death(step, self._job.plan.described(self._job.ranks))
-
-
-def _answer(message: Message) -> Any:
-    """The body of a reply; an error is raised as what it was."""
-    kind, body = message
-    if kind == "error":
-        raise raised(body)
-    return body
