@@ -322,8 +322,8 @@ def lives(pid: int) -> bool:
 
 
 def long_job(folder: Path, **changes: Any) -> Job:
-    """Four rows of 512 tokens at once need more than LIMIT_BYTES, one of 128 tokens a small part of it."""
-    return job_in(folder, 4, **{"sequence_len": 512, "batch": 4} | changes)
+    """Eight rows of 512 tokens at once need more than LIMIT_BYTES, one of 128 tokens a small part of it."""
+    return job_in(folder, 4, **{"sequence_len": 512, "batch": 8, "micro_batch": 8} | changes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
@@ -349,7 +349,7 @@ def test_an_allocation_that_fails_leaves_the_last_good_step(large: Setup, tmp_pa
         smaller = long_job(tmp_path, ranks=Ranks.uniform(2), micro_batch=1, sequence_len=128)
         done = process.train(smaller, lambda r: (seen.append(r.step), "continue")[1])
         assert seen[0] == max(reached) + 1
-        assert (done.rank, done.steps, done.examples) == (2, 4, 16)
+        assert (done.rank, done.steps, done.examples) == (2, 4, 32)
         assert memory_limits.address_space_bytes(process.pid) <= limit
 
 
@@ -376,5 +376,5 @@ def test_one_that_the_kernel_kills_is_outlived(large: Setup, tmp_path: Path) -> 
             seen: list[int] = []
             done = process.train(smaller, lambda r: (seen.append(r.step), "continue")[1])
         assert seen[0] == step + 1
-        assert (done.rank, done.steps, done.examples) == (3, 4, 16)
+        assert (done.rank, done.steps, done.examples) == (3, 4, 32)
         assert group.kills() == 1
