@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 HEARD_S = 0.5  # `on_step` is asked at least this often once there is a step to report
 STEP_PATIENCE = 10.0  # a step may take this many times the longest before it
-GRACE_S = 2.0  # a word to leave off is heard between two steps; after this long it is enforced
 CLOSED = "it was closed"
 
 Message = tuple[str, Any]
@@ -78,7 +77,7 @@ class TrainingCall:
         now = time.monotonic()
         if self._last is not None:
             self._ask(self._last)
-        if self._word in ("abandon", "interrupt") and now - self._said_at > GRACE_S:
+        if self._word in ("abandon", "interrupt") and now - self._said_at > self._worker.grace_s:
             self._worker.kill(f"it was told to {self._word}, and its step took too long")
         patience_s = max(self._worker.patience_s, STEP_PATIENCE * self._longest_s)
         if now - self._heard_at > patience_s:

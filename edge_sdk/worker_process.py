@@ -43,6 +43,7 @@ from edge_sdk.worker_messages import (
 
 log = logging.getLogger("edge_sdk.worker")
 
+GRACE_S = 2.0
 PATIENCE_S = 600.0  # for loading a base, and for one step if those before were not slow
 CLOSING_S = 5.0
 
@@ -54,6 +55,7 @@ class WorkerProcess:
         setup: what it loads.
         environment: variables for the process on top of this one's, e.g. settings of its allocator.
         patience_s: how long it may say nothing before it counts as hung and is ended.
+        grace_s: how long a step may still take after a word to leave off, before the process is ended.
         python: the interpreter; an application that is frozen into one file names one.
     """
 
@@ -62,12 +64,14 @@ class WorkerProcess:
         setup: Setup,
         environment: Mapping[str, str] | None = None,
         patience_s: float = PATIENCE_S,
+        grace_s: float = GRACE_S,
         python: str | None = None,
     ) -> None:
         self._setup, self._environment = setup, dict(environment or {})
-        self.patience_s, self._python = patience_s, python or sys.executable
+        self.patience_s, self.grace_s = patience_s, grace_s
+        self._python = python or sys.executable
         self._ids = itertools.count(1)
-        self._lock = threading.Lock()  # of the inboxes, and of what is written
+        self._lock, self._writing = threading.Lock(), threading.Lock()  # of the inboxes, and of the pipe
         self._inboxes: dict[int, Inbox] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._ending: Ending | None = None
@@ -114,9 +118,10 @@ class WorkerProcess:
         self.end_because = self.end_because or CLOSED
         if not self._started.is_set():
             return
-        if self._process is not None and self._process.stdin is not None:
-            with self._lock:
-                self._close_pipe(self._process.stdin)
+        # A writer that waits for a worker that does not read holds the lock: then only killing helps.
+        if self._process is not None and self._writing.acquire(timeout=grace_s):
+            self._close_pipe(self._process.stdin)
+            self._writing.release()
         if not self._ended.wait(grace_s):
             self.kill(CLOSED)
         self._thread.join()
@@ -133,7 +138,7 @@ class WorkerProcess:
         """Train one assignment. `on_step` is called in this thread; the worker does not wait for it.
 
         It is called for every step, and every half second with the last report while a step lasts. An answer
-        to leave off is enforced after two seconds, whatever the worker is at: its checkpoint is the last one
+        to leave off is enforced after `grace_s`, whatever the worker is at: its checkpoint is the last one
         then, otherwise it is of the step just done.
 
         Raises:
@@ -213,7 +218,7 @@ class WorkerProcess:
     def send(self, kind: str, id: int, body: Any) -> None:
         """Write a message. A pipe that is closed says nothing here: the end is told through the inbox."""
         pipe = self._process.stdin if self._process is not None else None
-        with self._lock:
+        with self._writing:
             if pipe is None or pipe.closed:
                 return
             try:
@@ -269,6 +274,8 @@ class WorkerProcess:
     def _pass_on(self, pipe: IO[bytes]) -> None:
         """Every message to whoever waits for it, until the pipe closes."""
         for raw in pipe:
+            if not raw.endswith(b"\n"):
+                return  # it was killed in the middle of a message
             kind, id, body = parsed(raw)
             with self._lock:
                 if id in self._inboxes:
@@ -279,13 +286,14 @@ class WorkerProcess:
         try:
             code = process.wait(CLOSING_S)
         except subprocess.TimeoutExpired:
-            process.kill()
+            self.kill("it closed its pipe and did not end")
             code = process.wait()
         self._ending = ending_of(code, tail.text())
         assert process.stdin is not None
         assert process.stdout is not None
-        with self._lock:
+        with self._writing:
             self._close_pipe(process.stdin)
+        with self._lock:
             process.stdout.close()
             self._ended.set()
             for inbox in self._inboxes.values():
