@@ -108,9 +108,11 @@ def measure(directory: Path, setting: Setting) -> dict[str, Any]:
     rows = [Tokenised(ids=tuple(map(int, row)), labels=tuple(map(int, row))) for row in draw]
     plan = Plan(STEPS, batch, batch, length, 1e-3, checkpointing=setting.checkpointing)
     process_memory.give_back()
-    process_memory.start_peak(base.device)
-    done = trainer.train(Start(None, None, setting.ranks.largest, 0), rows, plan, on_step=lambda _: "continue")
-    measured = process_memory.peak_bytes(base.device)
+    process_memory.reset_peak()
+    done = trainer.train(
+        Start(None, None, setting.ranks.largest, 0), rows, plan, on_step=lambda _: "continue"
+    )
+    measured = process_memory.peak_bytes()
     placement = replace(base_model.placement("cpu"), framework_bytes=framework)
     return {
         "parameters": facts.linear_parameters + facts.other_parameters,
@@ -170,8 +172,7 @@ def run_point(directory: Path, setting: Setting) -> dict[str, Any]:
 
 def table(rows: list[Row]) -> str:
     """All points, one a line."""
-    lines = [f"{'model':<11} {'r':>3} {'batch':>5} {'tokens':>6} {'again':>5} {'predicted':>10} "
-             f"{'measured':>10} {'error':>7} {'step':>8}"]  # fmt: skip
+    lines = ["model         r batch tokens again  predicted   measured   error     step"]
     for row in rows:
         lines.append(
             f"{row.model:<11} {row.r:>3} {row.batch:>5} {row.sequence_len:>6} "
@@ -215,7 +216,9 @@ def main() -> int:
         rows = run_grid(options.resume or Path(temporary), options.quick)
     print(table(rows))
     fitted = {model.name for model in MODELS if model.fitted}
-    print(summary([row for row in rows if row.model in fitted], "models that the heap constant was fitted on"))
+    print(
+        summary([row for row in rows if row.model in fitted], "models that the heap constant was fitted on")
+    )
     if held_out := [row for row in rows if row.model not in fitted]:
         print(summary(held_out, "models that it was not fitted on"))
     print(summary(rows, "all") + "; CUDA: not measured")

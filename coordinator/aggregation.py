@@ -29,7 +29,7 @@ class BadUpdate(Exception):
 
 @dataclass(frozen=True)
 class Addend:
-    """An update on disk: its id, weight, file and the rank that was assigned."""
+    """An update on disk: its id, weight, file and the rank that it was trained at."""
 
     update: str
     weight: float

@@ -225,7 +225,7 @@ class Coordinator:
         return UpdateReply(id, self.engine.state.version)
 
     def _check_claims(self, assignment: Assignment, update: Update) -> None:
-        if update.rank != assignment.rank:
+        if not 1 <= update.rank <= assignment.rank:  # lower where the device's memory did not suffice
             raise ProtocolError(f"Update.rank: {update.rank}, but rank {assignment.rank} was assigned")
         if update.examples < 1 or update.steps < 1:
             raise ProtocolError("Update.examples and Update.steps must be 1 or more")
@@ -243,6 +243,10 @@ class Coordinator:
         try:
             cap = self.upload_cap(assignment)
             file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
+            if not any(
+                r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()
+            ):
+                raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
             for name, factors in file.modules():
                 if not factors.norm() <= MAX_NORM:
                     raise AdapterError(f"module {name} has norm {factors.norm():.3g}, above {MAX_NORM:g}")

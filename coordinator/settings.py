@@ -146,12 +146,7 @@ def _check(settings: Settings, where: str) -> None:
         )
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
-    for pair in chosen.mixed_ranks:
-        if not 1 <= min(pair) <= max(pair) <= ladder[-1]:
-            raise InputError(
-                f"{where}: federation.mixed_ranks has {list(pair)}; ranks (attention, feed-forward) lie from 1 "
-                f"to the ladder's {ladder[-1]}"
-            )
+    _check_mixed_ranks(chosen, where)
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),
@@ -166,4 +161,15 @@ def _check(settings: Settings, where: str) -> None:
         if not getattr(training, field.name) > 0:
             raise InputError(
                 f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0"
+            )
+
+
+def _check_mixed_ranks(chosen: FederationSettings, where: str) -> None:
+    """Ranks by kind of module stay within what the ladder allows."""
+    top = chosen.ladder[-1]
+    for pair in chosen.mixed_ranks:
+        if not 1 <= min(pair) <= max(pair) <= top:
+            raise InputError(
+                f"{where}: federation.mixed_ranks has {list(pair)}; ranks (attention, feed-forward) lie "
+                f"between 1 and the ladder's {top}"
             )

@@ -1,7 +1,7 @@
 """The places of LoRA adapters in one PEFT model: put in, active together, read back, taken out.
 
 The base model stays as it is. Adapters are folded (`b = s·B`) outside and PEFT's inside: `lora_B = b / s`
-with `lora_alpha = s·r`, and `min(r, out, in)` components in a module narrower than r.
+with `lora_alpha = s·r`. Every module has the rank of its own factors.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import torch
 
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.core.codec import Shapes, peft_config
-from edge_sdk.core.errors import AdapterError
+from edge_sdk.core.errors import AdapterError, InternalError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, max_rank
 from edge_sdk.factor_layers import TrainedFactor
+from edge_sdk.turns import Turns
 
-LOCAL, CARRIED = "local", "carried"  # trained, and held frozen
+LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
 
 
 class AdapterPlaces:
@@ -31,14 +32,17 @@ class AdapterPlaces:
         base: the frozen model.
         shapes: target module -> (out, in).
         scaling: s, the same at every rank.
+        turns: whoever uses the model takes them; the places change within a turn only.
     """
 
-    def __init__(self, base: LoadedBase, shapes: Shapes, scaling: float) -> None:
+    def __init__(self, base: LoadedBase, shapes: Shapes, scaling: float, turns: Turns | None = None) -> None:
         self._base, self._shapes, self._scaling = base, dict(shapes), scaling
+        self._turns = turns or Turns()
+        self._active: list[str] = []
         with _without_peft_notices():
             from peft import get_peft_model
 
-            config = self._config(1)
+            config = self._config(dict.fromkeys(shapes, 1))
             self._peft = get_peft_model(base.model, config, adapter_name=LOCAL, low_cpu_mem_usage=True)
         self._remove(LOCAL)
 
@@ -46,25 +50,58 @@ class AdapterPlaces:
     def installed(self, adapters: Mapping[str, Adapter | None]) -> Iterator[None]:
         """Put adapters in their places, all active, with gradients for LOCAL alone; take them out after."""
         present = {name: adapter for name, adapter in adapters.items() if adapter and max_rank(adapter)}
+        with self._turns:  # an answer in hand ends first
+            if self._active:
+                raise InternalError(f"the model is busy with {', '.join(self._active)}; one run at a time")
         try:
-            for name, adapter in present.items():
-                self._install(name, adapter)
-            self._peft.base_model.set_adapter(list(present), inference_mode=True)
-            if LOCAL in present:
-                self._peft.base_model.set_requires_grad(LOCAL, requires_grad=True)
+            with self._turns:
+                for name, adapter in present.items():
+                    self._install(name, adapter)
+                self._activate(list(present))
             yield
         finally:
-            for name in present:
-                self._remove(name)
+            with self._turns:
+                for name in present:
+                    self._remove(name)
+                self._activate([])
+
+    def serve(self, adapter: Adapter | None) -> None:
+        """Put `adapter` (None: the base alone) in SERVED, in place of what was there. `serving` uses it."""
+        with self._turns:
+            active = self._active
+            try:
+                self._remove(SERVED)
+                if adapter and max_rank(adapter):
+                    self._install(SERVED, adapter)
+            finally:
+                self._activate(active)
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """One turn with SERVED alone; after it all is as before, for a training run in the middle too."""
+        with self._turns:
+            active = self._active
+            self._activate([SERVED] if SERVED in self._peft.peft_config else [])
+            try:
+                yield
+            finally:
+                self._activate(active)
+
+    def _activate(self, names: list[str]) -> None:
+        """Make these adapters count, summed in this order, with gradients for LOCAL alone."""
+        self._peft.base_model.set_adapter(names, inference_mode=True)
+        if LOCAL in names:
+            self._peft.base_model.set_requires_grad(LOCAL, requires_grad=True)
+        self._active = names
 
     def _install(self, name: str, adapter: Adapter) -> None:
-        """Add an adapter under `name`. A module with fewer components than the rest is padded."""
+        """Add an adapter under `name`. PEFT needs a component: a module without gets a dead one."""
         self.check(adapter)
-        rank = max_rank(adapter)
+        ranks = {module: max(1, adapter[module].rank) for module in self._shapes}
         with _without_peft_notices():
-            self._peft.add_adapter(name, self._config(rank), low_cpu_mem_usage=True)
-        for module, shape in self._shapes.items():
-            full = pad(adapter[module], min(rank, *shape), f"{name}/{module}")
+            self._peft.add_adapter(name, self._config(ranks), low_cpu_mem_usage=True)
+        for module, rank in ranks.items():
+            full = pad(adapter[module], rank, f"{name}/{module}")
             layer = self._base.model.get_submodule(module)
             layer.cast_input_dtype_enabled = False  # the factors do it; see factor_layers.py
             layer.lora_A[name] = TrainedFactor(self._parameter(full.a))
@@ -97,8 +134,8 @@ class AdapterPlaces:
             adapter[module] = LoraFactors(b * np.float32(self._scaling), a.copy())
         return adapter
 
-    def check(self, adapter: Adapter, rank: int | None = None) -> None:
-        """Raise AdapterError unless an adapter holds exactly the target modules, none above `rank`."""
+    def check(self, adapter: Adapter, ranks: Mapping[str, int] | None = None) -> None:
+        """Raise AdapterError unless an adapter holds exactly the target modules, none above its rank."""
         for module in sorted(set(self._shapes) ^ set(adapter)):
             raise AdapterError(
                 f"module {module} is {'missing' if module in self._shapes else 'no target here'}"
@@ -106,15 +143,16 @@ class AdapterPlaces:
         for module, shape in self._shapes.items():
             if adapter[module].shape != shape:
                 raise AdapterError(f"module {module} has shape {adapter[module].shape}, expected {shape}")
-            most = min(shape) if rank is None else min(rank, *shape)
+            most = min(shape) if ranks is None else ranks[module]
             if adapter[module].rank > most:
                 raise AdapterError(f"module {module} has rank {adapter[module].rank}, more than {most}")
 
-    def _config(self, rank: int) -> Any:
-        """What an exported adapter of `rank` has as PEFT configuration, and `fan_in_fan_out`."""
+    def _config(self, ranks: Mapping[str, int]) -> Any:
+        """What an exported adapter of these ranks has as PEFT configuration, and `fan_in_fan_out`."""
         from peft import LoraConfig  # imports bitsandbytes, which base_model.load has done quietly
 
-        settings = peft_config("", self._shapes, rank, self._scaling)
+        widths = {module: (rank, rank) for module, rank in ranks.items()}  # a narrow module bounds its rank
+        settings = peft_config("", widths, max(ranks.values()), self._scaling)
         del settings["peft_type"], settings["base_model_name_or_path"]
         return LoraConfig(**settings, fan_in_fan_out=self._base.fan_in_fan_out)
 

@@ -8,11 +8,14 @@ the right base without holding a weight in memory. `load` quantises to NF4 with 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import hashlib
 import importlib.util
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +33,7 @@ from edge_sdk.core.messages import Base
 from edge_sdk.device import compute_dtype, torch_device
 from edge_sdk.four_bit import keep_trainable
 from edge_sdk.model_files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
+from edge_sdk.out_of_memory import means_out_of_memory
 
 __all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
 
@@ -155,6 +159,13 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
     return LoadedBase(loaded, tokenizer, place, quantise, transposed)
 
 
+def import_libraries() -> None:
+    """Import what `load` and the trainer need, so that what is resident after this is the libraries' own."""
+    with _quiet(small=False):
+        import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+
+
 def _weights(directory: Path, device: torch.device, compute: torch.dtype, quantise: bool) -> Any:
     """The model with every weight of its own: transformers would fill what is missing with random numbers."""
     if importlib.util.find_spec("bitsandbytes") is not None:
@@ -171,7 +182,7 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
             output_loading_info=True,
         )
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if means_out_of_memory(error):
             raise
         raise InputError(f"{directory}: its weights cannot be loaded: {_first_line(error)}") from error
     if report["missing_keys"]:
@@ -190,6 +201,19 @@ def placement(device: str = "auto", quantise: bool = True) -> Placement:
     compute_bytes = compute_dtype(place).itemsize
     chosen = replace(CPU if place.type == "cpu" else ACCELERATOR, compute_bytes=compute_bytes)
     return chosen if quantise else replace(chosen, weight_bytes=compute_bytes)
+
+
+def release_memory() -> None:
+    """Give memory that nothing refers to back to the machine; torch and glibc would keep it for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if torch.xpu.is_available():
+        torch.xpu.empty_cache()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def use_threads(count: int) -> None:

@@ -26,7 +26,7 @@ def framework_bytes(device: str = "auto", quantise: bool = True) -> int:
     trainer.train(Start(None, None, 1, 0), [ROW], plan, on_step=_go_on)
     del base, trainer
     process_memory.give_back()
-    return process_memory.context_bytes(place) if place.type == "cuda" else process_memory.held_bytes()
+    return process_memory.context_bytes(place) if place.type == "cuda" else process_memory.resident_bytes()
 
 
 def _go_on(_: StepReport) -> Directive:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +20,12 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.records import to_json
 
 if TYPE_CHECKING:
+    from edge_sdk.agent import Agent
+    from edge_sdk.device_config import DeviceConfig
     from edge_sdk.options import Event
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"
+SAY_AFTER_S = 0.5  # a stop that takes longer says why
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,24 +46,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     join = commands.add_parser("join", help="take part in a federation until interrupted")
-    join.add_argument("url", help="address of the coordinator, e.g. http://192.168.1.20:8765")
-    join.add_argument("--data", type=Path, required=True, help="JSONL file with this device's own text")
+    join.add_argument("url", nargs="?", help="address of the coordinator, e.g. http://192.168.1.20:8765")
+    join.add_argument("--config", type=Path, help="TOML file with any of these; flags win over it")
+    join.add_argument("--data", help="JSONL file with this device's own text")
     join.add_argument("--token", help=f"join token, needed the first time (or set {TOKEN_VARIABLE})")
     join.add_argument("--name", help="how the host sees this device (default: the host name)")
     join.add_argument("--model", help="where the base model lies here (default: what the federation names)")
-    join.add_argument("--state", type=Path, help="folder for what must survive a crash")
+    join.add_argument("--state", help="folder for what must survive a crash")
     join.add_argument("--profile", help="a device class of profiles/, or a TOML file, in place of measuring")
     join.add_argument(
         "--memory-budget", help="memory that training may take, e.g. 6GB (default: half of what is free)"
     )
-    join.add_argument(
-        "--duty", type=float, default=1.0, help="share of the time to compute, e.g. 0.3 (default 1)"
-    )
-    join.add_argument("--threads", type=int, default=1, help="compute threads (default %(default)s)")
+    join.add_argument("--duty", type=float, help="share of the time to compute, e.g. 0.3 (default 1)")
+    join.add_argument("--threads", type=int, help="compute threads (default 1)")
+    join.add_argument("--nice", type=int, help="0 (as important as any program) to 19 (default 10)")
     join.add_argument("--updates", type=int, help="stop after this many updates (default: go on)")
-    join.add_argument("--device", default="auto", help="torch device (default: the best there is)")
-    join.add_argument("--no-quantise", action="store_true", help="keep the base in 16 or 32 bits")
+    join.add_argument("--device", help="torch device (default: the best there is)")
+    whole = "keep the base in 16 or 32 bits"
+    join.add_argument("--no-quantise", dest="quantise", action="store_const", const=False, help=whole)
+    _add_conditions(join)
     join.set_defaults(run=_join)
+
+    _add_chat(commands.add_parser("chat", help="ask the base with the newest version of the adapter"))
 
     base = commands.add_parser("base", help="print the record of a base model that a coordinator needs")
     base.add_argument("model", help="`tiny`, a Hugging Face id or a directory")
@@ -94,62 +103,141 @@ def _add_doctor(commands: Any) -> None:
     doctor.set_defaults(run=_doctor)
 
 
-def parse_bytes(text: str) -> int:
-    """`6GB`, `512 MiB` or `1000000` as bytes.
+def _add_conditions(join: argparse.ArgumentParser) -> None:
+    when = join.add_argument_group("conditions", "Train only while they hold, and give the memory back else.")
+    when.add_argument("--only-on-mains", action="store_true", help="not on battery power")
+    when.add_argument("--battery-above", type=int, metavar="PERCENT", help="charge of the battery")
+    when.add_argument(
+        "--cpu-below", type=int, metavar="PERCENT", help="of the processors in use by other programs"
+    )
+    when.add_argument("--hours", metavar="HH:MM-HH:MM", help="local time, e.g. 22:00-07:00")
+    when.add_argument("--unmetered", action="store_true", help="not on a link that costs by volume (Linux)")
 
-    Raises:
-        InputError: not a size.
-    """
-    number = text.strip().rstrip("BbIiKkMmGg").strip()
-    unit = text.strip()[len(text.strip().rstrip("BbIiKkMmGg")) :].strip().upper()
-    try:
-        value = float(number)
-    except ValueError as error:
-        raise InputError(f"{text!r} is not a size; write it like 6GB or 512MiB") from error
-    if unit not in UNITS or not 0 < value < float("inf"):
-        raise InputError(f"{text!r} is not a size; write it like 6GB or 512MiB")
-    return int(value * UNITS[unit])
+
+def _add_chat(chat: argparse.ArgumentParser) -> None:
+    chat.add_argument("url", help="address of the coordinator")
+    chat.add_argument("--token", help=f"join token, where this device has not joined (or {TOKEN_VARIABLE})")
+    chat.add_argument("--name", help="how the host sees this device (default: the host name)")
+    chat.add_argument("--model", help="where the base model lies here (default: what the federation names)")
+    chat.add_argument("--state", type=Path, help="the folder that `join` uses, if you named one")
+    chat.add_argument("--threads", type=int, default=1, help="compute threads (default %(default)s)")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer (%(default)s)")
+    chat.add_argument("--device", default="auto", help="torch device (default: the best there is)")
+    chat.add_argument("--no-quantise", action="store_true", help="keep the base in 16 or 32 bits")
+    chat.set_defaults(run=_chat)
 
 
 def _join(options: argparse.Namespace) -> int:
+    from edge_sdk import priority
     from edge_sdk.agent import Agent
-    from edge_sdk.core.profile import load_profile
-    from edge_sdk.options import Options
+    from edge_sdk.device_config import load_device_config
 
-    if options.updates is not None and options.updates < 1:
-        raise InputError(f"--updates {options.updates} must be 1 or more")
-    chosen = {"name": options.name} if options.name else {}
+    config = _told(options)
+    if options.config:
+        config = config.over(load_device_config(options.config))
+    if config.url is None:
+        raise InputError('give the address of the coordinator, or url = "…" in a --config file')
+    if config.data is None:
+        raise InputError('give --data FILE, or data = "…" in a --config file')
+    if config.updates is not None and config.updates < 1:
+        raise InputError(f"--updates {config.updates} must be 1 or more")
+    chosen = config.options()
+    priority.lower_process(chosen.nice)
     agent = Agent(
-        options.url,
-        data=options.data,
-        join_token=options.token or os.environ.get(TOKEN_VARIABLE),
-        options=Options(
-            **chosen,
-            model=options.model,
-            state_dir=options.state,
-            profile=load_profile(options.profile) if options.profile else None,
-            memory_budget_bytes=parse_bytes(options.memory_budget) if options.memory_budget else None,
-            duty=options.duty,
-            threads=options.threads,
-            device=options.device,
-            quantise=not options.no_quantise,
-            progress=None,
-        ),
+        config.url,
+        data=config.data,
+        join_token=config.token or os.environ.get(TOKEN_VARIABLE),
+        options=chosen,
         on_event=print_event,
     )
-    signal.signal(signal.SIGTERM, lambda *_: agent.request_stop())
-    signal.signal(signal.SIGINT, lambda *_: agent.request_stop())
+    _stop_on_signals(agent)
     try:
-        agent.run(updates=options.updates)
+        agent.run(updates=config.updates)
     finally:
         agent.close()
     return 0
 
 
+def _told(options: argparse.Namespace) -> DeviceConfig:
+    """What the flags say."""
+    from edge_sdk.device_config import DeviceConfig
+    from edge_sdk.manners import Conditions
+
+    names = {field.name for field in dataclasses.fields(DeviceConfig)} - {"conditions"}
+    values = {name: getattr(options, name) for name in names}
+    conditions = Conditions(
+        on_mains=options.only_on_mains,
+        battery_above=options.battery_above,
+        cpu_below=options.cpu_below,
+        hours=options.hours,
+        unmetered=options.unmetered,
+    )
+    return DeviceConfig(**values, conditions=conditions)
+
+
+def _stop_on_signals(agent: Agent) -> None:
+    """End calmly on the first signal, saying what is waited for; at once on the second Ctrl-C."""
+    asked = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        agent.request_stop()
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def say() -> None:
+        asked.wait()
+        said = None
+        while waiting_for := agent.stop(timeout_s=SAY_AFTER_S).waiting_for:
+            if waiting_for != said:
+                print(f"{time.strftime('%H:%M:%S')}  stopping: waiting for {waiting_for}", flush=True)
+            said = waiting_for
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    threading.Thread(target=say, name="edge-sdk-stopping", daemon=True).start()
+
+
 def print_event(event: Event) -> None:
     """One line for each event that a person wants to read."""
     if event.kind != "step":
-        print(f"{time.strftime('%H:%M:%S')}  {event.text}", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
+            print(f"{time.strftime('%H:%M:%S')}  {event.text}", flush=True)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from edge_sdk.agent import Agent
+    from edge_sdk.chat import HELP, Chat
+    from edge_sdk.options import Options
+
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {options.max_new_tokens} must be 1 or more")
+    chosen = {"name": options.name} if options.name else {}
+    agent = Agent(
+        options.url,
+        join_token=options.token or os.environ.get(TOKEN_VARIABLE),
+        options=Options(
+            **chosen,
+            model=options.model,
+            state_dir=options.state,
+            threads=options.threads,
+            device=options.device,
+            quantise=not options.no_quantise,
+        ),
+        on_event=lambda event: None,
+    )
+    chat = Chat(agent, sys.stdout, sys.stderr, options.max_new_tokens)
+    try:
+        if not sys.stdin.isatty():
+            chat.answer_lines(sys.stdin)
+            return 0
+        print(HELP, file=sys.stderr)
+        agent.prepare()
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  `input` then has a history and edits the line
+        chat.talk(input)
+    finally:
+        agent.close()
+    return 0
 
 
 def _base(options: argparse.Namespace) -> int:

@@ -77,7 +77,7 @@ class Decision:
     notice: str = ""
 
 
-def decide(federation: Federation, options: Options, known: Known = Known()) -> Decision:  # noqa: B008 frozen
+def decide(federation: Federation, options: Options, known: Known = Known()) -> Decision:
     """The rank to train, in 4 bits where that works on this device, and otherwise unquantised if that fits.
 
     Raises:
@@ -101,7 +101,7 @@ def decide(federation: Federation, options: Options, known: Known = Known()) -> 
 
 
 def choose_rank(
-    federation: Federation, options: Options, quantise: bool, known: Known = Known()  # noqa: B008 frozen
+    federation: Federation, options: Options, quantise: bool, known: Known = Known()
 ) -> choice.RankChoice:
     """How to train: the largest rank of the ladder that this device carries, with the base in 4 bits or not.
 
@@ -122,7 +122,9 @@ def choose_rank(
             known.link.upload_bytes_s,
             known.link.download_bytes_s,
         ),
-        choice.Device(replace(placement, framework_bytes=known.framework_bytes), known.times, known.correction),
+        choice.Device(
+            replace(placement, framework_bytes=known.framework_bytes), known.times, known.correction
+        ),
         known.longest,
     )
 

@@ -12,6 +12,7 @@ from typing import Literal
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.core.setting import Ranks
+from edge_sdk.manners import Conditions
 
 Kind = Literal[
     "joined",
@@ -24,6 +25,10 @@ Kind = Literal[
     "delivered",
     "refused",
     "stopped",
+    "paused",
+    "resumed",
+    "adapter",  # a newer version of the global adapter is there
+    "notice",
 ]
 
 
@@ -51,6 +56,8 @@ class Options:
     ranks: Ranks | None = None  # default: the largest of the federation's ladder that fits
     duty: float = 1.0  # share of the time that may be spent computing
     threads: int = 1
+    nice: int = 10  # of the thread that trains, where the system has that; 0 leaves it alone
+    conditions: Conditions = field(default_factory=Conditions)  # under which to train; default: any
     device: str = "auto"  # torch device
     quantise: bool = True  # where it works; the preflight says whether it does
     progress: bool | None = False  # bars on stderr; None shows them on a terminal
@@ -60,6 +67,8 @@ class Options:
             raise InputError(f"duty {self.duty} must be above 0 and at most 1")
         if self.threads < 1:
             raise InputError(f"threads {self.threads} must be 1 or more")
+        if not 0 <= self.nice <= 19:
+            raise InputError(f"nice {self.nice} must be from 0 (as important as any) to 19 (least important)")
         if self.memory_budget_bytes is not None and self.memory_budget_bytes < 1:
             raise InputError(f"memory budget {self.memory_budget_bytes} must be above 0")
 

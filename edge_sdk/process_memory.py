@@ -1,4 +1,4 @@
-"""What this process holds, how high it went, and what the frameworks alone take."""
+"""How much memory this process holds, and held at most, by the operating system's own count."""
 
 from __future__ import annotations
 
@@ -6,56 +6,61 @@ import ctypes
 import gc
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+if TYPE_CHECKING:
+    import torch
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, shared libraries included."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most that was in RAM since `reset_peak`, or since the start where it cannot be reset.
+
+    Linux: VmHWM. Windows: the peak working set. macOS: `ru_maxrss`, which counts bytes there.
+    """
+    if sys.platform == "linux":
+        lines = (line.split() for line in STATUS.read_text().splitlines())
+        return next((int(words[1]) * 1024 for words in lines if words[:1] == ["VmHWM:"]), 0)
+    elif sys.platform == "win32":  # noqa: RET505  mypy tells platforms apart by branches
+        return int(psutil.Process().memory_info().peak_wset)
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> bool:
+    """Begin a new peak at what is resident now. False where that cannot be done: all but Linux."""
+    if sys.platform != "linux":
+        return False
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:  # a container may forbid it
+        return False
+    return True
 
 
 def give_back() -> None:
     """Collect garbage and hand free heap back to the system. Only glibc needs to be asked."""
     gc.collect()
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from musl
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def start_peak(device: torch.device) -> None:
-    """Begin a new high-water mark."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif CLEAR.exists():
-        CLEAR.write_text("5")  # proc(5): resets the peak resident set size
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The high-water mark: reserved on a CUDA device, resident on a CPU.
-
-    Elsewhere than on Linux the resident peak is that of the whole life of the process.
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    if STATUS.exists():
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    memory = psutil.Process().memory_info()
-    if hasattr(memory, "peak_wset"):  # Windows
-        return int(memory.peak_wset)
-    import resource
-
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on macOS
-
-
-def held_bytes() -> int:
-    """Resident memory now."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def context_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device that is in use beside what PyTorch reserved: the context, and other programs."""
+    """Memory of a CUDA device in use beside what PyTorch reserved: the context, and other programs."""
+    import torch
+
     free, total = torch.cuda.mem_get_info(device)
     return int(total - free - torch.cuda.memory_reserved(device))

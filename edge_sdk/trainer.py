@@ -7,45 +7,54 @@ factors, which both follow from `Start.seed`: no dropout, and no global random s
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from edge_sdk import checkpoint as checkpoints
 from edge_sdk import optimizers
 from edge_sdk.adapter_places import CARRIED, LOCAL, AdapterPlaces
+from edge_sdk.answering import OnText, answers
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.checkpoint import Progress
+from edge_sdk.continuing import may_continue, refitted
 from edge_sdk.core.codec import Shapes
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, OutOfMemory
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
-from edge_sdk.core.messages import Directive
-from edge_sdk.dataset import IGNORED, Tokenised, collate, prompt_ids
+from edge_sdk.dataset import IGNORED, Tokenised, collate
 from edge_sdk.loss import summed_cross_entropy
+from edge_sdk.out_of_memory import caught, out_of_memory
 from edge_sdk.recompute import recomputed
 from edge_sdk.training import (
     Abandoned,
     Evaluation,
+    Interrupted,
     Plan,
     Start,
+    StepAnswer,
     StepReport,
     Trained,
     batch_indices,
     identity,
     rest,
 )
+from edge_sdk.turns import Turns
 
-__all__ = ["Abandoned", "Evaluation", "Plan", "Start", "StepReport", "Trained", "Trainer"]
+__all__ = ["Abandoned", "Evaluation", "Interrupted", "Plan", "Start", "StepReport", "Trained", "Trainer"]
+
+log = logging.getLogger(__name__)
 
 # Adam's first steps have the full size whatever the gradient says, so they are taken small: linear over the
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.
@@ -62,14 +71,22 @@ class Trainer:
         shapes: target module -> (out, in).
         scaling: s, the same at every rank.
         progress: show bars on stderr; None shows them when stderr is a terminal.
+        turns: training steps and answers to people take turns, one step at a time.
     """
 
     def __init__(
-        self, base: LoadedBase, shapes: Shapes, scaling: float, progress: bool | None = None
+        self,
+        base: LoadedBase,
+        shapes: Shapes,
+        scaling: float,
+        progress: bool | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self._base, self._shapes, self._scaling = base, dict(shapes), scaling
         self._selects_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
-        self._places = AdapterPlaces(base, shapes, scaling)
+        self._turns = turns or Turns()
+        self._places = AdapterPlaces(base, shapes, scaling, self._turns)
+        self.served: tuple[int, int] | None = None  # version and rank of what `answer` uses
         self._bars = sys.stderr.isatty() if progress is None else progress
 
     @property
@@ -85,30 +102,51 @@ class Trainer:
         examples: Sequence[Tokenised],
         plan: Plan,
         *,
-        on_step: Callable[[StepReport], Directive],
+        on_step: Callable[[StepReport], StepAnswer],
         checkpoint: Path | None = None,
     ) -> Trained:
-        """Run an assignment, from `checkpoint` if that is of this very assignment.
+        """Run an assignment, from `checkpoint` if that is of this assignment at this setting or a larger.
 
         `on_step` is called after every step, and every half second while resting; `finish` ends the run with
-        the steps done. On a CPU a resumed run gives the same bits as one that was not interrupted.
+        the steps done, `interrupt` writes the checkpoint and ends it for now, unless that was the last step.
+        On a CPU a resumed run gives the same bits as one that was not interrupted.
 
         Raises:
-            Abandoned: `on_step` said so.
+            Abandoned, Interrupted: `on_step` said so.
             InputError: no examples, rows longer than the plan or the model allows, or training that diverged.
             AdapterError: factors that do not fit the modules.
+            OutOfMemory: the checkpoint holds the last good step, and all that the run held is free again.
         """
         self._check_rows(examples, plan.sequence_len)
+        done = self._train(start, examples, plan, on_step, checkpoint)
+        if isinstance(done, OutOfMemory):
+            raise done
+        return done
+
+    def _train(
+        self,
+        start: Start,
+        examples: Sequence[Tokenised],
+        plan: Plan,
+        on_step: Callable[[StepReport], StepAnswer],
+        checkpoint: Path | None,
+    ) -> Trained | OutOfMemory:
+        """The outcome. It is returned whatever it is: an error raised here would hold on to the run."""
         adapter = self._starting_factors(start)
         places = self._places.installed({LOCAL: adapter, CARRIED: start.carried})
         with places, recomputed(self._base.model, plan.checkpointing):
             run = _Run(self._places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
-            if checkpoint and (found := checkpoints.read(checkpoint, marks)):
-                run.restore(*found)
+            accepts = functools.partial(may_continue, wanted=marks)
+            if checkpoint and (kept := checkpoints.read(checkpoint, accepts)):
+                run.restore(*refitted(kept, marks, adapter))
             save = (lambda: checkpoints.write(checkpoint, marks, *run.state())) if checkpoint else None
             with _bar("training", plan.steps, self._bars, run.progress.step) as bar:
-                self._loop(run, _batches(examples, plan, start.seed, run.progress.step), on_step, save, bar)
+                batches = _batches(examples, plan, start.seed, run.progress.step)
+                failure = caught(lambda: self._loop(run, batches, on_step, save, bar))
+            if failure:
+                run.rescue(save)
+                return out_of_memory(run.progress.step, plan.described(start.ranks), failure)
             done, factors = run.progress, self._places.factors(LOCAL)
         return Trained(factors, done.step, done.examples, done.loss_first, done.loss_last, done.seconds)
 
@@ -116,7 +154,7 @@ class Trainer:
         self,
         run: _Run,
         batches: Iterable[Sequence[Tokenised]],
-        on_step: Callable[[StepReport], Directive],
+        on_step: Callable[[StepReport], StepAnswer],
         save: Callable[[], None] | None,
         bar: Any,
     ) -> None:
@@ -124,7 +162,8 @@ class Trainer:
         saved_at = time.monotonic()
         for rows in batches:
             began = time.monotonic()
-            loss = self._step(run, rows)
+            with self._turns:
+                loss = self._step(run, rows)
             now = time.monotonic()
             run.advance(loss, len(rows), now - began)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -133,8 +172,13 @@ class Trainer:
                 save()
                 saved_at = now
             resting_until = now + (now - began) * (1 / run.plan.duty - 1)
-            if rest(resting_until, run.report(loss), on_step) == "finish":
+            answer = rest(resting_until, run.report(loss), on_step)
+            if answer == "finish":
                 return
+            if answer == "interrupt" and run.progress.step < run.plan.steps:
+                if save:
+                    save()
+                raise Interrupted
 
     def _step(self, run: _Run, rows: Sequence[Tokenised]) -> float:
         """One optimiser step on `rows`; the mean loss per label token before it.
@@ -198,56 +242,49 @@ class Trainer:
         with self._places.installed({CARRIED: adapter}), torch.no_grad(), bar:
             for begin in range(0, len(ordered), batch):
                 rows = ordered[begin : begin + batch]
-                total += self._loss_sum(rows).item()
+                with self._turns:
+                    total += self._loss_sum(rows).item()
                 bar.update(len(rows))
         return Evaluation(total / tokens, tokens)
 
     def generate(self, adapter: Adapter | None, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
         """Greedy answers to `prompts`, in the form that training used. A long prompt loses its beginning."""
-        tokenizer, answers = self._base.tokenizer, []
-        room = max(1, (self._base.max_positions or sys.maxsize) - max_new_tokens)
-        settings = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=self._end_tokens(),
-        )
+        said: list[str] = []
         bar = _bar("generating", len(prompts), self._bars)
-        with self._places.installed({CARRIED: adapter}), torch.no_grad(), bar:
+        with self._places.installed({CARRIED: adapter}), bar:
             for begin in range(0, len(prompts), GENERATION_BATCH):
                 part = prompts[begin : begin + GENERATION_BATCH]
-                ids, mask = _left_padded(
-                    [prompt_ids(prompt, tokenizer, room) for prompt in part], tokenizer.pad_token_id
-                )
-                produced = self._base.model.generate(
-                    input_ids=ids.to(self._base.device),
-                    attention_mask=mask.to(self._base.device),
-                    generation_config=settings,
-                )
-                answers += tokenizer.batch_decode(produced[:, ids.shape[1] :], skip_special_tokens=True)
+                with self._turns:
+                    said += answers(self._base, part, max_new_tokens)
                 bar.update(len(part))
-        return answers
+        return said
 
-    def _end_tokens(self) -> list[int]:
-        """Tokens that end an answer: the tokeniser's eos, and those that the model's own settings name."""
-        named = self._base.model.generation_config.eos_token_id
-        named = named if isinstance(named, list) else [] if named is None else [named]
-        return sorted({int(self._base.tokenizer.eos_token_id), *map(int, named)})
+    def serve(self, place: tuple[int, int], adapter: Adapter | None) -> None:
+        """Put the adapter that `answer` uses in place (None: the base alone), between two training steps."""
+        self._places.serve(adapter)
+        self.served = place
+
+    def serving(self) -> AbstractContextManager[None]:
+        """A turn in which `answer` may be called; training goes on after it as if nothing had been."""
+        return self._places.serving()
+
+    def answer(self, prompt: str, max_new_tokens: int, on_text: OnText | None = None) -> str:
+        """Greedy answer of the base with the served adapter, within `serving`.
+
+        `on_text` hears the answer in pieces, word by word, while it is made.
+        """
+        return answers(self._base, [prompt], max_new_tokens, on_text)[0]
 
     def _starting_factors(self, start: Start) -> Adapter:
         """The factors to train: those given, filled up to the rank, or fresh (B = 0, A from the seed)."""
-        if start.rank < 1:
-            raise InputError(f"rank {start.rank} is impossible; train at least rank 1")
+        ranks = {module: min(start.ranks.of(module), *shape) for module, shape in self._shapes.items()}
         empty = {
             module: LoraFactors(np.zeros((out, 0), np.float32), np.zeros((0, in_), np.float32))
             for module, (out, in_) in self._shapes.items()
         }
         given = empty if start.adapter is None else start.adapter
-        self._places.check(given, start.rank)
-        return {
-            module: pad(given[module], min(start.rank, *shape), f"{start.seed}/{module}")
-            for module, shape in self._shapes.items()
-        }
+        self._places.check(given, ranks)
+        return {module: pad(given[module], rank, f"{start.seed}/{module}") for module, rank in ranks.items()}
 
 
 class _Run:
@@ -258,6 +295,7 @@ class _Run:
         self.progress = Progress(0, 0, 0.0, 0.0, 0.0)
         self._parameters = parameters
         self._optimizer = optimizers.build(plan.optimizer, parameters.values(), plan.learning_rate)
+        self._whole = True  # False while an update is under way: parameters and moments are of two steps then
 
     def clip(self) -> float:
         """Clip the gradient to MAX_GRADIENT_NORM; the norm before."""
@@ -266,10 +304,13 @@ class _Run:
     def update(self) -> None:
         """One AdamW step at the learning rate of this step of the warm-up."""
         warm_up = max(1, round(WARM_UP_SHARE * self.plan.steps))
-        rate = self.plan.learning_rate * min(1.0, (self.progress.step + 1) / warm_up)
+        own_step = self.progress.step - self.progress.adam_since + 1
+        rate = self.plan.learning_rate * min(1.0, own_step / warm_up)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self._whole = False
         self._optimizer.step()
+        self._whole = True
         self._optimizer.zero_grad()
 
     def advance(self, loss: float, examples: int, seconds: float) -> None:
@@ -281,6 +322,7 @@ class _Run:
             before.loss_first if before.step else loss,
             loss,
             before.seconds + seconds,
+            before.adam_since,
         )
 
     def report(self, loss: float) -> StepReport:
@@ -289,7 +331,7 @@ class _Run:
         return StepReport(done.step, self.plan.steps, loss, done.examples, done.seconds)
 
     def state(self) -> tuple[Progress, dict[str, Matrix]]:
-        """Counters, and factors with both Adam moments."""
+        """Counters, and factors with their moments (none before the optimiser's first step)."""
         tensors: dict[str, Any] = {}
         for name, parameter in self._parameters.items():
             tensors[name] = np.ascontiguousarray(parameter.detach().cpu().numpy())
@@ -298,13 +340,25 @@ class _Run:
         return self.progress, tensors
 
     def restore(self, progress: Progress, tensors: Mapping[str, Matrix]) -> None:
-        """Continue from what `state` gave."""
+        """Continue from what `state` gave; without moments, Adam begins anew and so does its warm-up."""
         self.progress = progress
         kind = self.plan.optimizer
         for name, parameter in self._parameters.items():
             parameter.data.copy_(torch.from_numpy(tensors[name]))
             parts = {p: tensors[f"{name}.{p}"] for p in optimizers.MOMENTS[kind] if f"{name}.{p}" in tensors}
-            optimizers.restore(kind, self._optimizer, parameter, parts, progress.step)
+            if parts:
+                steps = progress.step - progress.adam_since
+                optimizers.restore(kind, self._optimizer, parameter, parts, steps)
+
+    def rescue(self, save: Callable[[], None] | None) -> None:
+        """Write the last good step after memory ran out, if it is whole and there is memory for that.
+
+        Between updates nothing changes but gradients. If an update itself failed, or there is no room for
+        writing, the checkpoint before is what the run goes on from.
+        """
+        self._optimizer.zero_grad()
+        if save and self._whole and self.progress.step and (failure := caught(save)):
+            log.warning("no memory to write a checkpoint (%s); the one before counts", failure)
 
 
 def _batches(
@@ -320,11 +374,3 @@ def _bar(label: str, total: int, shown: bool, initial: int = 0) -> Any:
     return tqdm(
         desc=label, total=total, initial=initial, delay=1.0, disable=not shown, leave=False, file=sys.stderr
     )
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts aligned at their end, and the mask of their tokens; both (rows, longest)."""
-    longest = max(map(len, rows))
-    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)

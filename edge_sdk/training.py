@@ -7,17 +7,25 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Directive
-from edge_sdk.core.setting import Optimizer
+from edge_sdk.core.setting import Optimizer, Ranks
 from edge_sdk.dataset import Tokenised
 
 REST_SLICE_S = 0.5  # in calm mode the caller is heard at least this often
+
+
+# What a step callback answers: the coordinator's word, or the device's own to leave off and go on later.
+StepAnswer = Directive | Literal["interrupt"]
+
+
+class Interrupted(Exception):
+    """`on_step` answered `interrupt`: the checkpoint is written and the run can go on later. Not an error."""
 
 
 class Abandoned(Exception):
@@ -28,12 +36,18 @@ class Abandoned(Exception):
 class Start:
     """What to train. Rule `flexlora`: `adapter`, trained itself. Rule `carry`: `carried` frozen (None at the
     first version) with fresh factors of `rank` on top. A module narrower than `rank` has min(out, in).
+    A number is the rank of every module.
     """
 
     adapter: Adapter | None
     carried: Adapter | None
-    rank: int
+    rank: int | Ranks
     seed: int
+
+    @property
+    def ranks(self) -> Ranks:
+        """The rank of each kind of module."""
+        return self.rank if isinstance(self.rank, Ranks) else Ranks.uniform(self.rank)
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,10 @@ class Plan:
                 f"steps {self.steps}, batch {self.batch} and micro-batch {self.micro_batch} must be at least "
                 f"1, and duty {self.duty} above 0 and at most 1"
             )
+
+    def described(self, ranks: Ranks) -> str:
+        """The part that decides the memory, in words."""
+        return f"rank {ranks}, {self.micro_batch} × {self.sequence_len} tokens at a time"
 
 
 @dataclass(frozen=True)
@@ -103,14 +121,14 @@ def batch_indices(examples: int, batch: int, step: int, seed: int) -> list[int]:
     return [int(order[place // examples][place % examples]) for place in places]
 
 
-def rest(until: float, report: StepReport, on_step: Callable[[StepReport], Directive]) -> Directive:
+def rest(until: float, report: StepReport, on_step: Callable[[StepReport], StepAnswer]) -> StepAnswer:
     """Report a step, then sleep until the monotonic time `until`, asking again every half second."""
     while True:
         directive = on_step(report)
         if directive == "abandon":
             raise Abandoned
         remaining = until - time.monotonic()
-        if directive == "finish" or remaining <= 0 or report.step == report.steps:
+        if directive in ("finish", "interrupt") or remaining <= 0 or report.step == report.steps:
             return directive
         time.sleep(min(remaining, REST_SLICE_S))
         if until - time.monotonic() <= 0:
@@ -120,20 +138,37 @@ def rest(until: float, report: StepReport, on_step: Callable[[StepReport], Direc
 def identity(
     start: Start, adapter: Adapter, examples: Sequence[Tokenised], plan: Plan, scaling: float
 ) -> dict[str, Any]:
-    """What a checkpoint must agree with: all that decides the result but how the device spreads the work."""
+    """What a checkpoint is of: all that decides the result but how the device spreads the work.
+
+    `factors` and `text` are digests of what is trained from. `origin` is the digest of every module's first
+    component: of one adapter cut at several ranks, it is the same. `continuing.py` says what must agree.
+    """
     settings = dataclasses.asdict(plan)
     for name in ("micro_batch", "duty", "checkpoint_s", "checkpointing"):
         del settings[name]
-    digest = hashlib.sha256()
-    for part in (adapter, start.carried or {}):
-        for module in sorted(part):
-            digest.update(module.encode() + part[module].b.tobytes() + part[module].a.tobytes())
+    text = hashlib.sha256()
     for row in examples:
-        digest.update(np.asarray([len(row.ids), *row.ids, *row.labels], dtype=np.int64).tobytes())
+        text.update(np.asarray([len(row.ids), *row.ids, *row.labels], dtype=np.int64).tobytes())
     return {
         "seed": start.seed,
-        "rank": start.rank,
+        "ranks": str(start.ranks),
         "scaling": scaling,
-        "content": digest.hexdigest(),
+        "rows": len(examples),
+        "text": text.hexdigest(),
+        "factors": _digest(adapter, start.carried or {}),
+        "origin": _digest(_first_components(adapter), _first_components(start.carried or {})),
         **settings,
     }
+
+
+def _digest(*adapters: Adapter) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for adapter in adapters:
+        for module in sorted(adapter):
+            digest.update(module.encode() + adapter[module].b.tobytes() + adapter[module].a.tobytes())
+    return digest.hexdigest()
+
+
+def _first_components(adapter: Adapter) -> Adapter:
+    return {module: factors.leading(1) for module, factors in adapter.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +45,12 @@ from edge_sdk.link import Link, load_link, save_link
 
 Record = TypeVar("Record")
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
-CHUNK_BYTES = 256 << 10
+CHUNK_BYTES = 64 << 10  # a stop is heard between two of them
 UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the offset was asked for
+
+
+class TransferStopped(Exception):
+    """The caller said so in the middle of a file; the next attempt goes on from there. Not an error."""
 
 
 class Transport:
@@ -98,17 +102,21 @@ class Transport:
         """The federation at a glance."""
         return self._record(Status, self._send("GET", messages.STATUS))
 
-    def upload(self, assignment: str, path: Path) -> None:
-        """Send what the coordinator does not have yet of the file."""
+    def upload(self, assignment: str, path: Path, stopping: Callable[[], bool] | None = None) -> None:
+        """Send what the coordinator does not have yet of the file.
+
+        Raises:
+            TransferStopped: `stopping`, asked between chunks, said so.
+        """
         for _ in range(UPLOAD_TRIES):
             try:
-                self._upload_rest(messages.UPLOAD.format(id=assignment), path)
+                self._upload_rest(messages.UPLOAD.format(id=assignment), path, stopping)
             except OffsetConflict:
                 continue
             return
         raise Unreachable(f"the upload met another sender {UPLOAD_TRIES} times; it goes on later")
 
-    def _upload_rest(self, route: str, path: Path) -> None:
+    def _upload_rest(self, route: str, path: Path, stopping: Callable[[], bool] | None) -> None:
         text = self._send("HEAD", route).headers.get(messages.UPLOAD_OFFSET, "")
         if not text.isdigit():
             raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -118,7 +126,7 @@ class Transport:
             return
         headers = {messages.UPLOAD_OFFSET: str(offset), "Content-Type": messages.OFFSET_CONTENT_TYPE}
         began = time.monotonic()
-        self._send("PATCH", route, content=_bytes_from(path, offset), headers=headers)
+        self._send("PATCH", route, content=_bytes_from(path, offset, stopping), headers=headers)
         self._measured(self.link.with_upload(rest_bytes, time.monotonic() - began))
 
     def deliver(self, assignment: str, update: Update) -> UpdateReply:
@@ -126,8 +134,14 @@ class Transport:
         route = messages.UPDATE.format(id=assignment)
         return self._record(UpdateReply, self._send("POST", route, json=to_json(update)))
 
-    def download(self, version: int, rank: int, path: Path) -> None:
-        """Fetch the adapter of a version at a rank; a broken download continues where it stopped."""
+    def download(
+        self, version: int, rank: int, path: Path, stopping: Callable[[], bool] | None = None
+    ) -> None:
+        """Fetch the adapter of a version at a rank; a broken download continues where it stopped.
+
+        Raises:
+            TransferStopped: `stopping`, asked between chunks, said so.
+        """
         part = path.with_name(path.name + ".part")
         have = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
@@ -142,8 +156,9 @@ class Transport:
                     response.read()
                     raise _error_of(response)
                 with part.open("ab" if response.status_code == 206 else "wb") as file:
-                    for chunk in response.iter_bytes(CHUNK_BYTES):
+                    for chunk in response.iter_bytes():  # as they come in
                         received_bytes += file.write(chunk)
+                        _heed(stopping)
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
         self._measured(self.link.with_download(received_bytes, time.monotonic() - began))
@@ -197,11 +212,17 @@ def _require_address(url: str) -> None:
         raise InputError(f"{url!r} is no address of a coordinator; write it like http://192.168.1.20:8765")
 
 
-def _bytes_from(path: Path, offset: int) -> Iterator[bytes]:
+def _heed(stopping: Callable[[], bool] | None) -> None:
+    if stopping is not None and stopping():
+        raise TransferStopped
+
+
+def _bytes_from(path: Path, offset: int, stopping: Callable[[], bool] | None) -> Iterator[bytes]:
     """A file from `offset` on, in pieces."""
     with path.open("rb") as file:
         file.seek(offset)
         while chunk := file.read(CHUNK_BYTES):
+            _heed(stopping)
             yield chunk
 
 

@@ -88,3 +88,24 @@ def build_model(directory: Path, architecture: Architecture) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def build_larger_llama(directory: Path) -> Path:
+    """Two blocks of width 256 for rows of 512 tokens: a step takes far more than Python itself does."""
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 512
+    changes = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "head_dim": 64,
+        "max_position_embeddings": 512,
+    }
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=300, tie_word_embeddings=True, **(SIZES | changes), **ids)
+        )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory

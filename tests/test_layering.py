@@ -83,6 +83,10 @@ def test_the_device_loads_nothing_of_the_coordinator(module: str) -> None:
     assert not loaded_by(module) & {"coordinator", "aiohttp"}
 
 
+def test_an_application_that_trains_in_a_process_of_its_own_holds_no_learning_library() -> None:
+    assert not loaded_by("edge_sdk.worker_process", "edge_sdk.recovery") & OF_THE_DEVICE
+
+
 # --- what a file says that it imports -------------------------------------------------------------
 
 
@@ -130,8 +134,15 @@ def test_the_coordinator_names_only_the_core(path: Path) -> None:
 def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: Path) -> None:
     allowed = {
         "edge_sdk/trainer.py": LEARNING,
+        "edge_sdk/answering.py": LEARNING,
         "edge_sdk/base_model.py": LEARNING,
         "edge_sdk/adapter_places.py": LEARNING,
+        "edge_sdk/worker.py": {"torch"},
+        "edge_sdk/factor_layers.py": {"torch"},
+        "edge_sdk/loss.py": {"torch"},
+        "edge_sdk/optimizers.py": {"torch", "bitsandbytes"},
+        "edge_sdk/recompute.py": {"torch", "transformers"},
+        "edge_sdk/process_memory.py": {"torch"},  # where it is asked of an accelerator
         "edge_sdk/four_bit.py": {"torch", "bitsandbytes"},  # the trial must not wait for transformers
         "edge_sdk/device.py": {"torch"},
         "edge_sdk/preflight.py": {"torch"},

@@ -294,7 +294,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_not_used(
     assert steps_done(Start(None, None, 4, seed=1), rows, plan(2, micro_batch=1, duty=0.9)) == 0
     for start, data, other in [
         (Start(None, None, 4, seed=2), rows, run),
-        (Start(None, None, 2, seed=1), rows, run),
+        (Start(None, None, 5, seed=1), rows, run),
         (Start(None, None, 4, seed=1), rows[1:], run),
         (Start(None, None, 4, seed=1), rows, plan(3, checkpoint_s=0.0)),
         (Start(None, random_adapter(nf4, 2), 4, seed=1), rows, run),
@@ -391,7 +391,7 @@ def test_impossible_requests_are_named(nf4: Trainer) -> None:
     cases: list[tuple[type[Exception], str, Start, list[Tokenised]]] = [
         (InputError, "no examples", Start(None, None, 4, 1), []),
         (InputError, "100 tokens, more than 64", Start(None, None, 4, 1), [long]),
-        (InputError, "rank 0 is impossible", Start(None, None, 0, 1), rows),
+        (InputError, "ranks 0 are impossible", Start(None, None, 0, 1), rows),
         (AdapterError, f"module {name} is missing", Start(part, None, 4, 1), rows),
         (AdapterError, f"module {name} is missing", Start(None, part, 4, 1), rows),
         (AdapterError, "module other is no target", Start({**given, "other": given[name]}, None, 4, 1), rows),

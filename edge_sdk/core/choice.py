@@ -94,7 +94,7 @@ def choose(
     ladder: Sequence[Ranks],
     carry_rank: int,
     limits: Limits,
-    device: Device = Device(),  # noqa: B008 a frozen record
+    device: Device = Device(),
     longest: int | None = None,
 ) -> RankChoice:
     """The largest of `ladder` that fits, in the first way of training in which any does.
@@ -112,7 +112,7 @@ def choose(
         InputError: an impossible ladder, or nothing fits; says what is needed and what would help.
     """
     check_ladder(facts, ladder)
-    rising = sorted(ladder, key=lambda ranks: facts.adapter_values(ranks))
+    rising = sorted(ladder, key=facts.adapter_values)
     length = min(training.sequence_len, longest or training.sequence_len)
     tried: tuple[Candidate, ...] = ()
     for way in _ways(training.batch, length):

@@ -102,7 +102,8 @@ def open_adapter(path: Path, shapes: Shapes, rank: int, scaling: float, max_byte
     Args:
         path: the uploaded file.
         shapes: the federation's target modules; the file must hold exactly these.
-        rank: the rank that was assigned; a module narrower than that holds min(out, in).
+        rank: the most that a module may have. Modules may have fewer, as narrow ones must and as a device
+            does that trains attention and feed-forward layers at unequal ranks; none has less than 1.
         scaling: the federation's s.
         max_bytes: cap on the file.
 
@@ -118,15 +119,16 @@ def open_adapter(path: Path, shapes: Shapes, rank: int, scaling: float, max_byte
         for suffix in (SUFFIX_A, SUFFIX_B):
             if PREFIX + module + suffix not in header:
                 raise AdapterError(f"tensor {PREFIX + module + suffix} is missing")
+    ranks = {module: _rank_of(module, header, rank, shape) for module, shape in shapes.items()}
     for name, entry in header.items():
-        _check_entry(name, entry, shapes, rank, data_bytes)
+        _check_entry(name, entry, shapes, ranks, data_bytes)
     _check_layout(header, data_bytes)
     try:
         with safe_open(path, framework="numpy"):  # what the reader itself minds, such as metadata
             pass
     except SafetensorError as error:
         raise AdapterError(f"not a safetensors file: {str(error)[:120]}") from error
-    return AdapterFile(path, {name: min(rank, *shape) for name, shape in shapes.items()}, scaling)
+    return AdapterFile(path, ranks, scaling)
 
 
 def open_own(path: Path, scaling: float) -> AdapterFile:
@@ -177,13 +179,22 @@ def _module_of(tensor: str) -> str:
     return tensor
 
 
-def _check_entry(name: str, entry: Any, shapes: Shapes, rank: int, data_bytes: int) -> None:
+def _rank_of(module: str, header: Mapping[str, Any], rank: int, shape: tuple[int, int]) -> int:
+    """The rank that a module's A and B agree on; the largest possible where they agree on none."""
+    most = min(rank, *shape)
+    a, b = (header[PREFIX + module + suffix] for suffix in (SUFFIX_A, SUFFIX_B))
+    said = (a.get("shape"), b.get("shape")) if isinstance(a, dict) and isinstance(b, dict) else None
+    out_features, in_features = shape
+    return next((r for r in range(1, most) if said == ([r, in_features], [out_features, r])), most)
+
+
+def _check_entry(name: str, entry: Any, shapes: Shapes, ranks: Mapping[str, int], data_bytes: int) -> None:
     """Check one header entry against the module that it claims to belong to."""
     module = _module_of(name)
     if module not in shapes or module == name:
         raise AdapterError(f"tensor {name[:120]!r} belongs to no target module of this federation")
     out_features, in_features = shapes[module]
-    r = min(rank, out_features, in_features)
+    r = ranks[module]
     expected = [r, in_features] if name.endswith(SUFFIX_A) else [out_features, r]
     shape, dtype, offsets = (
         entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "dtype", "data_offsets")

@@ -12,8 +12,10 @@ EdgeError
 │   ├── TooLarge          413  a body or file over its cap
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
-│   └── InternalError     500  a bug or a broken disk on the answering side
-└── Unreachable           503  nobody answered; try again later
+│   ├── InternalError     500  a bug or a broken disk on the answering side
+│   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
+├── Unreachable           503  nobody answered; try again later
+└── OutOfMemory           507  this machine's memory was not enough; a smaller setting may be
 """
 
 from __future__ import annotations
@@ -116,11 +118,30 @@ class InternalError(OurFault):
     title = "internal error"
 
 
+class WorkerDied(OurFault):
+    """The process that trains ended on its own, or hung and was ended. The checkpoint is as it was.
+
+    `details["step"]` is the last step that was reported, `details["reason"]` how the process ended.
+    """
+
+    title = "worker died"
+
+
 class Unreachable(EdgeError):
     """Nobody answered at the other end."""
 
     status = 503
     title = "unreachable"
+
+
+class OutOfMemory(EdgeError):
+    """The memory was not enough. The work goes on from its checkpoint at a smaller setting.
+
+    `details`: `step`, the last one that was finished; `setting`, in words; `reason`, what the system said.
+    """
+
+    status = 507
+    title = "out of memory"
 
 
 def subclasses(root: type[EdgeError]) -> list[type[EdgeError]]:

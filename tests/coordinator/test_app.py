@@ -402,6 +402,28 @@ def test_the_claims_must_be_those_of_the_assignment(device: Device) -> None:
     device.transport.deliver(work.id, update_of(content, 4))
 
 
+def test_a_lower_rank_than_assigned_is_merged_as_what_it_is(merging: CoordinatorProcess) -> None:
+    """A device that ran out of memory hands in less: uniformly, or unequal ranks of two kinds of module."""
+    with member(merging, "one") as one:
+        before = one.transport.status().version
+        work = one.work(rank=8)
+        one.hand_in(work, seed=21, rank=2)
+        wait_for_version(one.transport, before + 1)
+        assert one.transport.status().version_ranks[str(before + 1)] >= 2
+
+        work = one.work(rank=8)
+        wide, narrow = random_adapter(4, 22), random_adapter(1, 22)
+        mixed = {name: (narrow if "q_proj" in name else wide)[name] for name in wide}
+        one.hand_in(work, codec.encode(mixed, SCALING), rank=4)
+        wait_for_version(one.transport, before + 2)
+
+        work = one.work(rank=4)
+        with pytest.raises(AdapterError, match="q_proj.lora_A.weight has shape"):  # more than it says
+            one.hand_in(work, codec.encode(random_adapter(4, 23), SCALING), rank=2)
+        with pytest.raises(ProtocolError, match=r"Update.rank: 0"):
+            one.transport.deliver(work.id, update_of(codec.encode(random_adapter(4, 23), SCALING), 0))
+
+
 def test_a_repeated_delivery_gets_the_same_answer_and_counts_once(
     coordinator: CoordinatorProcess, device: Device
 ) -> None:

@@ -1,0 +1,169 @@
+"""One assignment on the device: fetch what to train from, train, put the result in the outbox, deliver it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from edge_sdk import session as sessions
+from edge_sdk.core import codec
+from edge_sdk.core.errors import NotFound, OurFault, StaleUpdate, TheirFault, Unauthorised, Unreachable
+from edge_sdk.core.messages import Directive, Heartbeat, Update
+from edge_sdk.membership import Membership
+from edge_sdk.published import PublishedAdapters
+
+if TYPE_CHECKING:
+    from edge_sdk.dataset import Tokenised
+    from edge_sdk.trainer import Plan, Start, StepReport, Trained, Trainer
+    from edge_sdk.training import StepAnswer
+
+
+class AssignmentRun:
+    """Carries the assignment of the session through its phases, as often interrupted as need be.
+
+    Args:
+        membership: the session with the assignment, and the connection.
+        published: the adapters to start from.
+        interrupted: whether to leave off and go on later; asked after every step and within transfers.
+    """
+
+    def __init__(
+        self, membership: Membership, published: PublishedAdapters, interrupted: Callable[[], bool]
+    ) -> None:
+        self._membership, self._published, self._interrupted = membership, published, interrupted
+        self._tell = membership.tell
+        self._steps_done = 0
+        self._beat_due = 0.0
+        self._offline = False
+
+    # --- training ---
+
+    def train(self, start: Start, trainer: Trainer, examples: Sequence[Tokenised]) -> None:
+        """Train the assignment in hand, from its checkpoint if there is one, into the outbox.
+
+        Raises:
+            Interrupted: left off with a checkpoint.
+        """
+        from edge_sdk.training import Abandoned
+
+        work, journal = self._membership.session.current(), self._membership.journal
+        plan = self._plan()
+        text = f"training version {work.version} at rank {work.rank}, {work.steps} steps"
+        self._tell("training", text, steps=work.steps, version=work.version)
+        try:
+            done = trainer.train(start, examples, plan, on_step=self._on_step, checkpoint=journal.checkpoint)
+        except Abandoned:
+            self._membership.drop("the coordinator no longer needs it")
+            return
+        self._put_in_outbox(done)
+
+    def fetch(self) -> Start:
+        """What the rule trains from, downloaded.
+
+        Raises:
+            TransferStopped: left off in the middle; the next attempt goes on from there.
+        """
+        from edge_sdk.training import Start
+
+        work = self._membership.session.current()
+        if self._membership.federation.rule == "carry":
+            rank = work.carry_rank
+            carried = self._published.fetch(work.version, rank, "work", self._interrupted) if rank else None
+            return Start(adapter=None, carried=carried, rank=work.rank, seed=work.seed)
+        served = self._published.fetch(work.version, work.rank, "work", self._interrupted)
+        return Start(adapter=served, carried=None, rank=work.rank, seed=work.seed)
+
+    def _plan(self) -> Plan:
+        from edge_sdk.training import Plan
+
+        session, training = self._membership.session, self._membership.federation.training
+        work = session.current()
+        return Plan(
+            steps=work.steps,
+            batch=training.batch,
+            micro_batch=session.micro_batch,
+            sequence_len=training.sequence_len,
+            learning_rate=training.learning_rate_at(work.version),
+            duty=self._membership.options.duty,
+            checkpoint_s=training.checkpoint_s,
+        )
+
+    def _put_in_outbox(self, done: Trained) -> None:
+        session, journal = self._membership.session, self._membership.journal
+        adapter = codec.encode(done.adapter, session.federation.scaling)
+        journal.put_outbox(adapter)
+        update = Update(
+            digest=hashlib.sha256(adapter).hexdigest(),
+            size_bytes=len(adapter),
+            rank=session.current().rank,
+            examples=done.examples,
+            steps=done.steps,
+            loss_before=done.loss_before,
+            loss_after=done.loss_after,
+            train_s=done.seconds,
+        )
+        self._membership.save(sessions.trained(session, update))
+
+    # --- heartbeats ---
+
+    def _on_step(self, report: StepReport) -> StepAnswer:
+        """Report progress now and then; answer with the coordinator's word, or the device's own."""
+        work, self._steps_done = self._membership.session.current(), report.step
+        self._tell("step", "", report.step, work.steps, report.loss, work.version)
+        return "interrupt" if self._interrupted() else self._beat()
+
+    def _beat(self) -> Directive:
+        """Send a heartbeat if one is due. A coordinator that cannot be reached stops no training."""
+        now = time.monotonic()
+        if now < self._beat_due:
+            return "continue"
+        self._beat_due = now + self._membership.federation.heartbeat_s
+        work = self._membership.session.current()
+        try:
+            reply = self._membership.transport.heartbeat(work.id, Heartbeat(self._steps_done))
+        except (Unreachable, OurFault) as error:
+            if not self._offline:  # once, however long it lasts
+                self._tell("offline", f"training goes on without the coordinator: {error}")
+            self._offline = True
+            return "continue"
+        self._offline = False
+        return reply.directive
+
+    def beat_while_paused(self) -> None:
+        """Keep in touch about work that rests in its checkpoint; drop it when it can count no more."""
+        if self._membership.session.phase != "training":
+            return
+        self._offline = True  # a paused device has nothing to say about that
+        if self._beat() == "abandon":
+            self._membership.drop("the coordinator no longer needs it")
+
+    # --- delivering ---
+
+    def deliver(self) -> int:
+        """Upload what lies in the outbox and have it acknowledged: 1. If it is refused for good: 0.
+
+        Raises:
+            TransferStopped: left off in the middle; the next attempt goes on from there.
+        """
+        session, journal, transport = (
+            self._membership.session,
+            self._membership.journal,
+            self._membership.transport,
+        )
+        work, update = session.current(), session.update
+        assert update is not None
+        try:
+            transport.upload(work.id, journal.outbox, self._interrupted)
+            reply = transport.deliver(work.id, update)
+        except (StaleUpdate, NotFound, Unauthorised):
+            raise
+        except TheirFault as error:
+            self._membership.drop(f"the update was refused: {error}")
+            return 0
+        self._membership.save(sessions.delivered(session, reply.current_version))
+        journal.clear_work()
+        text = f"delivered rank {work.rank} from version {work.version}, loss {update.loss_after:.3f}"
+        self._tell("delivered", text, loss=update.loss_after, version=work.version)
+        return 1

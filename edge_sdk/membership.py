@@ -1,0 +1,125 @@
+"""Who a device is in a federation: its credential, its connection, and the session that survives a crash."""
+
+from __future__ import annotations
+
+import threading
+
+from edge_sdk import enrolment
+from edge_sdk import session as sessions
+from edge_sdk.callbacks import Teller
+from edge_sdk.core.errors import InputError, OurFault, Unreachable
+from edge_sdk.core.messages import Federation
+from edge_sdk.journal import Journal
+from edge_sdk.options import Options, default_state_dir
+from edge_sdk.session import Session
+from edge_sdk.transport import Transport
+
+
+class Membership:
+    """One device's place in one federation. Only the agent's thread saves; `recall` is for any thread."""
+
+    def __init__(self, url: str, options: Options, join_token: str | None, tell: Teller) -> None:
+        self.url, self.options, self.tell = url, options, tell
+        self.journal = Journal(options.state_dir or default_state_dir(url, options.name))
+        self._join_token = join_token
+        self._session: Session | None = None
+        self._transport: Transport | None = None
+        self._checked = False
+        self._connecting = threading.Lock()
+        self._newest = 0
+
+    @property
+    def session(self) -> Session:
+        """What this device is doing."""
+        if self._session is None:
+            raise InputError("not a member yet; call prepare() first")
+        return self._session
+
+    @property
+    def federation(self) -> Federation:
+        """What this device takes part in."""
+        return self.session.federation
+
+    @property
+    def transport(self) -> Transport:
+        """The connection, once there is one."""
+        if self._transport is None:
+            raise InputError("not connected yet; call prepare() first")
+        return self._transport
+
+    def connect(self) -> None:
+        """Take up the session of an earlier run, or join. Checks the base model either way.
+
+        Raises:
+            Unreachable, TheirFault: nobody answers, or this device is refused.
+        """
+        with self._connecting:
+            if not self._checked:
+                self._connect()
+                self._checked = True
+
+    def recall(self) -> None:
+        """`connect` if the coordinator can be reached; otherwise what an earlier run remembers will do.
+
+        Raises:
+            Unreachable: there is no earlier run to remember.
+        """
+        try:
+            self.connect()
+        except (Unreachable, OurFault):
+            if self._session is None and (known := self.journal.load()):
+                known.federation.base.require(self._fingerprint(known.federation))
+                self._session = known
+            if self._session is None:
+                raise
+
+    def _connect(self) -> None:
+        known = self.journal.load()
+        token = known.credential if known else self._join_token
+        if not token:
+            raise InputError("this device has not joined yet; give it the federation's join token")
+        self.close()
+        self._transport = Transport(self.url, token)
+        federation = self._transport.federation()
+        fingerprint = self._fingerprint(federation)
+        federation.base.require(fingerprint)
+        if known and known.federation == federation:
+            self._session = known
+            return
+        if known:
+            raise InputError(
+                f"{self.journal.folder} belongs to federation {known.federation.id}, but {self.url} serves "
+                f"{federation.id}; use another state folder"
+            )
+        reply = self._transport.join(enrolment.request(fingerprint, self.options))
+        self._transport.close()
+        self._transport = Transport(self.url, reply.credential)
+        self.save(sessions.joined(self.url, reply))
+        self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
+
+    def _fingerprint(self, federation: Federation) -> str:
+        return enrolment.fingerprint(federation, self.options, self.journal.folder / "digests.json")
+
+    def save(self, session: Session) -> None:
+        """Make `session` the one that survives."""
+        self.journal.save(session)
+        self._session = session
+        self.heard_of(session.last_version)
+
+    def heard_of(self, version: int) -> None:
+        """Tell the application of a version newer than any before."""
+        if version > self._newest:
+            self._newest = version
+            self.tell("adapter", f"version {version} of the adapter is there", version=version)
+
+    def drop(self, reason: str) -> None:
+        """Give up the work in hand."""
+        self.save(sessions.dropped(self.session))
+        self.journal.clear_work()
+        self.tell("refused", f"work dropped, {reason}")
+
+    def close(self) -> None:
+        """Hang up; the next `connect` makes a new connection."""
+        self._checked = False
+        if self._transport is not None:
+            self._transport.close()

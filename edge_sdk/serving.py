@@ -1,0 +1,81 @@
+"""The model that a device gets back: the base with the newest global adapter, for people to ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from edge_sdk.core.errors import OurFault, Unreachable
+from edge_sdk.core.lora import Adapter
+from edge_sdk.membership import Membership
+from edge_sdk.published import PublishedAdapters
+from edge_sdk.resident import ResidentModel
+
+FRESH_S = 2.0  # how long a version that was asked for is taken for the newest
+OFFLINE_S = 15.0  # … and how long a coordinator that did not answer is left alone
+
+
+class Serving:
+    """Answers by the newest version that can be had, from any thread, while training is under way or not."""
+
+    def __init__(self, membership: Membership, published: PublishedAdapters, model: ResidentModel) -> None:
+        self._membership, self._published, self._model = membership, published, model
+        self._refreshing = threading.Lock()
+        self._newest: tuple[int, int] = (0, 0)  # version, rank of its file; rank 0: it changes nothing
+        self._due = 0.0
+        self.online = True
+
+    def refresh(self, stopping: Callable[[], bool] | None = None) -> int:
+        """Look for a newer version and have it on this device's disk; its number. 0: the base alone.
+
+        Raises:
+            Unreachable: nobody answers, and this device was never a member.
+            TransferStopped: `stopping` said so in the middle of a download.
+        """
+        with self._refreshing:
+            if time.monotonic() >= self._due:
+                self._membership.recall()
+                try:
+                    self._newest = self._ask(stopping)
+                    self.online, wait_s = True, FRESH_S
+                except (Unreachable, OurFault):
+                    self._newest = max(self._newest, self._published.newest_on_disk())
+                    self.online, wait_s = False, OFFLINE_S
+                self._due = time.monotonic() + wait_s
+            return self._newest[0]
+
+    def _ask(self, stopping: Callable[[], bool] | None) -> tuple[int, int]:
+        """The newest version and its rank, downloaded."""
+        status = self._membership.transport.status()
+        newest = status.version, status.version_ranks.get(str(status.version), 0)
+        if newest[1]:
+            self._published.have(*newest, "serve", stopping)
+        return newest
+
+    def newest(self, rank: int | None = None) -> tuple[int, Adapter | None]:
+        """The newest version and its adapter: whole, or cut to `rank`. None for version 0."""
+        self._membership.connect()
+        status = self._membership.transport.status()
+        live = status.version_ranks.get(str(status.version), 0)
+        if not live:
+            return status.version, None
+        return status.version, self._published.fetch(status.version, min(rank or live, live), "serve")
+
+    def generate(self, prompt: str, max_new_tokens: int, on_text: Callable[[str], None] | None) -> str:
+        """Greedy answer to `prompt`; waits at most for one training step, and for the base to load."""
+        self.refresh()
+        with self._model.turns:
+            trainer = self._model.trainer()
+            self._put_in_place()
+            try:
+                with trainer.serving():
+                    return trainer.answer(prompt, max_new_tokens, on_text)
+            finally:
+                self._model.note_answer()
+
+    def _put_in_place(self) -> None:
+        """The newest version into the loaded base, unless it is there already."""
+        trainer, newest = self._model.trainer(), self._newest
+        if trainer.served != newest:
+            trainer.serve(newest, self._published.fetch(*newest, "serve") if newest[1] else None)
