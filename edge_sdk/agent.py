@@ -197,6 +197,14 @@ class Agent:
         """
         return self._part.serving.generate(prompt, max_new_tokens, on_text)
 
+    def load(self) -> None:
+        """Have the base in memory already when `generate` is called; with or without a connection.
+
+        Raises:
+            Unreachable, TheirFault: as `generate`.
+        """
+        self._part.serving.load()
+
     def refresh(self) -> int:
         """Look for a newer version of the global adapter; the version that `generate` answers with."""
         return self._part.serving.refresh()

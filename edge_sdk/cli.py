@@ -19,6 +19,8 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.records import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edge_sdk.agent import Agent
     from edge_sdk.device_config import DeviceConfig
     from edge_sdk.options import Event
@@ -127,7 +129,7 @@ def _join(options: argparse.Namespace) -> int:
         data=config.data,
         join_token=config.token or os.environ.get(TOKEN_VARIABLE),
         options=chosen,
-        on_event=print_event,
+        on_event=_event_printer(),
     )
     _stop_on_signals(agent)
     try:
@@ -176,11 +178,19 @@ def _stop_on_signals(agent: Agent) -> None:
     threading.Thread(target=say, name="edge-sdk-stopping", daemon=True).start()
 
 
-def print_event(event: Event) -> None:
-    """One line for each event that a person wants to read."""
-    if event.kind != "step":
+def _event_printer() -> Callable[[Event], None]:
+    """Prints one line for each event that a person wants to read, and a repeated one once."""
+    last = ""
+
+    def print_event(event: Event) -> None:
+        nonlocal last
+        if event.kind in ("step", "adapter") or event.text == last:  # the bar; `training` names the version
+            return
+        last = event.text
         with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
             print(f"{time.strftime('%H:%M:%S')}  {event.text}", flush=True)
+
+    return print_event
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -207,10 +217,11 @@ def _chat(options: argparse.Namespace) -> int:
     chat = Chat(agent, sys.stdout, sys.stderr, options.max_new_tokens)
     try:
         if not sys.stdin.isatty():
+            agent.load()
             chat.answer_lines(sys.stdin)
             return 0
-        print(HELP, file=sys.stderr)
-        agent.prepare()
+        print(HELP, "Loading the base model …", sep="\n", file=sys.stderr)
+        agent.load()
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  `input` then has a history and edits the line
         chat.talk(input)
