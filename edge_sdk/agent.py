@@ -148,7 +148,7 @@ class Agent:
 
         Raises:
             InputError: the data, the model or the memory are not enough; nothing was sent.
-            Unreachable: the coordinator could not be reached on the very first call. Later it is waited for.
+            Unreachable: the coordinator could not be reached to join. A device that has joined waits for it.
             TheirFault: this device was refused (wrong token, wrong base model).
         """
         if not self._running.acquire(blocking=False):

@@ -170,7 +170,7 @@ def _stop_on_signals(agent: Agent) -> None:
         said = None
         while waiting_for := agent.stop(timeout_s=SAY_AFTER_S).waiting_for:
             if waiting_for != said:
-                print(f"{time.strftime('%H:%M:%S')}  stopping: waiting for {waiting_for}", flush=True)
+                _say(f"stopping: waiting for {waiting_for}")
             said = waiting_for
 
     signal.signal(signal.SIGTERM, on_signal)
@@ -187,10 +187,18 @@ def _event_printer() -> Callable[[Event], None]:
         if event.kind in ("step", "adapter") or event.text == last:  # the bar; `training` names the version
             return
         last = event.text
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
-            print(f"{time.strftime('%H:%M:%S')}  {event.text}", flush=True)
+        _say(event.text)
 
     return print_event
+
+
+def _say(text: str) -> None:
+    """A line with the time, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
+        tqdm.write(f"{time.strftime('%H:%M:%S')}  {text}")
+        sys.stdout.flush()
 
 
 def _chat(options: argparse.Namespace) -> int:

@@ -112,7 +112,7 @@ class Participation:
 
     def run(self, updates: int | None) -> int:
         """Take part until `stopping`, or until that many updates are delivered; returns how many were."""
-        self._enrol()
+        self._enrol_patiently()
         done = 0
         while not self.stopping.is_set() and (updates is None or done < updates):
             if (reason := self.watch.reason()) is not None:
@@ -124,6 +124,17 @@ class Participation:
             except (Unreachable, OurFault) as error:
                 self._back_off(error)
         return done
+
+    def _enrol_patiently(self) -> None:
+        """A device that has joined before waits for a coordinator that does not answer; a new one fails."""
+        while not self.stopping.is_set():
+            try:
+                self._enrol()
+                return
+            except (Unreachable, OurFault) as error:
+                if self._membership.journal.load() is None:
+                    raise
+                self._back_off(error)
 
     def _step(self) -> int:
         """Do what the session's phase asks for; 1 if an update was delivered by it."""
