@@ -76,11 +76,12 @@ class Participation:
         """All that needs no weights: read the data, join, choose the rank."""
         from edge_sdk import dataset
 
-        if self._enrolled:
-            return
-        self._raw = dataset.load_examples(self._data) if self._data else []
+        if not self._enrolled:
+            self._raw = dataset.load_examples(self._data) if self._data else []
         with self._doing("an answer of the coordinator, or the check of the base model"):
             self._membership.connect()
+        if self._enrolled:
+            return
         if self._data:
             self.choice = enrolment.choose_rank(self._membership.federation, self._options)
             self._tell("rank", self.choice.reason)

@@ -378,6 +378,8 @@ def test_a_device_that_has_joined_waits_for_its_coordinator(
     agent = make(on_event=listen)
     assert agent.run(updates=1) == 1
     assert "trying again in" in texts(events, "offline")[0]
+    agent.close()
+    assert agent.run(updates=1) == 1  # it connects again
 
 
 # --- chat -------------------------------------------------------------------------------------------
