@@ -19,6 +19,7 @@ from edge_sdk.core.codec import Shapes, peft_config
 from edge_sdk.core.errors import AdapterError, InternalError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, max_rank
+from edge_sdk.factor_layers import TrainedFactor
 from edge_sdk.turns import Turns
 
 LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
@@ -101,9 +102,10 @@ class AdapterPlaces:
             self._peft.add_adapter(name, self._config(rank), low_cpu_mem_usage=True)
         for module, shape in self._shapes.items():
             full = pad(adapter[module], min(rank, *shape), f"{name}/{module}")
-            a, b = self._weights(module, name)
-            a.weight = self._parameter(full.a)
-            b.weight = self._parameter(full.b / np.float32(self._scaling))
+            layer = self._base.model.get_submodule(module)
+            layer.cast_input_dtype_enabled = False  # the factors do it; see factor_layers.py
+            layer.lora_A[name] = TrainedFactor(self._parameter(full.a))
+            layer.lora_B[name] = TrainedFactor(self._parameter(full.b / np.float32(self._scaling)))
 
     def _remove(self, name: str) -> None:
         """Delete an adapter, which must not be active at that moment, or PEFT warns that it picks another."""

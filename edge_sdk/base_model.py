@@ -149,6 +149,7 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
     with _quiet(sum(path.stat().st_size for path in weights) < QUIET_BYTES):
         loaded = _weights(directory, place, compute, quantise)
     loaded.eval().requires_grad_(False)
+    _let_go_of_files(loaded)
     if quantise:
         _keep_trainable(loaded)
     transposed = any(isinstance(module, Conv1D) for module in loaded.modules())
@@ -229,6 +230,20 @@ def _keep_trainable(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _let_go_of_files(model: Any) -> None:
+    """Copy what is not quantised out of the memory-mapped weight file.
+
+    On a CPU those tensors are views into the mapping, and one view keeps the pages of the whole file resident.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.is_floating_point():
+            address = parameter.data_ptr()
+            if address not in copies:
+                copies[address] = parameter.data.clone()
+            parameter.data = copies[address]  # tied weights stay tied
 
 
 def _device(name: str) -> torch.device:

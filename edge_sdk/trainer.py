@@ -30,6 +30,7 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
 from edge_sdk.dataset import IGNORED, Tokenised, collate
+from edge_sdk.loss import summed_cross_entropy
 from edge_sdk.training import (
     Abandoned,
     Evaluation,
@@ -175,7 +176,9 @@ class Trainer:
         """Σ of cross-entropies over the label tokens of `rows`, float32.
 
         The head runs only on positions where some row has a label: with a large vocabulary the logits of
-        the prompts would be the largest tensor of the whole step.
+        the prompts would be the largest tensor of the whole step. There is no attention mask: rows are padded
+        at their end, where causal attention sees nothing that a label depends on, and a mask would make every
+        block keep a (rows, length, length) copy of it.
         """
         batch = collate(rows, self._base.tokenizer.pad_token_id)
         keep = torch.from_numpy(np.flatnonzero((batch.labels[:, 1:] != IGNORED).any(axis=0)))
@@ -183,13 +186,11 @@ class Trainer:
         keep = keep.to(self._base.device)
         output = self._base.model(
             input_ids=torch.from_numpy(batch.ids).to(self._base.device),
-            attention_mask=torch.from_numpy(batch.mask).to(self._base.device),
             use_cache=False,
             **({"logits_to_keep": keep} if self._selects_logits else {}),
         )
         logits = output.logits if self._selects_logits else output.logits[:, keep]
-        counted = targets != IGNORED
-        return torch.nn.functional.cross_entropy(logits[counted].float(), targets[counted], reduction="sum")
+        return summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _check_rows(self, rows: Sequence[Tokenised], sequence_len: int | None = None) -> None:
         """Refuse rows that the plan or the model has no place for."""

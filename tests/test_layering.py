@@ -128,7 +128,7 @@ def test_the_coordinator_names_only_the_core(path: Path) -> None:
 
 @pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)
 def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: Path) -> None:
-    allowed = ("trainer", "base_model", "adapter_places", "answering")
+    allowed = ("trainer", "base_model", "adapter_places", "answering", "factor_layers", "loss")
     if shown(path) in {f"edge_sdk/{name}.py" for name in allowed}:
         return
     named = {name.split(".")[0] for name in imports_of(path)} & LEARNING
