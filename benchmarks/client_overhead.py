@@ -11,9 +11,9 @@ of the agent's own time, and a checkpoint every 12 s five times as many as the d
 
 The bare loop is `get_peft_model` on a second copy of the same NF4 base: same rank, same rows in the same
 batches, AdamW without weight decay, clipping at norm 1, logits at label positions only (`logits_to_keep`),
-loss read on every step. Each bare step follows the agent's step on the same rows, in the same thread; a run is one
-assignment, its ratio the agent's time over the bare loop's, summed over the steps but for the first two. What
-happens between assignments (download, upload) is no step.
+loss read on every step. Each bare step follows the agent's step on the same rows, in the same thread; a
+run is one assignment, its ratio the agent's time over the bare loop's, summed over the steps but for the
+first two. What happens between assignments (download, upload) is no step.
 """
 
 from __future__ import annotations
