@@ -148,7 +148,7 @@ class Agent:
 
         Raises:
             InputError: the data, the model or the memory are not enough; nothing was sent.
-            Unreachable: the coordinator could not be reached on the very first call. Later it is waited for.
+            Unreachable: the coordinator could not be reached to join. A device that has joined waits for it.
             TheirFault: this device was refused (wrong token, wrong base model).
         """
         if not self._running.acquire(blocking=False):
@@ -196,6 +196,14 @@ class Agent:
             TheirFault: this device was refused.
         """
         return self._part.serving.generate(prompt, max_new_tokens, on_text)
+
+    def load(self) -> None:
+        """Have the base in memory already when `generate` is called; with or without a connection.
+
+        Raises:
+            Unreachable, TheirFault: as `generate`.
+        """
+        self._part.serving.load()
 
     def refresh(self) -> int:
         """Look for a newer version of the global adapter; the version that `generate` answers with."""

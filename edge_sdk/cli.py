@@ -20,6 +20,8 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.records import to_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edge_sdk.agent import Agent
     from edge_sdk.device_config import DeviceConfig
     from edge_sdk.options import Event
@@ -148,7 +150,7 @@ def _join(options: argparse.Namespace) -> int:
         data=config.data,
         join_token=config.token or os.environ.get(TOKEN_VARIABLE),
         options=chosen,
-        on_event=print_event,
+        on_event=_event_printer(),
     )
     _stop_on_signals(agent)
     try:
@@ -189,7 +191,7 @@ def _stop_on_signals(agent: Agent) -> None:
         said = None
         while waiting_for := agent.stop(timeout_s=SAY_AFTER_S).waiting_for:
             if waiting_for != said:
-                print(f"{time.strftime('%H:%M:%S')}  stopping: waiting for {waiting_for}", flush=True)
+                _say(f"stopping: waiting for {waiting_for}")
             said = waiting_for
 
     signal.signal(signal.SIGTERM, on_signal)
@@ -197,11 +199,27 @@ def _stop_on_signals(agent: Agent) -> None:
     threading.Thread(target=say, name="edge-sdk-stopping", daemon=True).start()
 
 
-def print_event(event: Event) -> None:
-    """One line for each event that a person wants to read."""
-    if event.kind != "step":
-        with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
-            print(f"{time.strftime('%H:%M:%S')}  {event.text}", flush=True)
+def _event_printer() -> Callable[[Event], None]:
+    """Prints one line for each event that a person wants to read, and a repeated one once."""
+    last = ""
+
+    def print_event(event: Event) -> None:
+        nonlocal last
+        if event.kind in ("step", "adapter") or event.text == last:  # the bar; `training` names the version
+            return
+        last = event.text
+        _say(event.text)
+
+    return print_event
+
+
+def _say(text: str) -> None:
+    """A line with the time, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
+        tqdm.write(f"{time.strftime('%H:%M:%S')}  {text}")
+        sys.stdout.flush()
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -228,10 +246,11 @@ def _chat(options: argparse.Namespace) -> int:
     chat = Chat(agent, sys.stdout, sys.stderr, options.max_new_tokens)
     try:
         if not sys.stdin.isatty():
+            agent.load()
             chat.answer_lines(sys.stdin)
             return 0
-        print(HELP, file=sys.stderr)
-        agent.prepare()
+        print(HELP, "Loading the base model …", sep="\n", file=sys.stderr)
+        agent.load()
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  `input` then has a history and edits the line
         chat.talk(input)

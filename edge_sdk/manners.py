@@ -81,18 +81,20 @@ def _battery(conditions: Conditions, now: Surroundings, paused: bool) -> str | N
     least, level = conditions.battery_above, now.battery_percent
     if least is None or level is None:
         return None
-    needed = min(99, least + BATTERY_RESUMES_AT) if paused else least
-    return None if level > needed else f"battery at {level:.0f} %, waiting for more than {needed} %"
+    enough = min(99, least + BATTERY_RESUMES_AT)  # to go on
+    if level > (enough if paused else least):
+        return None
+    return f"battery at {level:.0f} %, waiting for more than {enough} %"
 
 
 def _processors(conditions: Conditions, now: Surroundings, paused: bool) -> str | None:
     most, load = conditions.cpu_below, now.others_cpu_percent
     if most is None or load is None:
         return None
-    allowed = most * CPU_RESUMES_AT if paused else most
-    if load < allowed:
+    calm = most * CPU_RESUMES_AT  # to go on
+    if load < (calm if paused else most):
         return None
-    return f"other programs use {load:.0f} % of the processors, waiting for less than {allowed:.0f} %"
+    return f"other programs use {load:.0f} % of the processors, waiting for less than {calm:.0f} %"
 
 
 def _clock(conditions: Conditions, now: Surroundings, paused: bool) -> str | None:

@@ -76,11 +76,12 @@ class Participation:
         """All that needs no weights: read the data, join, choose the rank."""
         from edge_sdk import dataset
 
-        if self._enrolled:
-            return
-        self._raw = dataset.load_examples(self._data) if self._data else []
+        if not self._enrolled:
+            self._raw = dataset.load_examples(self._data) if self._data else []
         with self._doing("an answer of the coordinator, or the check of the base model"):
             self._membership.connect()
+        if self._enrolled:
+            return
         if self._data:
             self.choice = enrolment.choose_rank(self._membership.federation, self._options)
             self._tell("rank", self.choice.reason)
@@ -112,7 +113,7 @@ class Participation:
 
     def run(self, updates: int | None) -> int:
         """Take part until `stopping`, or until that many updates are delivered; returns how many were."""
-        self._enrol()
+        self._enrol_patiently()
         done = 0
         while not self.stopping.is_set() and (updates is None or done < updates):
             if (reason := self.watch.reason()) is not None:
@@ -124,6 +125,17 @@ class Participation:
             except (Unreachable, OurFault) as error:
                 self._back_off(error)
         return done
+
+    def _enrol_patiently(self) -> None:
+        """A device that has joined before waits for a coordinator that does not answer; a new one fails."""
+        while not self.stopping.is_set():
+            try:
+                self._enrol()
+                return
+            except (Unreachable, OurFault) as error:
+                if self._membership.journal.load() is None:
+                    raise
+                self._back_off(error)
 
     def _step(self) -> int:
         """Do what the session's phase asks for; 1 if an update was delivered by it."""

@@ -363,6 +363,25 @@ def test_a_device_without_data_follows_and_answers(
         stranger.generate("anything")
 
 
+def test_a_device_that_has_joined_waits_for_its_coordinator(
+    make: Callable[..., Agent], coordinator: CoordinatorProcess
+) -> None:
+    assert make().run(updates=1) == 1
+    coordinator.kill()
+    events: list[Event] = []
+
+    def listen(event: Event) -> None:
+        events.append(event)
+        if event.kind == "offline" and len(texts(events, "offline")) == 1:
+            coordinator.start()
+
+    agent = make(on_event=listen)
+    assert agent.run(updates=1) == 1
+    assert "trying again in" in texts(events, "offline")[0]
+    agent.close()
+    assert agent.run(updates=1) == 1  # it connects again
+
+
 # --- chat -------------------------------------------------------------------------------------------
 
 

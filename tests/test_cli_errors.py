@@ -57,7 +57,7 @@ class Refusal:
         """The one line on stderr of a command that must fail."""
         self._capsys.readouterr()  # what building a model says
         state = [] if "--state" in arguments else ["--state", str(self._state)]
-        code = main(["join", *map(str, arguments), *state])
+        code = main(["join", "--nice=0", *map(str, arguments), *state])  # nobody can take niceness back
         said = self._capsys.readouterr()
         assert code == 2, said
         assert said.err.startswith("edge-sdk: ")
@@ -255,6 +255,10 @@ def test_a_profile_that_nobody_knows(refused: Refusal, data: Path, tmp_path: Pat
         ("--duty", "0", "duty 0.0 must be above 0"),
         ("--duty", "nan", "duty nan must be above 0"),
         ("--threads", "0", "threads 0 must be 1 or more"),
+        ("--nice", "20", "nice 20 must be from 0"),
+        ("--hours", "22-7", "hours '22-7' is no interval; write it like 22:00-07:00"),
+        ("--battery-above", "100", "battery_above 100 must be a percentage"),
+        ("--cpu-below", "0", "cpu_below 0 must be a percentage"),
         ("--updates", "0", "--updates 0 must be 1 or more"),
         ("--device", "quantum", "device 'quantum' is not to be had here"),
     ],
@@ -264,6 +268,31 @@ def test_a_setting_out_of_range(
 ) -> None:
     arguments = (coordinator.url, "--data", data, "--token", coordinator.join_token)
     assert reason in refused(*arguments, f"{flag}={value}")
+
+
+def test_a_configuration_file(refused: Refusal, data: Path, tmp_path: Path) -> None:
+    """The file tells what the flags do not; what neither tells is asked for."""
+    path = tmp_path / "device.toml"
+    assert "device.toml: No such file" in refused("--config", path)
+    path.write_text("thread = 1\n")
+    assert f"{path}: unknown key 'thread'; the keys are url, data" in refused("--config", path)
+    path.write_text("")
+    assert "give the address of the coordinator" in refused("--config", path)
+    path.write_text("url = 'notaurl'\n")
+    assert "give --data FILE" in refused("--config", path)
+    path.write_text("url = 'notaurl'\ndata = 'notes.jsonl'\n[conditions]\nunmetered = true\n")
+    assert "device has not joined yet" in refused("--config", path)
+    assert "'notaurl' is no address" in refused("--config", path, "--token", "t")
+    assert "'alsonone' is no address" in refused("alsonone", "--config", path, "--token", "t")
+
+
+def test_chat_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = ["--state", str(tmp_path / "state")]
+    capsys.readouterr()
+    assert main(["chat", "notaurl", *state, "--max-new-tokens", "0"]) == 2
+    assert capsys.readouterr().err == "edge-sdk: --max-new-tokens 0 must be 1 or more\n"
+    assert main(["chat", f"http://127.0.0.1:{free_port()}", *state, "--token", "t"]) == 2
+    assert "no coordinator answers" in capsys.readouterr().err
 
 
 def test_a_state_folder_that_cannot_be_one(refused: Refusal, data: Path, tmp_path: Path) -> None:
