@@ -97,7 +97,7 @@ class Trainer:
         """
         self._check_rows(examples, plan.sequence_len)
         adapter = self._starting_factors(start)
-        with self._places.installed({LOCAL: adapter, CARRIED: start.carried}):
+        with self._places.installed({LOCAL: adapter, CARRIED: start.carried}, start.carried_dtype):
             run = _Run(self._places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
             if checkpoint and (found := checkpoints.read(checkpoint, marks)):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Directive
@@ -26,13 +27,15 @@ class Abandoned(Exception):
 @dataclass(frozen=True)
 class Start:
     """What to train. Rule `flexlora`: `adapter`, trained itself. Rule `carry`: `carried` frozen (None at the
-    first version) with fresh factors of `rank` on top. A module narrower than `rank` has min(out, in).
+    first version) in `carried_dtype`, with fresh factors of `rank` on top. A module narrower than `rank` has
+    min(out, in).
     """
 
     adapter: Adapter | None
     carried: Adapter | None
     rank: int
     seed: int
+    carried_dtype: CarriedDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def identity(
     return {
         "seed": start.seed,
         "rank": start.rank,
+        "carried_dtype": start.carried_dtype if start.carried else "float32",
         "scaling": scaling,
         "content": digest.hexdigest(),
         **settings,
