@@ -242,7 +242,7 @@ class Agent:
     def _ask(self) -> None:
         if not self._examples:
             raise InputError("no training data was given; pass data=FILE")
-        answer = self.transport.ask(Ask(self.choice.rank))
+        answer = self.transport.ask(Ask(self.choice.rank, self.choice.carry_rank))
         if isinstance(answer, NotNow):
             self._tell("waiting", answer.reason)
             # Up to a quarter more, so that devices told the same do not come back together.

@@ -108,17 +108,17 @@ def test_a_device_contributes_once_to_a_version() -> None:
     assert "version 0" in answer.reason
     engine.handle(stored("x", "e"), 3.0)
     engine.handle(Merged(1, 4), 4.0)
-    assert granted(engine.handle(Asked("d", 4, "a3"), 5.0)).lease == Lease(
-        "a3", "d", 1, 4, 605.0, live_rank=4
+    assert granted(engine.handle(Asked("d", 4, "a3", carry_rank=9), 5.0)).lease == Lease(
+        "a3", "d", 1, 4, 605.0, carry_rank=4
     )
 
 
 def test_a_device_that_asks_again_gets_the_grant_that_it_holds() -> None:
     engine = Engine(Policy(lease_s=600.0), State(version=2, version_rank=7))
-    first = granted(engine.handle(Asked("d", 4, "a1"), 0.0))
-    again = granted(engine.handle(Asked("d", 4, "a2"), 599.0))
-    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, live_rank=7))
-    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, live_rank=7))
+    first = granted(engine.handle(Asked("d", 4, "a1", carry_rank=8), 0.0))
+    again = granted(engine.handle(Asked("d", 4, "a2", carry_rank=9), 599.0))
+    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7))
+    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7))
 
 
 def test_asking_at_another_rank_replaces_the_grant() -> None:
