@@ -31,7 +31,7 @@ HOUSEHOLDS, BUFFER_SIZE = 6, 4
 TRAINING = Training(steps=16, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.96)
 TEST_PER_INTENT = 6
 
-Fresh = Literal["random", "top", "warm"]
+Fresh = Literal["random", "top", "warm", "some"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Choice:
 
     `fresh`: how the factors to train begin under `carry`. `random`: B = 0, A random. `top`: B = 0, A the
     first right singular vectors of the carried adapter. `warm`: the first components of the carried adapter
-    are trained themselves, and the others carried.
+    are trained themselves, and the others carried. `some`: likewise, but a random subset of them.
     """
 
     rule: Rule
@@ -134,6 +134,11 @@ class Federation:
             first = {n: f.leading(min(choice.rank, f.rank)) for n, f in carried.items()}
             rest = {n: LoraFactors(f.b[:, choice.rank :], f.a[choice.rank :]) for n, f in carried.items()}
             return replace(begun, adapter=first, carried=rest)
+        if choice.fresh == "some":
+            taken = {n: np.random.default_rng([seed, i]).permutation(f.rank) for i, (n, f) in enumerate(carried.items())}
+            first = {n: LoraFactors(f.b[:, (t := np.sort(taken[n][: choice.rank]))], f.a[t]) for n, f in carried.items()}
+            rest = {n: LoraFactors(f.b[:, (t := np.sort(taken[n][choice.rank :]))], f.a[t]) for n, f in carried.items()}
+            return replace(begun, adapter=first, carried=rest)
         return begun
 
     def _merged(
@@ -166,7 +171,7 @@ class Federation:
 
 def _change(choice: Choice, start: Start, adapter: Adapter, name: str) -> LoraFactors:
     """What a device changed: all of its factors, or (warm) these less the components that it began with."""
-    if choice.fresh != "warm" or start.adapter is None:
+    if choice.fresh not in ("warm", "some") or start.adapter is None:
         return adapter[name]
     before, after = start.adapter[name], adapter[name]
     return LoraFactors(np.concatenate([after.b, -before.b], axis=1), np.concatenate([after.a, before.a]))

@@ -130,6 +130,22 @@ def test_asking_at_another_rank_replaces_the_grant() -> None:
     assert (grant.lease.assignment, grant.lease.rank) == ("a2", 2)
 
 
+@pytest.mark.parametrize(("asked", "granted_rank"), [(0, 0), (3, 3), (7, 7), (99, 7)])
+def test_the_carry_rank_is_what_the_device_can_hold_of_what_there_is(asked: int, granted_rank: int) -> None:
+    engine = Engine(Policy(), State(version=2, version_rank=7))
+    assert granted(engine.handle(Asked("d", 4, "a1", asked), 0.0)).lease.carry_rank == granted_rank
+
+
+def test_a_device_that_can_hold_less_than_before_gets_another_grant() -> None:
+    engine = Engine(Policy(), State(version=2, version_rank=7))
+    first = granted(engine.handle(Asked("d", 4, "a1", 5), 0.0)).lease
+    assert engine.handle(Asked("d", 4, "a2", 6), 1.0) == [Grant(first)]  # more memory changes nothing
+    expired, grant = engine.handle(Asked("d", 4, "a3", 4), 2.0)
+    assert expired == Expired(first)
+    assert isinstance(grant, Grant)
+    assert (grant.lease.assignment, grant.lease.carry_rank) == ("a3", 4)
+
+
 @pytest.mark.parametrize("mode", ["buffered", "synchronous"])
 def test_a_grant_that_can_no_longer_count_is_not_repeated(mode: Any) -> None:
     engine = Engine(Policy(mode=mode, max_staleness=0, buffer_size=1))
