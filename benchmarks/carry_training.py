@@ -18,7 +18,7 @@ import numpy as np
 from coordinator.rules import merge_module, relearnt
 from edge_sdk import base_model
 from edge_sdk.core.carried import CarriedDtype
-from edge_sdk.core.flexlora import live_rank, serve, split
+from edge_sdk.core.flexlora import live_rank, pad, serve, split
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Rule, Training
 from edge_sdk.dataset import Tokenised, tokenise
@@ -49,6 +49,7 @@ class Choice:
     dtype: CarriedDtype = "float32"
     fresh: Fresh = "random"
     rate: float = 1.0  # factor on the learning rate
+    wide: float = 1.0  # factor on the rows of a random A
     steps: int = TRAINING.steps
 
     @property
@@ -59,6 +60,7 @@ class Choice:
             text += f" c={self.carry_rank} {self.dtype}"
         text += "" if self.fresh == "random" else f" {self.fresh}"
         text += "" if self.rate == 1.0 else f" rate×{self.rate:g}"
+        text += "" if self.wide == 1.0 else f" A×{self.wide:g}"
         return text if self.steps == TRAINING.steps else f"{text} steps={self.steps}"
 
 
@@ -122,12 +124,14 @@ class Federation:
     def _start(self, choice: Choice, current: Adapter | None, seed: int) -> Start:
         """What a device begins with, as the service would hand it out."""
         if current is None:
-            return Start(None, None, choice.rank, seed)
+            return Start(self._fresh(choice, seed) if choice.wide != 1.0 else None, None, choice.rank, seed)
         if choice.rule == "flexlora":
             served = {n: serve(f, min(choice.rank, *f.shape), "balanced", n) for n, f in current.items()}
             return Start(served, None, choice.rank, seed)
         carried = {n: split(f.leading(min(choice.carry_rank, live_rank(f))), "balanced") for n, f in current.items()}
         begun = Start(None, carried if choice.carry_rank else None, choice.rank, seed, choice.dtype)
+        if choice.wide != 1.0:
+            return replace(begun, adapter=self._fresh(choice, seed))
         if choice.fresh == "top":
             return replace(begun, adapter={n: _top(f, choice.rank) for n, f in current.items()})
         if choice.fresh == "warm":
@@ -140,6 +144,14 @@ class Federation:
             rest = {n: LoraFactors(f.b[:, (t := np.sort(taken[n][choice.rank :]))], f.a[t]) for n, f in carried.items()}
             return replace(begun, adapter=first, carried=rest)
         return begun
+
+    def _fresh(self, choice: Choice, seed: int) -> Adapter:
+        """B = 0, A as `pad` draws it, times `wide`."""
+        fresh = {}
+        for name, shape in self._shapes.items():
+            drawn = pad(LoraFactors.empty(*shape), min(choice.rank, *shape), f"{seed}/{name}")
+            fresh[name] = LoraFactors(drawn.b, drawn.a * np.float32(choice.wide))
+        return fresh
 
     def _merged(
         self, choice: Choice, history: Sequence[Adapter | None], updates: Sequence[tuple[int, Start, Adapter]]
