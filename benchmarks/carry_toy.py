@@ -1,8 +1,8 @@
-"""A federation whose right answer is known: matrix regression with Adam, vectorised over devices.
+"""A federation whose right answer is known: matrix regression with Adam, all devices at once.
 
-80 devices regress on a 64 × 64 target of rank 16, each on its own noisy copy, as in the design's comparison of
-the rules. 120 versions merge 10 updates each, of staleness 0, 1 or 2. What is measured is the relative error
-‖G − W‖ / ‖W‖ of the global matrix; the mean of all noisy copies has an error of 0.03.
+80 devices regress on a 64 × 64 target of rank 16, each on its own noisy copy. 120 versions merge 10 updates
+each, of staleness 0, 1 or 2. What is measured is the relative error ‖G − W‖ / ‖W‖ of the global matrix; the
+mean of all noisy copies has an error of 0.03.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ DEVICES, VERSIONS, BUFFER_SIZE, MOST_STALE = 80, 120, 10, 2
 DECAY = 0.8  # from one singular value of the target to the next
 NOISE = 0.3  # of each device's copy, relative to the norm of the target
 STEPS, LEARNING_RATE = 20, 0.02
+DIVERGED = 1e3  # norm of a global matrix that is lost; the target's is 1.7
 
-Fresh = Literal["random", "top", "warm"]
+Fresh = Literal["random", "top", "warm", "some"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ class Rules:
     rule: Rule = "carry"
     corrected: bool = True
     fresh: Fresh = "random"
+    wide: float = 1.0  # factor on the rows of a random A
 
 
 def target(seed: int) -> tuple[Matrix, Matrix]:
-    """The target (64, 64) with singular values 1, 0.8, 0.64, …, and every device's noisy copy (80, 64, 64)."""
+    """The target (64, 64) with singular values 1, 0.8, 0.64 …, and all devices' copies (80, 64, 64)."""
     rng = np.random.default_rng(seed)
     u, _ = np.linalg.qr(rng.standard_normal((WIDTH, TRUE_RANK)))
     v, _ = np.linalg.qr(rng.standard_normal((WIDTH, TRUE_RANK)))
@@ -59,34 +61,30 @@ def target(seed: int) -> tuple[Matrix, Matrix]:
 
 
 def federate(splits: Sequence[Split], rules: Rules, seed: int, versions: int = VERSIONS) -> float:
-    """Relative error after `versions`, where device i does what `splits[i]` says."""
+    """Relative error after `versions`, where device i does what `splits[i]` says; infinite if it diverged."""
     wanted, copies = target(seed)
     history = [LoraFactors.empty(WIDTH, WIDTH)]
     for version in range(versions):
         drawn = np.random.default_rng([seed, version])
-        devices = drawn.permutation(DEVICES)[:BUFFER_SIZE]
-        begun = np.maximum(0, version - drawn.integers(0, MOST_STALE + 1, BUFFER_SIZE))
+        devices = [int(d) for d in drawn.permutation(DEVICES)[:BUFFER_SIZE]]
+        stale = drawn.integers(0, MOST_STALE + 1, BUFFER_SIZE)
+        begun = dict(zip(devices, np.maximum(0, version - stale).tolist(), strict=True))
         changes: dict[int, LoraFactors] = {}
-        for start, split in sorted({(int(b), splits[d]) for b, d in zip(begun, devices, strict=True)}, key=str):
-            group = [d for b, d in zip(begun, devices, strict=True) if b == start and splits[d] == split]
-            for d, factors in zip(group, _trained(history[start], split, rules, copies[group], (seed, version, start)), strict=True):
-                changes[int(d)] = factors
-        weights = (1.0 + version - begun) ** -0.5
-        weights /= weights.sum()
-        updates = [(float(w), changes[int(d)]) for w, d in zip(weights, devices, strict=True)]
+        for start, split in sorted({(begun[d], splits[d]) for d in devices}, key=str):
+            group = [d for d in devices if (begun[d], splits[d]) == (start, split)]
+            at = (seed, version, start)
+            changes |= zip(group, _trained(history[start], split, rules, copies[group], at), strict=True)
+        raw = {d: (1.0 + version - begun[d]) ** -0.5 for d in devices}
+        weights = {d: w / sum(raw.values()) for d, w in raw.items()}
         again = []
-        if rules.rule == "carry" and rules.corrected:
-            for start in sorted(set(begun.tolist())):
-                members = [
-                    (w, splits[d].carry_rank, factors)
-                    for (w, factors), b, d in zip(updates, begun, devices, strict=True)
-                    if b == start
-                ]
-                if history[start].rank:
-                    again.append(relearnt(history[start], members))
+        for start in sorted(set(begun.values())) if rules.rule == "carry" and rules.corrected else []:
+            members = [d for d in devices if begun[d] == start]
+            parts = [(weights[d], splits[d].carry_rank, changes[d]) for d in members]
+            again += [relearnt(history[start], parts)] if history[start].rank else []
         current = history[-1] if history[-1].rank else None
+        updates = [(weights[d], changes[d]) for d in devices]
         history.append(merge_module(rules.rule, current, updates, 1.0, RANK_CAP, again).factors)
-        if not np.isfinite(history[-1].b).all() or history[-1].norm() > 1e3:
+        if history[-1].norm() > DIVERGED:
             return float("inf")
     return float(np.linalg.norm(history[-1].product() - wanted) / np.linalg.norm(wanted))
 
@@ -95,42 +93,51 @@ def _trained(
     start: LoraFactors, split: Split, rules: Rules, copies: Matrix, at: tuple[int, int, int]
 ) -> list[LoraFactors]:
     """What devices that share a start and a split send: their changes, or their states under `flexlora`."""
-    seeds = [f"{at}/{i}" for i in range(len(copies))]
-    if rules.rule == "flexlora":
-        begin = serve(start, split.rank, "balanced", seeds[0])
-        b, a = _adam(np.stack([begin.b] * len(copies)), np.stack([begin.a] * len(copies)), copies)
-        return [LoraFactors(*both) for both in zip(b, a, strict=True)]
     held = start.leading(min(split.carry_rank, live_rank(start)))
-    warm = min(split.rank, held.rank) if rules.fresh == "warm" else 0
-    frozen = _held(LoraFactors(held.b[:, warm:], held.a[warm:]), split.dtype)
-    first = held.leading(warm)
-    b0, a0 = [], []
-    for seed in seeds:
-        begin = first if warm else LoraFactors.empty(WIDTH, WIDTH)
-        if rules.fresh == "top":
-            rows = start.leading(min(split.rank, live_rank(start))).a
-            begin = LoraFactors(np.zeros((WIDTH, len(rows)), np.float32), rows)
-        begin = _filled(begin, split.rank, seed, "balanced" if warm else None)
-        b0.append(begin.b)
-        a0.append(begin.a)
-    b, a = _adam(np.stack(b0), np.stack(a0), copies - frozen)
-    if not warm:
-        return [LoraFactors(*both) for both in zip(b, a, strict=True)]
+    begun, targets, subtracted = [], [], []
+    for place, copy in enumerate(copies):
+        seed = f"{at}/{place}"
+        if rules.rule == "flexlora":
+            seed = f"{at}"  # one served file for all
+            frozen, first = LoraFactors.empty(WIDTH, WIDTH), start.leading(min(split.rank, live_rank(start)))
+        else:
+            frozen, first = _parted(held, min(split.rank, held.rank), rules, (*at, place))
+        own = serve(first, first.rank, "balanced", seed) if first.rank else first
+        begun.append(_filled(own, start, split.rank, rules, seed))
+        targets.append(copy - _held(frozen, split.dtype))
+        subtracted.append(LoraFactors(-first.b, first.a))
+    b, a = _adam(np.stack([f.b for f in begun]), np.stack([f.a for f in begun]), np.stack(targets))
+    states = [LoraFactors(*both) for both in zip(b, a, strict=True)]
+    if rules.rule == "flexlora":
+        return states
     return [
-        LoraFactors(np.concatenate([bk, -first.b], axis=1), np.concatenate([ak, first.a]))
-        for bk, ak in zip(b, a, strict=True)
+        LoraFactors(np.concatenate([f.b, s.b], axis=1), np.concatenate([f.a, s.a]))
+        for f, s in zip(states, subtracted, strict=True)
     ]
 
 
-def _filled(begin: LoraFactors, rank: int, seed: str, how: str | None) -> LoraFactors:
-    if how == "balanced" and begin.rank:
-        return serve(begin, rank, "balanced", seed)
-    rows = [fresh_row(WIDTH, f"{seed}/{i}") for i in range(rank - begin.rank)]
+def _parted(
+    held: LoraFactors, trained: int, rules: Rules, seed: tuple[int, ...]
+) -> tuple[LoraFactors, LoraFactors]:
+    """Of what a device holds: the components that stay frozen, and those that it trains themselves."""
+    if rules.fresh not in ("warm", "some"):
+        return held, LoraFactors.empty(WIDTH, WIDTH)
+    order = np.arange(held.rank)
+    if rules.fresh == "some":
+        order = np.random.default_rng(seed).permutation(held.rank)
+    first, rest = np.sort(order[:trained]), np.sort(order[trained:])
+    return LoraFactors(held.b[:, rest], held.a[rest]), LoraFactors(held.b[:, first], held.a[first])
+
+
+def _filled(begin: LoraFactors, start: LoraFactors, rank: int, rules: Rules, seed: str) -> LoraFactors:
+    """Fresh components (B = 0) up to `rank`: A from the version's first rows, or random."""
+    rows = [rules.wide * fresh_row(WIDTH, f"{seed}/{i}") for i in range(rank - begin.rank)]
+    if rules.fresh == "top":
+        rows[: live_rank(start)] = start.a[: min(rank, live_rank(start))]
     if not rows:
         return begin
-    return LoraFactors(
-        np.concatenate([begin.b, np.zeros((WIDTH, len(rows)), np.float32)], axis=1), np.concatenate([begin.a, rows])
-    )
+    b = np.concatenate([begin.b, np.zeros((WIDTH, len(rows)), np.float32)], axis=1)
+    return LoraFactors(b, np.concatenate([begin.a, np.stack(rows)]).astype(np.float32))
 
 
 def _held(carried: LoraFactors, dtype: CarriedDtype) -> Matrix:

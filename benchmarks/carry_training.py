@@ -1,4 +1,4 @@
-"""A federation in one process on the embedded base: the real trainer and the real merge, no network, no clock.
+"""A federation in one process on the embedded base: the real trainer and merge, no network, no clock.
 
 Six smart-home households (examples/smart_home.py). Every version merges four updates, half of them from the
 version before (staleness 1), as in a buffered federation; which devices these are, and which have the stale
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -64,6 +64,10 @@ class Choice:
         return text if self.steps == TRAINING.steps else f"{text} steps={self.steps}"
 
 
+Part = tuple[int, Choice, Start, Adapter]
+"""An update: the version that it started from, what its device does, what it began with and what it sent."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Held-out losses (mean over all intents, nats per token) after some versions; seconds of a step."""
@@ -84,8 +88,8 @@ class Federation:
         tokenizer = self._trainer.base.tokenizer
         return [tokenise(parse_record(dict(r)), tokenizer, TRAINING.sequence_len) for r in records]
 
-    def run(self, choice: Choice, seed: int, versions: int, every: int) -> Outcome:
-        """Train `versions` versions; held-out loss after each `every` of them."""
+    def run(self, choices: Sequence[Choice], seed: int, versions: int, every: int) -> Outcome:
+        """Train `versions` versions, household i by `choices[i]`; held-out loss after every `every`."""
         homes = smart_home.households(HOUSEHOLDS, seed)
         data = [self._rows(home.train) for home in homes]
         held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
@@ -93,14 +97,15 @@ class Federation:
         losses, steps_s = {}, []
         for version in range(versions):
             drawn = np.random.default_rng([seed, version])
-            updates = []
+            updates: list[Part] = []
             for place, home in enumerate(drawn.permutation(HOUSEHOLDS)[:BUFFER_SIZE]):
                 begin = max(0, version - place % 2)
+                choice = choices[home]
                 start = self._start(choice, history[begin], seed * 10_000 + version * 10 + int(home))
                 adapter, step_s = self._train(choice, start, data[home], begin)
                 steps_s.append(step_s)
-                updates.append((begin, start, adapter))
-            history.append(self._merged(choice, history, updates))
+                updates.append((begin, choice, start, adapter))
+            history.append(self._merged(history, updates))
             if (version + 1) % every == 0 or version + 1 == versions:
                 losses[str(version + 1)] = self._trainer.evaluate(history[-1], held_out).loss
         return Outcome(losses, statistics.median(steps_s))
@@ -123,27 +128,18 @@ class Federation:
 
     def _start(self, choice: Choice, current: Adapter | None, seed: int) -> Start:
         """What a device begins with, as the service would hand it out."""
-        if current is None:
-            return Start(self._fresh(choice, seed) if choice.wide != 1.0 else None, None, choice.rank, seed)
+        whole = current or {n: LoraFactors.empty(*shape) for n, shape in self._shapes.items()}
         if choice.rule == "flexlora":
-            served = {n: serve(f, min(choice.rank, *f.shape), "balanced", n) for n, f in current.items()}
+            served = {n: serve(f, min(choice.rank, *f.shape), "balanced", n) for n, f in whole.items()}
             return Start(served, None, choice.rank, seed)
-        carried = {n: split(f.leading(min(choice.carry_rank, live_rank(f))), "balanced") for n, f in current.items()}
-        begun = Start(None, carried if choice.carry_rank else None, choice.rank, seed, choice.dtype)
-        if choice.wide != 1.0:
-            return replace(begun, adapter=self._fresh(choice, seed))
+        kept = {n: min(choice.carry_rank, live_rank(f)) for n, f in whole.items()}
+        carried = {n: split(f.leading(kept[n]), "balanced") for n, f in whole.items()}
+        fresh = self._fresh(choice, seed)
         if choice.fresh == "top":
-            return replace(begun, adapter={n: _top(f, choice.rank) for n, f in current.items()})
-        if choice.fresh == "warm":
-            first = {n: f.leading(min(choice.rank, f.rank)) for n, f in carried.items()}
-            rest = {n: LoraFactors(f.b[:, choice.rank :], f.a[choice.rank :]) for n, f in carried.items()}
-            return replace(begun, adapter=first, carried=rest)
-        if choice.fresh == "some":
-            taken = {n: np.random.default_rng([seed, i]).permutation(f.rank) for i, (n, f) in enumerate(carried.items())}
-            first = {n: LoraFactors(f.b[:, (t := np.sort(taken[n][: choice.rank]))], f.a[t]) for n, f in carried.items()}
-            rest = {n: LoraFactors(f.b[:, (t := np.sort(taken[n][choice.rank :]))], f.a[t]) for n, f in carried.items()}
-            return replace(begun, adapter=first, carried=rest)
-        return begun
+            fresh = {n: _top(f, choice.rank) for n, f in whole.items()}
+        elif choice.fresh in ("warm", "some"):
+            fresh, carried = _parted(carried, choice, seed)
+        return Start(fresh, carried, choice.rank, seed, choice.dtype)
 
     def _fresh(self, choice: Choice, seed: int) -> Adapter:
         """B = 0, A as `pad` draws it, times `wide`."""
@@ -153,32 +149,38 @@ class Federation:
             fresh[name] = LoraFactors(drawn.b, drawn.a * np.float32(choice.wide))
         return fresh
 
-    def _merged(
-        self, choice: Choice, history: Sequence[Adapter | None], updates: Sequence[tuple[int, Start, Adapter]]
-    ) -> dict[str, LoraFactors]:
+    def _merged(self, history: Sequence[Adapter | None], updates: Sequence[Part]) -> dict[str, LoraFactors]:
         """The next version, with polynomial staleness weights as in the engine."""
         now = len(history) - 1
-        raw = [(1.0 + now - begin) ** -0.5 for begin, _, _ in updates]
+        raw = [(1.0 + now - begin) ** -0.5 for begin, *_ in updates]
         weights = [w / sum(raw) for w in raw]
-        merged = {}
+        newest, merged = history[-1], {}
         for name in self._shapes:
-            changes = [
-                (weight, _change(choice, start, adapter, name))
-                for weight, (_, start, adapter) in zip(weights, updates, strict=True)
-            ]
-            again = []
-            for version in sorted({begin for begin, _, _ in updates}):
-                before = history[version]
+            changes = [_change(choice, start, adapter, name) for _, choice, start, adapter in updates]
+            unseen: dict[int, list[tuple[float, int, LoraFactors]]] = {}
+            for weight, factors, (begin, choice, _, _) in zip(weights, changes, updates, strict=True):
+                before = history[begin]
                 if choice.rule == "carry" and before is not None and choice.carry_rank < before[name].rank:
-                    members = [
-                        (weight, choice.carry_rank, factors)
-                        for (begin, _, _), (weight, factors) in zip(updates, changes, strict=True)
-                        if begin == version
-                    ]
-                    again.append(relearnt(before[name], members))
-            current = history[-1][name] if history[-1] is not None else None
-            merged[name] = merge_module(choice.rule, current, changes, 1.0, RANK_CAP, again).factors
+                    unseen.setdefault(begin, []).append((weight, choice.carry_rank, factors))
+            again = [relearnt((history[begin] or {})[name], parts) for begin, parts in unseen.items()]
+            current = newest[name] if newest is not None else None
+            together = list(zip(weights, changes, strict=True))
+            rule = updates[0][1].rule
+            merged[name] = merge_module(rule, current, together, 1.0, RANK_CAP, again).factors
         return merged
+
+
+def _parted(carried: Adapter, choice: Choice, seed: int) -> tuple[Adapter, Adapter]:
+    """Of what a device holds: the components that it trains themselves, and those that stay frozen."""
+    first, rest = {}, {}
+    for place, (name, f) in enumerate(carried.items()):
+        order = np.arange(f.rank)
+        if choice.fresh == "some":
+            order = np.random.default_rng([seed, place]).permutation(f.rank)
+        own, others = np.sort(order[: choice.rank]), np.sort(order[choice.rank :])
+        first[name] = LoraFactors(f.b[:, own], f.a[own])
+        rest[name] = LoraFactors(f.b[:, others], f.a[others])
+    return first, rest
 
 
 def _change(choice: Choice, start: Start, adapter: Adapter, name: str) -> LoraFactors:

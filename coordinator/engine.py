@@ -234,9 +234,7 @@ class Engine:
             return [Wait(policy.retry_s, f"round {state.version} has its {policy.buffer_size} devices")]
         expires_at = now + policy.lease_s
         carry_rank = min(event.carry_rank, state.version_rank)
-        lease = Lease(
-            event.assignment, event.device, state.version, event.rank, expires_at, carry_rank
-        )
+        lease = Lease(event.assignment, event.device, state.version, event.rank, expires_at, carry_rank)
         state.leases[event.device] = lease
         state.granted.add(event.device)
         expired: list[Effect] = [Expired(held)] if held else []

@@ -26,6 +26,9 @@ class FrozenFactor(torch.nn.Module):
         components: the axis of W that counts components: 0 for an A factor, 1 for a B factor.
     """
 
+    packed: torch.Tensor
+    scales: torch.Tensor
+
     def __init__(
         self, weight: torch.Tensor, held: CarriedDtype, compute: torch.dtype, components: int
     ) -> None:
@@ -48,8 +51,8 @@ class FrozenFactor(torch.nn.Module):
         return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x Wᵀ: (…, in_features) to (…, out_features)."""
-        product: torch.Tensor = _Product.apply(x, self)
+        """Multiply: (…, in_features) to (…, out_features)."""
+        product: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return product
 
 

@@ -48,6 +48,11 @@ __all__ = ["Abandoned", "Evaluation", "Plan", "Start", "StepReport", "Trained", 
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.
 WARM_UP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
+
+# Fresh factors begin with rows of A so many times as long as peft draws them (±1/√in, so of norm 0.58).
+# Adam's steps on B have one size whatever the gradient, and what they change is that times A: an assignment is
+# too short for fresh factors to get as far as trained ones, whose rows have grown. Measured in docs/CARRY.md.
+FRESH_ROWS = 4.0
 GENERATION_BATCH = 16
 
 
@@ -240,10 +245,13 @@ class Trainer:
         }
         given = empty if start.adapter is None else start.adapter
         self._places.check(given, start.rank)
-        return {
+        filled = {
             module: pad(given[module], min(start.rank, *shape), f"{start.seed}/{module}")
             for module, shape in self._shapes.items()
         }
+        if start.adapter is not None:
+            return filled
+        return {m: LoraFactors(f.b, f.a * np.float32(FRESH_ROWS)) for m, f in filled.items()}
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""What a device learns a second time because it did not carry it: the factored correction against the dense one."""
+"""What a device learns again because it did not carry it: the factored correction against the dense one."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_a_merge_of_two_versions_is_the_dense_sum(seed: int, carry_ranks: list[i
     starts = [version(seed), version(seed + 1, 3)]
     weight = 1 / len(carry_ranks)
     rows = [(int(draw.integers(2)), c, factors(draw, OUT, IN, 2)) for c in carry_ranks]
-    blocks = [relearnt(start, [(weight, c, f) for at, c, f in rows if at == i]) for i, start in enumerate(starts)]
+    blocks = [
+        relearnt(start, [(weight, c, f) for at, c, f in rows if at == i]) for i, start in enumerate(starts)
+    ]
     updates = [(weight, f) for _, _, f in rows]
     found = merge_module("carry", starts[0], updates, eta, min(OUT, IN), blocks).factors.product()
     expected = starts[0].product().astype(np.float64)
@@ -177,6 +179,9 @@ def test_devices_of_unequal_carry_merge_to_the_dense_sum(tmp_path: Path) -> None
 
 
 def test_a_negative_carry_rank_is_refused(tmp_path: Path) -> None:
-    with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator, member(coordinator) as device:
-        with pytest.raises(ProtocolError, match="Ask.carry_rank: -1 is below 0"):
-            device.transport.ask(Ask(4, -1))
+    with (
+        CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator,
+        member(coordinator) as device,
+        pytest.raises(ProtocolError, match="Ask.carry_rank: -1 is below 0"),
+    ):
+        device.transport.ask(Ask(4, -1))
