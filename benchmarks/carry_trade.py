@@ -3,9 +3,9 @@
     python -m benchmarks.carry_trade --quick             # a few minutes
     python -m benchmarks.carry_trade --json FILE         # over an hour; goes on where it was stopped
 
-All lines of a table of equal memory have that of R trained ranks, at 16 bytes a value (weight, gradient and
-two moments of Adam in float32). `flexlora` and "all trained" spend it on r = R; the others train less and hold
-c components of the global adapter frozen, in some dtype. Two parts: a synthetic target whose answer is known
+All lines of a table of equal memory have that of R trained ranks, at 16 bytes a value (weight, gradient, two
+moments of Adam in float32). `flexlora` and "all trained" spend it on r = R; the others train less and hold c
+components of the global adapter frozen, in some dtype. Two parts: a synthetic target whose answer is known
 (carry_toy.py), and the embedded base on smart-home commands (carry_training.py).
 """
 

@@ -50,8 +50,8 @@ WARM_UP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
 
 # Fresh factors begin with rows of A so many times as long as peft draws them (±1/√in, so of norm 0.58).
-# Adam's steps on B have one size whatever the gradient, and what they change is that times A: an assignment is
-# too short for fresh factors to get as far as trained ones, whose rows have grown. Measured in docs/CARRY.md.
+# Adam's steps on B have one size whatever the gradient, and what they change is that times A: an assignment
+# is too short for fresh factors to get as far as trained ones, whose rows have grown. See docs/CARRY.md.
 FRESH_ROWS = 4.0
 GENERATION_BATCH = 16
 
