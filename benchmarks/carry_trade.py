@@ -190,22 +190,21 @@ def toy(results: Results, seeds: Sequence[int], versions: int, console: Console)
 
 
 def _carried_table(error: Callable[[list[Split], Rules, str], str]) -> Table:
-    """How much of G: r = 2 for all, memory not equal; corrected and not."""
+    """How much of G: r = 2 for all, memory not equal; all devices carry so little, or one in five does."""
     table = Table(title="Synthetic target, all train r = 2: how much is carried", title_justify="left")
-    for column in ("c", "dtype", "corrected", "not corrected"):
+    for column in ("c", "dtype", "all, corrected", "all, not", "one in five, corrected", "one in five, not"):
         table.add_column(column, justify="right")
-    for carry_rank in (0, 2, 4, 8, 16, 24, 32):
-        splits = [Split(2, carry_rank)] * DEVICES
+    others = [Split(2, RANK_CAP, "int8")] * (DEVICES - DEVICES // 5)
+    parts = [(0, "float32"), (4, "float32"), (8, "float32"), (16, "float32"), (24, "float32")]
+    for carry_rank, dtype in (*parts, *((RANK_CAP, dtype) for dtype in BYTES_PER_VALUE)):
+        split = Split(2, carry_rank, dtype)  # type: ignore[arg-type]
+        groups = {"all": [split] * DEVICES, "fifth": [*others, *([split] * (DEVICES // 5))]}
         cells = [
-            error(splits, Rules(wide=WIDE, corrected=corrected), f"c={carry_rank}/{corrected}")
+            error(splits, Rules(wide=WIDE, corrected=corrected), f"c={carry_rank} {dtype} {who}/{corrected}")
+            for who, splits in groups.items()
             for corrected in (True, False)
         ]
-        table.add_row(str(carry_rank), "float32", *cells)
-    for dtype in ("bfloat16", "int8", "nf4"):
-        held: CarriedDtype = dtype  # type: ignore[assignment]
-        table.add_row(
-            "32", dtype, error([Split(2, RANK_CAP, held)] * DEVICES, Rules(wide=WIDE), f"c=32/{dtype}"), ""
-        )
+        table.add_row(str(carry_rank), dtype, *cells)
     return table
 
 
