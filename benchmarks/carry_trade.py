@@ -257,7 +257,7 @@ def main() -> int:
             f"{group}: {line}": [make(budget) for budget in budgets]
             for group, budgets in MEMORIES.items()
             for line, make in TRAINING_LINES.items()
-            if not options.quick or group == "mixed"
+            if not options.quick or (group == "mixed" and make in (_flexlora, _nf4))
         }
         console.print(training(results, seeds, versions, equal))
         if not options.quick:

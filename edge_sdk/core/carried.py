@@ -67,8 +67,8 @@ SHARES = (0.75, 0.5)
 def splits(ladder: Sequence[int], live_rank: int) -> list[Split]:
     """What a device may do under the rule `carry`, best first: take the first that fits the memory.
 
-    A trained rank costs as much as 15 components in int8 or 28 in NF4. On a target whose answer is known, what
-    devices carry decides and what they train does not; in real training a higher rank learns faster too
+    A trained rank costs as much as 15 components in int8 or 28 in NF4. On a target whose answer is known,
+    what devices carry decides and what they train does not; in real training a higher rank learns faster too
     (docs/CARRY.md). So the whole global adapter comes first, and NF4 is the price for the next rank of the
     ladder. Where not even the lowest rank fits beside it in NF4, the tail is left out, down to half of the
     components. There the list ends: a device with less does little for the others, and at last harms them.
