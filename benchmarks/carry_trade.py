@@ -148,6 +148,7 @@ class Results:
             self.rows[key] = work()
             if self._path:
                 text = json.dumps({"machine": self._machine, "rows": self.rows}, indent=1)
+                self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._path.write_text(text + "\n", encoding="utf-8")
         return self.rows[key]
 
