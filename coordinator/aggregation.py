@@ -5,12 +5,12 @@ Runs in a worker thread; touches only the blobs it is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.blobs import Blobs
-from coordinator.rules import merge_module
+from coordinator.rules import merge_module, relearnt
 from edge_sdk.core.codec import AdapterFile, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, EdgeError
 from edge_sdk.core.flexlora import live_rank, serve
@@ -29,12 +29,18 @@ class BadUpdate(Exception):
 
 @dataclass(frozen=True)
 class Addend:
-    """An update on disk: its id, weight, file and the rank that it was trained at."""
+    """An update on disk: its id, weight, file and the rank that it was trained at.
+
+    `start`: the version that it was trained from, where its device carried only `carry_rank` components of
+    that; None where there is nothing that it did not see.
+    """
 
     update: str
     weight: float
     path: Path
     rank: int
+    start: Path | None = None
+    carry_rank: int = 0
 
 
 @dataclass
@@ -58,14 +64,17 @@ def aggregate(
     shapes = federation.base.modules
     files = [(addend, _open(addend, federation)) for addend in addends]
     own = open_own(current, federation.scaling) if current else None
+    # Versions of which some devices did not see all: one block more in the stack for each.
+    partly = {addend.start: open_own(addend.start, federation.scaling) for addend in addends if addend.start}
     ranks = {}
     for name, shape in shapes.items():
         stacked = sum(file.ranks[name] for _, file in files)
+        stacked += sum(file.ranks[name] for file in partly.values())
         keeps_old = own is not None and not (federation.rule == "flexlora" and eta == 1.0)
         stacked += own.ranks[name] if own and keeps_old else 0
         ranks[name] = min(federation.rank_cap, stacked, *shape)
     outcome = Outcome()
-    modules = _merged_modules(federation, eta, own, files, outcome)
+    modules = _merged_modules(federation, eta, own, (files, partly), outcome)
     outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules))
     return outcome
 
@@ -82,19 +91,28 @@ def _merged_modules(
     federation: Federation,
     eta: float,
     own: AdapterFile | None,
-    files: Sequence[tuple[Addend, AdapterFile]],
+    sources: tuple[Sequence[tuple[Addend, AdapterFile]], Mapping[Path, AdapterFile]],
     outcome: Outcome,
 ) -> Iterator[tuple[str, LoraFactors]]:
-    """The merged factors in name order; adds up what the outcome reports on the way."""
+    """The merged factors in name order; adds up what the outcome reports on the way.
+
+    `sources`: the updates' files, and those of the versions that devices carried only a part of.
+    """
+    files, partly = sources
     for name in sorted(federation.base.modules):
-        updates = []
+        updates: list[tuple[float, LoraFactors]] = []
+        unseen: dict[Path, list[tuple[float, int, LoraFactors]]] = {start: [] for start in partly}
         for addend, file in files:
             try:
-                updates.append((addend.weight, file.module(name)))
+                factors = file.module(name)
             except AdapterError as error:
                 raise BadUpdate(addend.update, str(error)) from error
+            updates.append((addend.weight, factors))
+            if addend.start:
+                unseen[addend.start].append((addend.weight, addend.carry_rank, factors))
         current = own.module(name) if own else None
-        merged = merge_module(federation.rule, current, updates, eta, federation.rank_cap)
+        again = [relearnt(partly[start].module(name), parts) for start, parts in unseen.items()]
+        merged = merge_module(federation.rule, current, updates, eta, federation.rank_cap, again)
         outcome.rank = max(outcome.rank, live_rank(merged.factors))
         outcome.energy += merged.energy
         outcome.discarded_energy += merged.discarded_energy

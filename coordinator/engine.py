@@ -63,7 +63,7 @@ class Lease:
     version: int
     rank: int
     expires_at: float
-    live_rank: int = 0  # of the global adapter at `version`
+    carry_rank: int = 0  # components of the global adapter at `version` that the device holds frozen
     steps_done: int = 0
 
 
@@ -101,6 +101,7 @@ class Asked:
     device: str
     rank: int
     assignment: str
+    carry_rank: int = 0  # the most that it can hold frozen
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,7 @@ class Engine:
         state, policy = self.state, self.policy
         held = state.leases.get(event.device)
         can_count = held and now < held.expires_at and state.version - held.version <= self._limit()
-        if held and can_count and held.rank == event.rank:
+        if held and can_count and held.rank == event.rank and held.carry_rank <= event.carry_rank:
             return [Grant(held)]
         if state.contributed.get(event.device) == state.version:
             return [
@@ -232,9 +233,8 @@ class Engine:
         if policy.mode == "synchronous" and len(state.granted - {event.device}) >= policy.buffer_size:
             return [Wait(policy.retry_s, f"round {state.version} has its {policy.buffer_size} devices")]
         expires_at = now + policy.lease_s
-        lease = Lease(
-            event.assignment, event.device, state.version, event.rank, expires_at, state.version_rank
-        )
+        carry_rank = min(event.carry_rank, state.version_rank)
+        lease = Lease(event.assignment, event.device, state.version, event.rank, expires_at, carry_rank)
         state.leases[event.device] = lease
         state.granted.add(event.device)
         expired: list[Effect] = [Expired(held)] if held else []

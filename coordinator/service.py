@@ -166,7 +166,10 @@ class Coordinator:
         """Grant work or say when to come back."""
         if ask.rank not in self.federation.ladder:
             raise ProtocolError(f"Ask.rank: {ask.rank} is not on the ladder {list(self.federation.ladder)}")
-        effects = self._apply(engine.Asked(device, ask.rank, secrets.token_hex(12)))
+        if ask.carry_rank < 0:
+            raise ProtocolError(f"Ask.carry_rank: {ask.carry_rank} is below 0")
+        carry_rank = ask.carry_rank if self.federation.rule == "carry" else 0
+        effects = self._apply(engine.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
         answer = effects[-1]
         if isinstance(answer, engine.Wait):
             return NotNow(answer.retry_after_s, answer.reason)
@@ -182,7 +185,7 @@ class Coordinator:
             id=lease.assignment,
             version=lease.version,
             rank=lease.rank,
-            carry_rank=lease.live_rank if self.federation.rule == "carry" else 0,
+            carry_rank=lease.carry_rank,
             steps=self.federation.training.steps,
             seed=int(hashlib.sha256(lease.assignment.encode()).hexdigest()[:8], 16),
             expires_in_s=max(0.0, lease.expires_at - self.now()),
@@ -308,13 +311,8 @@ class Coordinator:
 
     def _merge_on_disk(self, effect: engine.Merge) -> Version:
         """Aggregate and publish; after this returns the version is durable. Runs in a worker thread."""
-        records = {stored.id: stored.update for stored in self.store.unmerged()}
-        addends = [
-            aggregation.Addend(
-                b.update, weight, self.blobs.path(records[b.update].digest), records[b.update].rank
-            )
-            for b, weight, _ in effect.weights
-        ]
+        records = {stored.id: stored for stored in self.store.unmerged()}
+        addends = [self._addend(records[b.update], weight) for b, weight, _ in effect.weights]
         current = self._version_path(effect.version - 1)
         eta = self.engine.policy.server_learning_rate
         outcome = aggregation.aggregate(self.federation, eta, current, addends, self.blobs)
@@ -328,6 +326,16 @@ class Coordinator:
         )
         self.store.publish(version, [(b.update, weight, tau) for b, weight, tau in effect.weights])
         return version
+
+    def _addend(self, stored: StoredUpdate, weight: float) -> aggregation.Addend:
+        """An update on disk; with what it was trained from, if its device carried less than all of that."""
+        path, rank = self.blobs.path(stored.update.digest), stored.update.rank
+        carry_rank = self.require_assignment(stored.device, stored.id).carry_rank
+        version = self.store.version(stored.version)
+        if self.federation.rule != "carry" or version is None or carry_rank >= version.rank:
+            return aggregation.Addend(stored.id, weight, path, rank)
+        start = self.blobs.path(version.digest)
+        return aggregation.Addend(stored.id, weight, path, rank, start, carry_rank)
 
     # --- views ---
 

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from edge_sdk.base_model import LoadedBase
+from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.codec import Shapes, peft_config
 from edge_sdk.core.errors import AdapterError, InternalError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, max_rank
 from edge_sdk.factor_layers import TrainedFactor
+from edge_sdk.frozen_factors import FrozenFactor
 from edge_sdk.turns import Turns
 
 LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
@@ -47,8 +49,13 @@ class AdapterPlaces:
         self._remove(LOCAL)
 
     @contextmanager
-    def installed(self, adapters: Mapping[str, Adapter | None]) -> Iterator[None]:
-        """Put adapters in their places, all active, with gradients for LOCAL alone; take them out after."""
+    def installed(
+        self, adapters: Mapping[str, Adapter | None], carried_dtype: CarriedDtype = "float32"
+    ) -> Iterator[None]:
+        """Put adapters in their places, all active, with gradients for LOCAL alone; take them out after.
+
+        CARRIED is held in `carried_dtype`.
+        """
         present = {name: adapter for name, adapter in adapters.items() if adapter and max_rank(adapter)}
         with self._turns:  # an answer in hand ends first
             if self._active:
@@ -56,7 +63,7 @@ class AdapterPlaces:
         try:
             with self._turns:
                 for name, adapter in present.items():
-                    self._install(name, adapter)
+                    self._install(name, adapter, carried_dtype if name == CARRIED else "float32")
                 self._activate(list(present))
             yield
         finally:
@@ -94,7 +101,7 @@ class AdapterPlaces:
             self._peft.base_model.set_requires_grad(LOCAL, requires_grad=True)
         self._active = names
 
-    def _install(self, name: str, adapter: Adapter) -> None:
+    def _install(self, name: str, adapter: Adapter, held: CarriedDtype = "float32") -> None:
         """Add an adapter under `name`. PEFT needs a component: a module without gets a dead one."""
         self.check(adapter)
         ranks = {module: max(1, adapter[module].rank) for module in self._shapes}
@@ -102,10 +109,14 @@ class AdapterPlaces:
             self._peft.add_adapter(name, self._config(ranks), low_cpu_mem_usage=True)
         for module, rank in ranks.items():
             full = pad(adapter[module], rank, f"{name}/{module}")
-            layer = self._base.model.get_submodule(module)
+            a, b = self._parameter(full.a), self._parameter(full.b / np.float32(self._scaling))
+            layer, compute = self._base.model.get_submodule(module), self._base.model.dtype
             layer.cast_input_dtype_enabled = False  # the factors do it; see factor_layers.py
-            layer.lora_A[name] = TrainedFactor(self._parameter(full.a))
-            layer.lora_B[name] = TrainedFactor(self._parameter(full.b / np.float32(self._scaling)))
+            if held == "float32":
+                layer.lora_A[name], layer.lora_B[name] = TrainedFactor(a), TrainedFactor(b)
+            else:
+                layer.lora_A[name] = FrozenFactor(a, held, compute, components=0)
+                layer.lora_B[name] = FrozenFactor(b, held, compute, components=1)
 
     def _remove(self, name: str) -> None:
         """Delete an adapter, which must not be active at that moment, or PEFT warns that it picks another."""
@@ -127,10 +138,10 @@ class AdapterPlaces:
         return found
 
     def factors(self, name: str) -> dict[str, LoraFactors]:
-        """Copies of an adapter's factors, folded."""
+        """Copies of an adapter's factors, folded; of packed ones, what they unpack to."""
         adapter = {}
         for module in self._shapes:
-            a, b = (layer.weight.detach().cpu().numpy() for layer in self._weights(module, name))
+            a, b = (_values(layer).cpu().numpy() for layer in self._weights(module, name))
             adapter[module] = LoraFactors(b * np.float32(self._scaling), a.copy())
         return adapter
 
@@ -160,6 +171,14 @@ class AdapterPlaces:
         """Factors are held and trained in float32, whatever the base computes in."""
         tensor = torch.tensor(np.asarray(values, dtype=np.float32), device=self._base.device)
         return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _values(layer: Any) -> torch.Tensor:
+    """What an A or B layer multiplies with, in float32."""
+    if isinstance(layer, FrozenFactor):
+        return layer.dense(torch.float32)
+    values: torch.Tensor = layer.weight.detach()
+    return values
 
 
 @contextmanager

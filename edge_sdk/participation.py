@@ -83,7 +83,9 @@ class Participation:
         if self._enrolled:
             return
         if self._data:
-            self.choice = enrolment.choose_rank(self._membership.federation, self._options)
+            self.choice = enrolment.choose_rank(
+                self._membership.federation, self._options, self._options.quantise
+            )
             self._tell("rank", self.choice.reason)
         for what in manners.unmeasured(self._options.conditions, self.watch.look()):
             self._tell("notice", f"this machine does not tell {what}; that condition holds nothing back")
@@ -168,14 +170,16 @@ class Participation:
             return
         assert self.choice is not None
         with self._doing("an answer of the coordinator"):
-            answer = self._membership.transport.ask(Ask(self.choice.rank))
+            answer = self._membership.transport.ask(Ask(self.choice.rank, self.choice.setting.carry_rank))
         if isinstance(answer, NotNow):
             self._tell("waiting", answer.reason)
             # Up to a quarter more, so that devices told the same do not come back together.
             self._rest(answer.retry_after_s * (1 + random.random() / 4))
             return
         self._membership.journal.clear_work()
-        self._membership.save(sessions.assigned(self._membership.session, answer, self.choice.micro_batch))
+        self._membership.save(
+            sessions.assigned(self._membership.session, answer, self.choice.setting.micro_batch)
+        )
 
     def _train(self) -> None:
         with self._doing("a download"):

@@ -60,6 +60,11 @@ log = logging.getLogger(__name__)
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.
 WARM_UP_SHARE = 0.1
 MAX_GRADIENT_NORM = 1.0
+
+# Fresh factors begin with rows of A so many times as long as peft draws them (±1/√in, so of norm 0.58).
+# Adam's steps on B have one size whatever the gradient, and what they change is that times A: an assignment
+# is too short for fresh factors to get as far as trained ones, whose rows have grown. See docs/CARRY.md.
+FRESH_ROWS = 4.0
 GENERATION_BATCH = 16
 
 
@@ -133,7 +138,7 @@ class Trainer:
     ) -> Trained | OutOfMemory:
         """The outcome. It is returned whatever it is: an error raised here would hold on to the run."""
         adapter = self._starting_factors(start)
-        places = self._places.installed({LOCAL: adapter, CARRIED: start.carried})
+        places = self._places.installed({LOCAL: adapter, CARRIED: start.carried}, start.carried_dtype)
         with places, recomputed(self._base.model, plan.checkpointing):
             run = _Run(self._places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
@@ -284,7 +289,10 @@ class Trainer:
         }
         given = empty if start.adapter is None else start.adapter
         self._places.check(given, ranks)
-        return {module: pad(given[module], rank, f"{start.seed}/{module}") for module, rank in ranks.items()}
+        filled = {m: pad(given[m], rank, f"{start.seed}/{m}") for m, rank in ranks.items()}
+        if start.adapter is not None:
+            return filled
+        return {m: LoraFactors(f.b, f.a * np.float32(FRESH_ROWS)) for m, f in filled.items()}
 
 
 class _Run:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Directive
@@ -35,14 +36,15 @@ class Abandoned(Exception):
 @dataclass(frozen=True)
 class Start:
     """What to train. Rule `flexlora`: `adapter`, trained itself. Rule `carry`: `carried` frozen (None at the
-    first version) with fresh factors of `rank` on top. A module narrower than `rank` has min(out, in).
-    A number is the rank of every module.
+    first version) in `carried_dtype`, with fresh factors of `rank` on top. A module narrower than `rank` has
+    min(out, in). A number is the rank of every module.
     """
 
     adapter: Adapter | None
     carried: Adapter | None
     rank: int | Ranks
     seed: int
+    carried_dtype: CarriedDtype = "float32"
 
     @property
     def ranks(self) -> Ranks:
@@ -152,6 +154,7 @@ def identity(
     return {
         "seed": start.seed,
         "ranks": str(start.ranks),
+        "carried_dtype": start.carried_dtype if start.carried else "float32",
         "scaling": scaling,
         "rows": len(examples),
         "text": text.hexdigest(),

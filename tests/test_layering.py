@@ -139,6 +139,7 @@ def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: P
         "edge_sdk/adapter_places.py": LEARNING,
         "edge_sdk/worker.py": {"torch"},
         "edge_sdk/factor_layers.py": {"torch"},
+        "edge_sdk/frozen_factors.py": {"torch", "bitsandbytes"},
         "edge_sdk/loss.py": {"torch"},
         "edge_sdk/optimizers.py": {"torch", "bitsandbytes"},
         "edge_sdk/recompute.py": {"torch", "transformers"},

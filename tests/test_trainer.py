@@ -195,6 +195,19 @@ def test_carried_factors_act_and_do_not_change(exact: Trainer) -> None:
     assert exact.evaluate(both, rows).loss < done.loss_before
 
 
+def test_fresh_rows_are_long_and_given_ones_are_kept(exact: Trainer) -> None:
+    still = plan(1, learning_rate=0.0)
+    fresh = exact.train(Start(None, None, 4, seed=1), rows_of(exact), still, on_step=go_on).adapter
+    given = {
+        n: LoraFactors(np.zeros((o, 0), "f4"), np.zeros((0, i), "f4")) for n, (o, i) in exact._shapes.items()
+    }
+    filled = exact.train(Start(given, None, 4, seed=1), rows_of(exact), still, on_step=go_on).adapter
+    for name, factors in fresh.items():
+        assert not factors.b.any()
+        np.testing.assert_array_equal(factors.a, trainer.FRESH_ROWS * filled[name].a)
+        assert 0.9 < np.abs(filled[name].a).max() * math.sqrt(factors.shape[1]) <= 1.0
+
+
 # --- equalities ----------------------------------------------------------------------------------
 
 

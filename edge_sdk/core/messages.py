@@ -128,9 +128,13 @@ class JoinReply:
 
 @dataclass(frozen=True)
 class Ask:
-    """A device asks for work at the rank it has chosen."""
+    """A device asks for work at the rank it has chosen.
+
+    `carry_rank`: the most components of the global adapter that it can hold frozen beside; 0 for none.
+    """
 
     rank: int
+    carry_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class Assignment:
     id: str
     version: int
     rank: int
-    carry_rank: int  # components of the global adapter to hold frozen; 0 unless the rule is `carry`
+    carry_rank: int  # components of `version` to hold frozen, at most those asked for; 0 but for `carry`
     steps: int
     seed: int
     expires_in_s: float

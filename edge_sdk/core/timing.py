@@ -34,7 +34,7 @@ def work(facts: ModelFacts, setting: Setting, batch: int) -> Work:
     """The work of one optimiser step over `batch` examples of the setting's whole sequence length.
 
     A product of (m, k) and (k, n) is 2·m·k·n operations. Frozen matrices: the forward pass and the gradient
-    of their input; trained factors: the gradient of the factor as well; recomputation: the forward pass again.
+    of their input; trained factors: that of the factor as well; recomputation: the forward pass again.
     The attention itself is causal: half of (length × length) scores, twice, and 2.5 times that backwards
     (Dao et al. 2022, arXiv:2205.14135, appendix B).
     """

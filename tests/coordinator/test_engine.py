@@ -108,17 +108,17 @@ def test_a_device_contributes_once_to_a_version() -> None:
     assert "version 0" in answer.reason
     engine.handle(stored("x", "e"), 3.0)
     engine.handle(Merged(1, 4), 4.0)
-    assert granted(engine.handle(Asked("d", 4, "a3"), 5.0)).lease == Lease(
-        "a3", "d", 1, 4, 605.0, live_rank=4
+    assert granted(engine.handle(Asked("d", 4, "a3", carry_rank=9), 5.0)).lease == Lease(
+        "a3", "d", 1, 4, 605.0, carry_rank=4
     )
 
 
 def test_a_device_that_asks_again_gets_the_grant_that_it_holds() -> None:
     engine = Engine(Policy(lease_s=600.0), State(version=2, version_rank=7))
-    first = granted(engine.handle(Asked("d", 4, "a1"), 0.0))
-    again = granted(engine.handle(Asked("d", 4, "a2"), 599.0))
-    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, live_rank=7))
-    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, live_rank=7))
+    first = granted(engine.handle(Asked("d", 4, "a1", carry_rank=8), 0.0))
+    again = granted(engine.handle(Asked("d", 4, "a2", carry_rank=9), 599.0))
+    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7))
+    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7))
 
 
 def test_asking_at_another_rank_replaces_the_grant() -> None:
@@ -128,6 +128,22 @@ def test_asking_at_another_rank_replaces_the_grant() -> None:
     assert expired == Expired(first)
     assert isinstance(grant, Grant)
     assert (grant.lease.assignment, grant.lease.rank) == ("a2", 2)
+
+
+@pytest.mark.parametrize(("asked", "granted_rank"), [(0, 0), (3, 3), (7, 7), (99, 7)])
+def test_the_carry_rank_is_what_the_device_can_hold_of_what_there_is(asked: int, granted_rank: int) -> None:
+    engine = Engine(Policy(), State(version=2, version_rank=7))
+    assert granted(engine.handle(Asked("d", 4, "a1", asked), 0.0)).lease.carry_rank == granted_rank
+
+
+def test_a_device_that_can_hold_less_than_before_gets_another_grant() -> None:
+    engine = Engine(Policy(), State(version=2, version_rank=7))
+    first = granted(engine.handle(Asked("d", 4, "a1", 5), 0.0)).lease
+    assert engine.handle(Asked("d", 4, "a2", 6), 1.0) == [Grant(first)]  # more memory changes nothing
+    expired, grant = engine.handle(Asked("d", 4, "a3", 4), 2.0)
+    assert expired == Expired(first)
+    assert isinstance(grant, Grant)
+    assert (grant.lease.assignment, grant.lease.carry_rank) == ("a3", 4)
 
 
 @pytest.mark.parametrize("mode", ["buffered", "synchronous"])

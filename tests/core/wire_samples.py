@@ -60,7 +60,7 @@ RECORDS: tuple[Any, ...] = (
     FEDERATION,
     messages.JoinRequest("attic", BASE.fingerprint, {"memory": "8 GiB"}),
     messages.JoinReply("d-1", "secret", FEDERATION),
-    messages.Ask(4),
+    messages.Ask(4, carry_rank=12),
     messages.Assignment(id="a-1", version=7, rank=4, carry_rank=16, steps=20, seed=99, expires_in_s=600.0),
     messages.NotNow(5.0, "nothing to do"),
     messages.Heartbeat(7),
