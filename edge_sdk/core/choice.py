@@ -1,6 +1,6 @@
 """The choice of how a device trains: the largest rank that its memory, its time and its link carry.
 
-Ranks come first. Only where no rank of the ladder fits is the way of training changed, in this order, from
+Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where no rank of the ladder fits is the way of training changed, in this order, from
 what costs nothing of the result to what does:
 
 1. smaller micro-batches, whose gradients add up (rounding alone differs);
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from edge_sdk.core.carried import CarriedDtype, splits
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import ModelFacts
 from edge_sdk.core.memory import CPU, UPLOAD_BYTES, Placement, estimate, human_bytes
@@ -70,7 +71,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RankChoice:
-    """How to train, and why. `candidates`: every rank of the ladder, trained in the chosen way."""
+    """How to train, and why. `candidates`: all there is to choose from in the chosen way, best first."""
 
     setting: Setting
     limits: Limits
@@ -103,7 +104,7 @@ def choose(
         facts: the base model.
         training: what the federation asks for.
         ladder: ranks in any order.
-        carry_rank: components of the global adapter to hold frozen; 0 for none.
+        carry_rank: components of the global adapter that there are to hold frozen; 0 for none.
         limits: what an assignment may take.
         device: what the predictions rest on.
         longest: tokens of the longest local example, where known.
@@ -112,21 +113,44 @@ def choose(
         InputError: an impossible ladder, or nothing fits; says what is needed and what would help.
     """
     check_ladder(facts, ladder)
-    rising = sorted(ladder, key=facts.adapter_values)
     length = min(training.sequence_len, longest or training.sequence_len)
     tried: tuple[Candidate, ...] = ()
     for way in _ways(training.batch, length):
-        settings = [replace(way, ranks=ranks, carry_rank=carry_rank) for ranks in rising]
+        settings = [
+            replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype)
+            for ranks, carried, dtype in _preferred(facts, ladder, carry_rank)
+        ]
         tried = tuple(_candidate(facts, setting, training, limits, device) for setting in settings)
         in_memory = [c for c in tried if c.peak_bytes <= limits.budget_bytes]
         if in_memory:
-            chosen = ([c for c in in_memory if c.fits] or in_memory[:1])[-1]
+            chosen = next((c for c in in_memory if c.fits), in_memory[-1])
             return RankChoice(chosen.setting, limits, tried, _reason(chosen, tried, training, length))
-    least = tried[0]
+    least = min(tried, key=lambda candidate: candidate.peak_bytes)
     raise InputError(
         f"not enough memory to train: {least.setting} needs {human_bytes(least.peak_bytes)}, the budget is "
         f"{human_bytes(limits.budget_bytes)}; close other programs, raise the budget, or ask the host for a "
         "smaller base model"
+    )
+
+
+def _preferred(
+    facts: ModelFacts, ladder: Sequence[Ranks], carry_rank: int
+) -> list[tuple[Ranks, int, CarriedDtype]]:
+    """What to train and what to carry, best first: by size; under `carry` in the order that was measured.
+
+    Unequal ranks stand where their larger one does.
+    """
+    falling = sorted(ladder, key=facts.adapter_values, reverse=True)
+    if carry_rank == 0:
+        return [(ranks, 0, "float32") for ranks in falling]
+    order = splits([ranks.largest for ranks in falling], carry_rank)
+    return list(
+        dict.fromkeys(
+            (ranks, split.carry_rank, split.dtype)
+            for split in order
+            for ranks in falling
+            if ranks.largest == split.rank
+        )
     )
 
 
@@ -195,12 +219,15 @@ def _reason(chosen: Candidate, candidates: Sequence[Candidate], training: Traini
     text = f"rank {chosen.setting.ranks} needs {human_bytes(chosen.peak_bytes)}"
     if chosen.why_not:
         text += f"; no rank is quick enough: it {chosen.why_not}, and late work still counts"
-    larger = candidates[candidates.index(chosen) + 1 :]
-    if not larger:
+    setting = chosen.setting
+    if setting.carry_rank:
+        text += f" with {setting.carry_rank} components carried in {setting.carried_dtype}"
+    better = candidates[: candidates.index(chosen)]
+    if not better:
         text += "; it is the top of the ladder"
     elif not chosen.why_not:
-        text += f"; rank {larger[0].setting.ranks} {larger[0].why_not}"
-    setting = chosen.setting
+        carried = f" with {better[-1].setting.carried_dtype}" if better[-1].rank == chosen.rank else ""
+        text += f"; rank {better[-1].setting.ranks}{carried} {better[-1].why_not}"
     changes = []
     if setting.micro_batch < training.batch:
         changes.append(f"the batch of {training.batch} runs {setting.micro_batch} at a time")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from edge_sdk.core.carried import BYTES_PER_VALUE
 from edge_sdk.core.facts import ModelFacts, facts_from_config
 from edge_sdk.core.setting import Optimizer, Setting
 
@@ -51,14 +52,13 @@ class Placement:
     """Where and how training computes. `compute_bytes`: 4 for float32, 2 for bfloat16."""
 
     compute_bytes: int
-    carried_bytes: float  # per value of the frozen carried adapter
     heap_spread: float  # see GLIBC_HEAP_SPREAD; 0 where the allocator does not fragment
     weight_bytes: float = NF4_BYTES  # per parameter of the linear layers; `compute_bytes` if not quantised
     framework_bytes: int = 0  # a process that has trained a model of no size; measured, never assumed
 
 
-CPU = Placement(compute_bytes=4, carried_bytes=4, heap_spread=GLIBC_HEAP_SPREAD)
-ACCELERATOR = Placement(compute_bytes=2, carried_bytes=2, heap_spread=0.0)
+CPU = Placement(compute_bytes=4, heap_spread=GLIBC_HEAP_SPREAD)
+ACCELERATOR = Placement(compute_bytes=2, heap_spread=0.0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def estimate(facts: ModelFacts, setting: Setting, placement: Placement = CPU) ->
         other_weights=placement.compute_bytes * facts.other_parameters,
         factors=FACTOR_BYTES * trained,
         moments=round(MOMENT_BYTES[setting.optimizer] * trained),
-        carried=round(placement.carried_bytes * carried),
+        carried=round(BYTES_PER_VALUE[setting.carried_dtype] * carried),
         activations=kept + cast * trained // (facts.layers if setting.checkpointing else 1),
         logits=_logit_bytes(tokens * facts.vocab, placement.compute_bytes),
         backward=backward + (block if setting.checkpointing else 0),

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.errors import InputError
 
 Optimizer = Literal["adamw", "adamw8bit"]
@@ -84,6 +85,7 @@ class Setting:
     micro_batch: int
     checkpointing: bool = False
     optimizer: Optimizer = "adamw"
+    carried_dtype: CarriedDtype = "float32"
 
     def __post_init__(self) -> None:
         if min(self.sequence_len, self.micro_batch) < 1 or self.carry_rank < 0:
@@ -94,7 +96,7 @@ class Setting:
 
     def __str__(self) -> str:
         parts = [f"rank {self.ranks}", f"{self.micro_batch} × {self.sequence_len} tokens at a time"]
-        parts += [f"carrying {self.carry_rank}"] if self.carry_rank else []
+        parts += [f"carrying {self.carry_rank} in {self.carried_dtype}"] if self.carry_rank else []
         parts += ["checkpointing"] if self.checkpointing else []
         parts += ["8-bit optimiser"] if self.optimizer == "adamw8bit" else []
         return ", ".join(parts)
