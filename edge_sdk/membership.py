@@ -9,7 +9,7 @@ from edge_sdk import session as sessions
 from edge_sdk.callbacks import Teller
 from edge_sdk.core.errors import InputError, OurFault, Unreachable
 from edge_sdk.core.messages import Federation
-from edge_sdk.journal import Journal
+from edge_sdk.journal import DIGESTS, Journal
 from edge_sdk.options import Options, default_state_dir
 from edge_sdk.session import Session
 from edge_sdk.transport import Transport
@@ -79,7 +79,7 @@ class Membership:
         if not token:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self.close()
-        self._transport = Transport(self.url, token)
+        self._transport = Transport(self.url, token, self.journal.link)
         federation = self._transport.federation()
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
@@ -93,12 +93,12 @@ class Membership:
             )
         reply = self._transport.join(enrolment.request(fingerprint, self.options))
         self._transport.close()
-        self._transport = Transport(self.url, reply.credential)
+        self._transport = Transport(self.url, reply.credential, self.journal.link)
         self.save(sessions.joined(self.url, reply))
         self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
 
     def _fingerprint(self, federation: Federation) -> str:
-        return enrolment.fingerprint(federation, self.options, self.journal.folder / "digests.json")
+        return enrolment.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
 
     def save(self, session: Session) -> None:
         """Make `session` the one that survives."""

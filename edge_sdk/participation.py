@@ -93,12 +93,12 @@ class Participation:
         """All that needs no weights: read the data, join, see whether the memory is enough."""
         from edge_sdk import dataset
 
-        if self._enrolled:
-            return
-        if self._data:
+        if self._data and not self._enrolled:
             dataset.load_examples(self._data)  # a mistake in it is told before anything else is done
         with self._doing("an answer of the coordinator, or the check of the base model"):
             self._membership.connect()
+        if self._enrolled:
+            return
         if self._data:
             federation = self._membership.federation
             self._fitting = Fitting(federation, self._options, self._membership.journal)

@@ -26,7 +26,10 @@ from edge_sdk.core.messages import Base
 from edge_sdk.manners import Conditions, Surroundings
 from edge_sdk.options import Event, Options
 from edge_sdk.surroundings import Watch
+from edge_sdk.trainer import Trainer
 from edge_sdk.training import Start
+from edge_sdk.worker import Worker
+from edge_sdk.worker_messages import Finished
 from tests.models import build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment
 from tests.test_federation import checkpointed_step, configuration, wait_for_version, write_data
@@ -54,7 +57,7 @@ def make(coordinator: CoordinatorProcess, tmp_path: Path) -> Iterator[Callable[.
     made: list[Agent] = []
 
     def build(name: str = "red", data: bool = True, **arguments: Any) -> Agent:
-        options = arguments.pop("options", {})
+        options = {"isolate": False} | arguments.pop("options", {})
         agent = Agent(
             coordinator.url,
             data=write_data(tmp_path / f"{name}.jsonl", name) if data else None,
@@ -76,6 +79,14 @@ def make(coordinator: CoordinatorProcess, tmp_path: Path) -> Iterator[Callable[.
     for agent in made:
         agent.stop(PATIENCE_S)
         agent.close()
+
+
+def trainer_of(agent: Agent) -> Trainer:
+    """The trainer of an agent that trains in this process."""
+    agent.prepare()
+    worker = agent._part.model.worker()
+    assert isinstance(worker, Worker)
+    return worker._trainer
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -107,13 +118,18 @@ def test_a_paused_assignment_goes_on_to_the_same_bits(make: Callable[..., Agent]
         seen.append((reason, agent._part.model.loaded, checkpointed_step(agent.journal.checkpoint)))
 
     agent = make(on_event=events.append, callbacks=Callbacks(on_progress=on_progress, on_pause=on_pause))
-    put = agent.journal.put_outbox
-    agent.journal.put_outbox = lambda data: (delivered.append(data), put(data))[1]  # type: ignore[method-assign]
-    trainer = weakref.ref(agent.prepare())
+    trainer = weakref.ref(trainer_of(agent))
+    hand_in = agent._part._work._hand_in
+
+    def keep(done: Finished) -> None:
+        delivered.append(agent.journal.outbox.read_bytes())
+        hand_in(done)
+
+    agent._part._work._hand_in = keep  # type: ignore[method-assign]
     agent.start()
     wait_until(lambda: len(seen) == 1)
     assert trainer() is None  # nothing holds the model any more
-    work, plan = agent._membership.session.current(), agent._part._work._plan()
+    work, job = agent._membership.session.current(), agent._part._work._job((None, None))
     agent.generate("turn the red light on", 4)
     agent.resume()
     wait_until(lambda: len(seen) == 2)
@@ -125,9 +141,9 @@ def test_a_paused_assignment_goes_on_to_the_same_bits(make: Callable[..., Agent]
     first = [event.step for event in events if event.kind == "step"][:STEPS]
     assert first == list(range(1, STEPS + 1))
 
-    unbroken = agent.prepare().train(
-        Start(None, None, work.rank, work.seed), agent._part._examples, plan, on_step=lambda _: "continue"
-    )
+    it, worker = trainer_of(agent), agent._part.model.worker()
+    rows = worker._rows_of(job.plan.sequence_len)  # type: ignore[union-attr]
+    unbroken = it.train(Start(None, None, work.rank, work.seed), rows, job.plan, on_step=lambda _: "continue")
     assert codec.encode(unbroken.adapter, agent.federation.scaling) == delivered[0]
 
 
@@ -192,7 +208,7 @@ def test_paused_work_that_can_count_no_more_is_dropped(make: Callable[..., Agent
 def test_stop_says_what_it_waits_for(make: Callable[..., Agent]) -> None:
     """A step that does not end: stop returns all the same, and the run ends after the step."""
     agent = make()
-    trainer = agent.prepare()
+    trainer = trainer_of(agent)
     begun, over = threading.Event(), threading.Event()
     step = trainer._step
 
@@ -316,7 +332,7 @@ def test_a_newer_version_is_swapped_in_beside_training(make: Callable[..., Agent
     versions: list[int] = []
     agent = make(callbacks=Callbacks(on_new_adapter=versions.append))
     assert agent.run(updates=1) == 1
-    model = agent.prepare().base.model
+    model = trainer_of(agent).base.model
     wait_for_version(agent, 1)
     agent.start()
     prompt, said = "turn the red light on", {}
@@ -326,13 +342,11 @@ def test_a_newer_version_is_swapped_in_beside_training(make: Callable[..., Agent
         time.sleep(0.3)
     agent.stop(PATIENCE_S)
     assert versions == sorted(set(versions))
-    trainer = agent.prepare()
+    trainer = trainer_of(agent)
     assert trainer.base.model is model
-    assert trainer.served is not None
-    version, adapter = agent.newest()
+    _, adapter = agent.newest()
     agent._part.serving._due = 0.0
     assert agent.generate(prompt, 12) == trainer.generate(adapter, [prompt], 12)[0]
-    assert trainer.served[0] == version
 
 
 def test_a_device_without_data_follows_and_answers(

@@ -9,6 +9,7 @@ import pytest
 from edge_sdk import session as sessions
 from edge_sdk.core.errors import InternalError
 from edge_sdk.core.messages import Assignment, JoinReply, Update
+from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.session import Session
 from tests.core.wire_samples import FEDERATION
 
@@ -16,7 +17,8 @@ WORK = Assignment(id="a", version=7, rank=4, carry_rank=16, steps=20, seed=9, ex
 UPDATE = Update("ab" * 32, 100, 4, 160, 20, 2.5, 1.25, 30.5)
 
 IDLE = sessions.joined("http://host", JoinReply("d", "secret", FEDERATION))
-TRAINING = sessions.assigned(IDLE, WORK, micro_batch=2)
+SETTING = Setting(Ranks.uniform(4), carry_rank=0, sequence_len=32, micro_batch=2)
+TRAINING = sessions.assigned(IDLE, WORK, setting=SETTING)
 OUTBOX = sessions.trained(TRAINING, UPDATE)
 
 
@@ -26,11 +28,11 @@ def test_joining_gives_an_idle_member() -> None:
 
 
 def test_the_round_of_one_update() -> None:
-    assert (TRAINING.phase, TRAINING.current(), TRAINING.micro_batch) == ("training", WORK, 2)
+    assert (TRAINING.phase, TRAINING.current(), TRAINING.way()) == ("training", WORK, SETTING)
     assert TRAINING.last_version == 7
     assert (OUTBOX.phase, OUTBOX.current(), OUTBOX.update) == ("outbox", WORK, UPDATE)
     after = sessions.delivered(OUTBOX, current_version=9)
-    assert (after.phase, after.assignment, after.update, after.micro_batch) == ("idle", None, None, 0)
+    assert (after.phase, after.assignment, after.update, after.setting) == ("idle", None, None, None)
     assert (after.delivered, after.last_version) == (1, 9)
     assert after.credential == IDLE.credential
 
