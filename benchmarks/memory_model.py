@@ -107,7 +107,7 @@ def measure(directory: Path, setting: Setting) -> dict[str, Any]:
     draw = np.random.default_rng(0).integers(5, 4000, (batch, length))
     rows = [Tokenised(ids=tuple(map(int, row)), labels=tuple(map(int, row))) for row in draw]
     plan = Plan(STEPS, batch, batch, length, 1e-3, checkpointing=setting.checkpointing)
-    process_memory.give_back()
+    base_model.release_memory()
     process_memory.reset_peak()
     done = trainer.train(
         Start(None, None, setting.ranks.largest, 0), rows, plan, on_step=lambda _: "continue"

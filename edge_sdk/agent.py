@@ -33,7 +33,7 @@ from edge_sdk.participation import Participation
 from edge_sdk.transport import Transport
 
 if TYPE_CHECKING:
-    from edge_sdk.trainer import Trainer
+    pass
 
 log = logging.getLogger("edge_sdk")
 
@@ -167,7 +167,7 @@ class Agent:
         self._tell("stopped", f"stopped after {done} updates")
         return done
 
-    def prepare(self) -> Trainer:
+    def prepare(self) -> RankChoice:
         """Everything before the first assignment: read the data, join, choose the rank, load the base."""
         try:
             return self._part.prepare()
@@ -228,9 +228,7 @@ class Agent:
     @property
     def choice(self) -> RankChoice:
         """The rank that was chosen, and why."""
-        if self._part.choice is None:
-            raise InputError("the rank is chosen when the agent has prepared; call prepare() first")
-        return self._part.choice
+        return self._part.fitting.choice
 
     @property
     def federation(self) -> Federation:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk import session as sessions
-from edge_sdk.core import codec
 from edge_sdk.core.errors import NotFound, OurFault, StaleUpdate, TheirFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Directive, Heartbeat, Update
 from edge_sdk.membership import Membership
 from edge_sdk.published import PublishedAdapters
+from edge_sdk.training import Plan
+from edge_sdk.worker_messages import Finished, Job
 
 if TYPE_CHECKING:
-    from edge_sdk.dataset import Tokenised
-    from edge_sdk.trainer import Plan, Start, StepReport, Trained, Trainer
-    from edge_sdk.training import StepAnswer
+    from edge_sdk.resident import Trainee
+    from edge_sdk.training import StepAnswer, StepReport
 
 
 class AssignmentRun:
@@ -40,71 +40,81 @@ class AssignmentRun:
 
     # --- training ---
 
-    def train(self, start: Start, trainer: Trainer, examples: Sequence[Tokenised]) -> None:
-        """Train the assignment in hand, from its checkpoint if there is one, into the outbox.
-
-        Raises:
-            Interrupted: left off with a checkpoint.
-        """
-        from edge_sdk.training import Abandoned
-
-        work, journal = self._membership.session.current(), self._membership.journal
-        plan = self._plan()
-        text = f"training version {work.version} at rank {work.rank}, {work.steps} steps"
-        self._tell("training", text, steps=work.steps, version=work.version)
-        try:
-            done = trainer.train(start, examples, plan, on_step=self._on_step, checkpoint=journal.checkpoint)
-        except Abandoned:
-            self._membership.drop("the coordinator no longer needs it")
-            return
-        self._put_in_outbox(done)
-
-    def fetch(self) -> Start:
-        """What the rule trains from, downloaded.
+    def fetch(self) -> tuple[Path | None, Path | None]:
+        """The files that the rule trains from, downloaded: what is trained itself, what is carried.
 
         Raises:
             TransferStopped: left off in the middle; the next attempt goes on from there.
         """
-        from edge_sdk.training import Start
-
         work = self._membership.session.current()
         if self._membership.federation.rule == "carry":
             rank = work.carry_rank
-            carried = self._published.fetch(work.version, rank, "work", self._interrupted) if rank else None
-            return Start(adapter=None, carried=carried, rank=work.rank, seed=work.seed)
-        served = self._published.fetch(work.version, work.rank, "work", self._interrupted)
-        return Start(adapter=served, carried=None, rank=work.rank, seed=work.seed)
+            return None, self._published.have(work.version, rank, "work", self._interrupted) if rank else None
+        return self._published.have(work.version, work.rank, "work", self._interrupted), None
 
-    def _plan(self) -> Plan:
-        from edge_sdk.training import Plan
+    def train(self, files: tuple[Path | None, Path | None], worker: Trainee) -> Finished | None:
+        """Train the assignment in hand, from its checkpoint if there is one, into the outbox.
 
-        session, training = self._membership.session, self._membership.federation.training
-        work = session.current()
-        return Plan(
+        None if the coordinator no longer needs it.
+
+        Raises:
+            Interrupted: left off with a checkpoint.
+            OutOfMemory, WorkerDied: as `WorkerProcess.train`.
+        """
+        from edge_sdk.training import Abandoned
+
+        work = self._membership.session.current()
+        job = self._job(files)
+        text = f"training version {work.version} at rank {job.ranks}, {work.steps} steps"
+        self._tell("training", text, steps=work.steps, version=work.version)
+        try:
+            done = worker.train(job, self._on_step)
+        except Abandoned:
+            self._membership.drop("the coordinator no longer needs it")
+            return None
+        self._hand_in(done)
+        return done
+
+    def _job(self, files: tuple[Path | None, Path | None]) -> Job:
+        session, journal = self._membership.session, self._membership.journal
+        work, training, setting = session.current(), session.federation.training, session.way()
+        plan = Plan(
             steps=work.steps,
             batch=training.batch,
-            micro_batch=session.micro_batch,
-            sequence_len=training.sequence_len,
+            micro_batch=setting.micro_batch,
+            sequence_len=setting.sequence_len,
             learning_rate=training.learning_rate_at(work.version),
             duty=self._membership.options.duty,
             checkpoint_s=training.checkpoint_s,
+            checkpointing=setting.checkpointing,
+            optimizer=setting.optimizer,
+        )
+        adapter, carried = files
+        return Job(
+            ranks=setting.ranks,
+            seed=work.seed,
+            plan=plan,
+            checkpoint=str(journal.checkpoint),
+            outbox=str(journal.outbox),
+            adapter=str(adapter) if adapter else None,
+            carried=str(carried) if carried else None,
+            carry_rank=work.carry_rank,
+            carried_dtype=setting.carried_dtype,
         )
 
-    def _put_in_outbox(self, done: Trained) -> None:
-        session, journal = self._membership.session, self._membership.journal
-        adapter = codec.encode(done.adapter, session.federation.scaling)
-        journal.put_outbox(adapter)
+    def _hand_in(self, done: Finished) -> None:
+        """What lies in the outbox is the outcome from now on."""
         update = Update(
-            digest=hashlib.sha256(adapter).hexdigest(),
-            size_bytes=len(adapter),
-            rank=session.current().rank,
+            digest=done.digest,
+            size_bytes=done.size_bytes,
+            rank=done.rank,
             examples=done.examples,
             steps=done.steps,
             loss_before=done.loss_before,
             loss_after=done.loss_after,
             train_s=done.seconds,
         )
-        self._membership.save(sessions.trained(session, update))
+        self._membership.save(sessions.trained(self._membership.session, update))
 
     # --- heartbeats ---
 
@@ -164,6 +174,6 @@ class AssignmentRun:
             return 0
         self._membership.save(sessions.delivered(session, reply.current_version))
         journal.clear_work()
-        text = f"delivered rank {work.rank} from version {work.version}, loss {update.loss_after:.3f}"
+        text = f"delivered rank {update.rank} from version {work.version}, loss {update.loss_after:.3f}"
         self._tell("delivered", text, loss=update.loss_after, version=work.version)
         return 1

@@ -25,7 +25,7 @@ def framework_bytes(device: str = "auto", quantise: bool = True) -> int:
     plan = Plan(steps=2, batch=1, micro_batch=1, sequence_len=len(ROW.ids), learning_rate=1e-3)
     trainer.train(Start(None, None, 1, 0), [ROW], plan, on_step=_go_on)
     del base, trainer
-    process_memory.give_back()
+    base_model.release_memory()
     return process_memory.context_bytes(place) if place.type == "cuda" else process_memory.resident_bytes()
 
 

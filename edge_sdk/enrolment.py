@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_sdk.core import choice
 from edge_sdk.core.errors import BaseMismatch, InputError
-from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.memory import human_bytes
+from edge_sdk.core.facts import ModelFacts, facts_from_config
+from edge_sdk.core.memory import Placement, estimate, human_bytes
 from edge_sdk.core.messages import Federation, JoinRequest
-from edge_sdk.core.setting import Ranks
+from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.core.timing import StepTime
 from edge_sdk.link import Link
 from edge_sdk.model_files import read_config, resolve
@@ -77,56 +78,92 @@ class Decision:
     notice: str = ""
 
 
-def decide(federation: Federation, options: Options, known: Known = Known()) -> Decision:
-    """The rank to train, in 4 bits where that works on this device, and otherwise unquantised if that fits.
+def decide(
+    federation: Federation,
+    options: Options,
+    known: Known = Known(),
+    ladder: Sequence[Ranks] | None = None,
+    carried: int | None = None,
+) -> Decision:
+    """How to train, in 4 bits where that works on this device, and otherwise unquantised if that fits.
+
+    Args:
+        federation: what to train for.
+        options: the device's.
+        known: what it has measured of itself.
+        ladder: the ranks to choose from, if not all that the device may.
+        carried: components to carry, no more and no fewer, if that is settled.
 
     Raises:
         InputError: the memory is not enough, or would only be in 4 bits, which fail here; says why.
     """
+
+    def choose(quantise: bool) -> choice.RankChoice:
+        return choose_rank(federation, options, quantise, known, ladder, carried)
+
     if not options.quantise:
-        return Decision(choose_rank(federation, options, False, known), quantise=False)
+        return Decision(choose(False), quantise=False)
     tried = four_bit_works(options.device, cache_dir())
     if tried.ok:
-        return Decision(choose_rank(federation, options, True, known), quantise=True)
+        return Decision(choose(True), quantise=True)
     if not tried.importable:
         # PEFT imports bitsandbytes wherever it finds it, quantised or not; None is Python's own mark for a
         # module that is not to be found.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     notice = f"4-bit training does not work here: {tried.reason}"
     try:
-        unquantised = choose_rank(federation, options, False, known)
+        unquantised = choose(False)
     except InputError as error:
         raise InputError(f"{notice}; unquantised, {error}; `edge-sdk doctor` says what mends it") from error
     return Decision(unquantised, quantise=False, notice=f"{notice}; training goes on unquantised")
 
 
 def choose_rank(
-    federation: Federation, options: Options, quantise: bool, known: Known = Known()
+    federation: Federation,
+    options: Options,
+    quantise: bool,
+    known: Known = Known(),
+    ladder: Sequence[Ranks] | None = None,
+    carried: int | None = None,
 ) -> choice.RankChoice:
     """How to train: the largest rank of the ladder that this device carries, with the base in 4 bits or not.
 
     Raises:
         InputError: not even the smallest fits; says what it needs and what would help.
     """
-    from edge_sdk import base_model
-
-    placement = base_model.placement(options.device, quantise)
+    to_carry = federation.rank_cap if federation.rule == "carry" else 0
     return choice.choose(
-        facts_from_config(read_config(resolve(model_of(federation, options))), federation.base.modules),
+        facts_of(federation, options),
         federation.training,
-        ladder_of(federation, options),
-        federation.rank_cap if federation.rule == "carry" else 0,
+        ladder or ladder_of(federation, options),
+        choice.Carry(to_carry if carried is None else carried, settled=carried is not None),
         choice.Limits(
             budget_bytes(options),
             federation.lease_s,
             known.link.upload_bytes_s,
             known.link.download_bytes_s,
         ),
-        choice.Device(
-            replace(placement, framework_bytes=known.framework_bytes), known.times, known.correction
-        ),
+        choice.Device(placement(options, quantise, known), known.times, known.correction),
         known.longest,
     )
+
+
+def predicted_bytes(federation: Federation, options: Options, quantise: bool, setting: Setting) -> int:
+    """The uncorrected prediction for a setting, without what the libraries take."""
+    return estimate(facts_of(federation, options), setting, placement(options, quantise, Known())).peak_bytes
+
+
+def facts_of(federation: Federation, options: Options) -> ModelFacts:
+    """What the predictions need to know of the federation's base."""
+    return facts_from_config(read_config(resolve(model_of(federation, options))), federation.base.modules)
+
+
+def placement(options: Options, quantise: bool, known: Known) -> Placement:
+    """Where and how this device computes."""
+    from edge_sdk import base_model
+
+    place = base_model.placement(options.device, quantise)
+    return replace(place, framework_bytes=known.framework_bytes)
 
 
 def ladder_of(federation: Federation, options: Options) -> list[Ranks]:

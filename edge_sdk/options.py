@@ -29,6 +29,7 @@ Kind = Literal[
     "resumed",
     "adapter",  # a newer version of the global adapter is there
     "notice",
+    "memory",  # training ran out of memory and goes on in a smaller way
 ]
 
 
@@ -53,12 +54,14 @@ class Options:
     state_dir: Path | None = None  # default: a folder below the user's cache
     profile: DeviceProfile | None = None  # default: measured
     memory_budget_bytes: int | None = None  # default: half of what is free
+    budget_covers_libraries: bool = True  # whether the budget is of the whole process that trains
     ranks: Ranks | None = None  # default: the largest of the federation's ladder that fits
     duty: float = 1.0  # share of the time that may be spent computing
     threads: int = 1
     nice: int = 10  # of the thread that trains, where the system has that; 0 leaves it alone
     conditions: Conditions = field(default_factory=Conditions)  # under which to train; default: any
     device: str = "auto"  # torch device
+    isolate: bool = True  # train in a process of its own; False where no interpreter can be started
     quantise: bool = True  # where it works; the preflight says whether it does
     progress: bool | None = False  # bars on stderr; None shows them on a terminal
 

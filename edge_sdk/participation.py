@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,19 +16,28 @@ from edge_sdk import session as sessions
 from edge_sdk.assignment_run import AssignmentRun
 from edge_sdk.callbacks import PAUSED
 from edge_sdk.core.choice import RankChoice
-from edge_sdk.core.errors import EdgeError, NotFound, OurFault, StaleUpdate, Unreachable
+from edge_sdk.core.errors import (
+    EdgeError,
+    InputError,
+    NotFound,
+    OurFault,
+    OutOfMemory,
+    StaleUpdate,
+    Unreachable,
+    WorkerDied,
+)
 from edge_sdk.core.messages import Ask, NotNow
+from edge_sdk.fitting import Fitting
 from edge_sdk.membership import Membership
 from edge_sdk.published import PublishedAdapters
 from edge_sdk.resident import ResidentModel
 from edge_sdk.serving import Serving
 from edge_sdk.surroundings import Watch
 from edge_sdk.transport import TransferStopped
+from edge_sdk.worker_messages import Setup
 
 if TYPE_CHECKING:
-    from edge_sdk.dataset import Example, Tokenised
-    from edge_sdk.trainer import Trainer
-    from edge_sdk.turns import Turns
+    from edge_sdk.resident import Trainee
 
 MAX_BACKOFF_S = 60.0
 SLICE_S = 0.25  # a waiting agent hears a pause or the end of one this soon
@@ -58,58 +68,74 @@ class Participation:
         journal = membership.journal
         published = PublishedAdapters(membership, journal.adapters if data else journal.folder / "served")
         self.serving = Serving(membership, published, self.model)
-        self.choice: RankChoice | None = None
+        self._fitting: Fitting | None = None
+        self._told_choice = False
         self._work = AssignmentRun(membership, published, self._interrupted)
-        self._raw: list[Example] = []
-        self._examples: list[Tokenised] = []
         self._backoff_s = 0.0
         self._enrolled = False
 
     # --- getting ready ---
 
-    def prepare(self) -> Trainer:
+    def prepare(self) -> RankChoice:
         """Everything before the first assignment."""
         self._enrol()
-        return self._ready()
+        self._ready()
+        return self.fitting.choice
+
+    @property
+    def fitting(self) -> Fitting:
+        """How this device trains now."""
+        if self._fitting is None:
+            raise InputError("the rank is chosen when the agent has prepared; call prepare() first")
+        return self._fitting
 
     def _enrol(self) -> None:
-        """All that needs no weights: read the data, join, choose the rank."""
+        """All that needs no weights: read the data, join, see whether the memory is enough."""
         from edge_sdk import dataset
 
-        if not self._enrolled:
-            self._raw = dataset.load_examples(self._data) if self._data else []
-        with self._doing("an answer of the coordinator, or the check of the base model"):
-            self._membership.connect()
         if self._enrolled:
             return
         if self._data:
-            self.choice = enrolment.choose_rank(
-                self._membership.federation, self._options, self._options.quantise
-            )
-            self._tell("rank", self.choice.reason)
+            dataset.load_examples(self._data)  # a mistake in it is told before anything else is done
+        with self._doing("an answer of the coordinator, or the check of the base model"):
+            self._membership.connect()
+        if self._data:
+            federation = self._membership.federation
+            self._fitting = Fitting(federation, self._options, self._membership.journal)
+            if self._fitting.decision.notice:
+                self._tell("unquantised", self._fitting.decision.notice)
         for what in manners.unmeasured(self._options.conditions, self.watch.look()):
             self._tell("notice", f"this machine does not tell {what}; that condition holds nothing back")
         self._enrolled = True
 
-    def _ready(self) -> Trainer:
-        """The base in memory, and the data in its tokens."""
-        from edge_sdk import dataset
-
+    def _ready(self) -> Trainee:
+        """The base in memory, and the way to train settled with what the libraries were measured to take."""
         with self._doing("the base model to load"):
-            trainer = self.model.trainer()
-            length = self._membership.federation.training.sequence_len
-            self._examples += [dataset.tokenise(e, trainer.base.tokenizer, length) for e in self._raw]
-            self._raw = []
-        return trainer
+            return self.model.worker()
 
-    def _load(self, turns: Turns) -> Trainer:
-        from edge_sdk import base_model, trainer
-
+    def _load(self) -> Trainee:
+        """A worker with the base loaded."""
         federation, options = self._membership.federation, self._options
-        base_model.use_threads(options.threads)
-        model = enrolment.model_of(federation, options)
-        base = base_model.load(model, device=options.device, quantise=options.quantise)
-        return trainer.Trainer(base, federation.base.modules, federation.scaling, options.progress, turns)
+        setup = Setup(
+            model=enrolment.model_of(federation, options),
+            modules=federation.base.modules,
+            scaling=federation.scaling,
+            data=str(self._data) if self._data else None,
+            device=options.device,
+            quantise=self._fitting.decision.quantise if self._fitting else options.quantise,
+            threads=options.threads,
+            niceness=options.nice,
+            progress=options.progress if options.progress is not None else sys.stderr.isatty(),
+            alone=options.isolate,
+        )
+        worker = _in_a_process(setup) if options.isolate else _in_this_process(setup)
+        if self._fitting is not None:
+            before = self._fitting.choice if self._told_choice else None
+            chosen = self._fitting.measured(worker.memory().framework_bytes)
+            if before is None or chosen.setting != before.setting:
+                self._tell("rank", chosen.reason)
+            self._told_choice = True
+        return worker
 
     # --- the loop ---
 
@@ -168,26 +194,47 @@ class Participation:
         self._ready()
         if self._interrupted():
             return
-        assert self.choice is not None
+        chosen = self.fitting.again()
         with self._doing("an answer of the coordinator"):
-            answer = self._membership.transport.ask(Ask(self.choice.rank, self.choice.setting.carry_rank))
+            answer = self._membership.transport.ask(Ask(chosen.rank, chosen.setting.carry_rank))
         if isinstance(answer, NotNow):
             self._tell("waiting", answer.reason)
             # Up to a quarter more, so that devices told the same do not come back together.
             self._rest(answer.retry_after_s * (1 + random.random() / 4))
             return
         self._membership.journal.clear_work()
-        self._membership.save(
-            sessions.assigned(self._membership.session, answer, self.choice.setting.micro_batch)
-        )
+        setting = self.fitting.setting_for(answer)
+        self._membership.save(sessions.assigned(self._membership.session, answer, setting))
 
     def _train(self) -> None:
+        """Train the work in hand; where memory runs out, go on in a smaller way the next time round."""
         with self._doing("a download"):
-            start = self._work.fetch()
-        trainer = self._ready()
-        if not self._interrupted():
+            files = self._work.fetch()
+        worker, session = self._ready(), self._membership.session
+        if self._interrupted():
+            return
+        try:
             with self._doing("the training step in hand"):
-                self._work.train(start, trainer, self._examples)
+                done = self._work.train(files, worker)
+        except OutOfMemory as error:
+            self._step_down(error)
+        except WorkerDied:
+            self.model.let_go()
+            raise
+        else:
+            if done is not None and self._options.isolate:
+                self.fitting.learn(session.way(), done.memory)
+
+    def _step_down(self, error: OutOfMemory) -> None:
+        """Choose a smaller way for the work in hand, with a fresh worker: what ran full stays ragged."""
+        self.model.let_go()
+        try:
+            smaller = self.fitting.smaller(self._membership.session.way())
+        except InputError:
+            self._membership.drop(str(error))
+            raise
+        self._membership.save(sessions.refitted(self._membership.session, smaller))
+        self._tell("memory", f"{error}; it goes on with {smaller}")
 
     def _follow(self) -> None:
         """A device without data: have the newest version here, and look again later."""
@@ -233,3 +280,23 @@ class Participation:
             yield
         finally:
             self.activity = ""
+
+
+def _in_a_process(setup: Setup) -> Trainee:
+    """A worker in a process of its own; if it cannot be made, none is left behind."""
+    from edge_sdk.worker_process import WorkerProcess
+
+    worker = WorkerProcess(setup)
+    try:
+        worker.prepare()
+    except BaseException:
+        worker.close()
+        raise
+    return worker
+
+
+def _in_this_process(setup: Setup) -> Trainee:
+    """A worker that shares the application's process, its libraries and its fate."""
+    from edge_sdk.worker import Worker
+
+    return Worker(setup)

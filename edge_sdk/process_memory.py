@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,15 +45,6 @@ def reset_peak() -> bool:
     except OSError:  # a container may forbid it
         return False
     return True
-
-
-def give_back() -> None:
-    """Collect garbage and hand free heap back to the system. Only glibc needs to be asked."""
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
-        if trim is not None:
-            trim(0)
 
 
 def context_bytes(device: torch.device) -> int:

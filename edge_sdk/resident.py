@@ -2,51 +2,56 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-from edge_sdk.turns import Turns
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from edge_sdk.trainer import Trainer
+    from edge_sdk.worker import Worker
+    from edge_sdk.worker_process import WorkerProcess
+
+    Trainee: TypeAlias = Worker | WorkerProcess
 
 
 class ResidentModel:
-    """At most one loaded base. Loading and letting go take a turn, as training steps and answers do.
+    """At most one worker with the base loaded, in a process of its own or in this one.
 
     Args:
-        load: makes a trainer that takes turns by the `Turns` it is given.
+        load: makes a worker that is prepared.
     """
 
-    def __init__(self, load: Callable[[Turns], Trainer]) -> None:
-        self.turns = Turns()
+    def __init__(self, load: Callable[[], Trainee]) -> None:
         self._load = load
-        self._trainer: Trainer | None = None
+        self._worker: Trainee | None = None
+        self._changing = threading.RLock()  # held while loading and letting go, and by whoever asks something
         self._asked_at = 0.0
 
-    def trainer(self) -> Trainer:
-        """The trainer, after loading the base if it is not here."""
-        with self.turns:
-            if self._trainer is None:
-                self._trainer = self._load(self.turns)
-            return self._trainer
+    def worker(self) -> Trainee:
+        """The worker, after loading the base if it is not here."""
+        with self._changing:
+            if self._worker is None:
+                self._worker = self._load()
+            return self._worker
+
+    def ask(self, question: Callable[[Trainee], list[str]]) -> list[str]:
+        """Ask the model something; it is not let go meanwhile."""
+        with self._changing:
+            try:
+                return question(self.worker())
+            finally:
+                self._asked_at = time.monotonic()
 
     @property
     def loaded(self) -> bool:
         """Whether the base is in memory."""
-        return self._trainer is not None
-
-    def note_answer(self) -> None:
-        """Somebody has just asked the model something, and may go on."""
-        self._asked_at = time.monotonic()
+        return self._worker is not None
 
     def let_go(self, unless_asked_s: float = 0.0) -> None:
         """Free its memory, after an answer in hand; not if somebody asked it in the last `unless_asked_s`."""
-        if self._trainer is None or time.monotonic() - self._asked_at < unless_asked_s:
+        if self._worker is None or time.monotonic() - self._asked_at < unless_asked_s:
             return
-        from edge_sdk import base_model
-
-        with self.turns:
-            self._trainer = None
-            base_model.release_memory()
+        with self._changing:
+            worker, self._worker = self._worker, None
+            if worker is not None:
+                worker.close()

@@ -5,16 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from edge_sdk.core.errors import OurFault, Unreachable
 from edge_sdk.core.lora import Adapter
 from edge_sdk.membership import Membership
 from edge_sdk.published import PublishedAdapters
 from edge_sdk.resident import ResidentModel
-
-if TYPE_CHECKING:
-    from edge_sdk.trainer import Trainer
+from edge_sdk.worker_messages import Question
 
 FRESH_S = 2.0  # how long a version that was asked for is taken for the newest
 OFFLINE_S = 15.0  # … and how long a coordinator that did not answer is left alone
@@ -67,26 +64,14 @@ class Serving:
         return status.version, self._published.fetch(status.version, min(rank or live, live), "serve")
 
     def load(self) -> None:
-        """The base into memory and the newest version into its place."""
+        """The base into memory, and the newest version onto the disk."""
         self.refresh()
-        with self._model.turns:
-            self._put_in_place()
-            self._model.note_answer()
+        self._model.ask(lambda worker: [])
 
     def generate(self, prompt: str, max_new_tokens: int, on_text: Callable[[str], None] | None) -> str:
         """Greedy answer to `prompt`; waits at most for one training step, and for the base to load."""
         self.refresh()
-        with self._model.turns:
-            trainer = self._put_in_place()
-            try:
-                with trainer.serving():
-                    return trainer.answer(prompt, max_new_tokens, on_text)
-            finally:
-                self._model.note_answer()
-
-    def _put_in_place(self) -> Trainer:
-        """The newest version into the loaded base, unless it is there already."""
-        trainer, newest = self._model.trainer(), self._newest
-        if trainer.served != newest:
-            trainer.serve(newest, self._published.fetch(*newest, "serve") if newest[1] else None)
-        return trainer
+        version, rank = self._newest
+        adapter = str(self._published.have(version, rank, "serve")) if rank else None
+        question = Question((prompt,), max_new_tokens, adapter)
+        return self._model.ask(lambda worker: worker.generate(question, on_text))[0]

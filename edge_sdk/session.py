@@ -16,6 +16,7 @@ from typing import Literal
 
 from edge_sdk.core.errors import InternalError
 from edge_sdk.core.messages import Assignment, Federation, JoinReply, Update
+from edge_sdk.core.setting import Setting
 
 Phase = Literal["idle", "training", "outbox"]
 
@@ -30,7 +31,7 @@ class Session:
     federation: Federation
     phase: Phase = "idle"
     assignment: Assignment | None = None  # while training or in the outbox
-    micro_batch: int = 0  # chosen with the rank of that assignment
+    setting: Setting | None = None  # how that assignment is trained
     update: Update | None = None  # while in the outbox
     delivered: int = 0
     last_version: int = 0  # newest version heard of
@@ -41,22 +42,34 @@ class Session:
             raise InternalError(f"no assignment in phase {self.phase}")
         return self.assignment
 
+    def way(self) -> Setting:
+        """How the assignment in hand is trained."""
+        if self.setting is None:
+            raise InternalError(f"no setting in phase {self.phase}")
+        return self.setting
+
 
 def joined(url: str, reply: JoinReply) -> Session:
     """A new member with nothing to do yet."""
     return Session(url, reply.device_id, reply.credential, reply.federation)
 
 
-def assigned(session: Session, assignment: Assignment, micro_batch: int) -> Session:
-    """Work was granted."""
+def assigned(session: Session, assignment: Assignment, setting: Setting) -> Session:
+    """Work was granted, and will be trained in this way."""
     _require(session, "idle")
     return replace(
         session,
         phase="training",
         assignment=assignment,
-        micro_batch=micro_batch,
+        setting=setting,
         last_version=assignment.version,
     )
+
+
+def refitted(session: Session, setting: Setting) -> Session:
+    """The work in hand goes on in another way."""
+    _require(session, "training")
+    return replace(session, setting=setting)
 
 
 def trained(session: Session, update: Update) -> Session:
@@ -78,7 +91,7 @@ def dropped(session: Session) -> Session:
 
 
 def _idle(session: Session) -> Session:
-    return replace(session, phase="idle", assignment=None, micro_batch=0, update=None)
+    return replace(session, phase="idle", assignment=None, setting=None, update=None)
 
 
 def _require(session: Session, *phases: Phase) -> None:

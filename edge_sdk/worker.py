@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from edge_sdk import base_model, priority, process_memory
+from edge_sdk.baseline import framework_bytes
 from edge_sdk.core import codec
 from edge_sdk.core.lora import Adapter, max_rank
 from edge_sdk.core.setting import Ranks
@@ -22,7 +23,7 @@ from edge_sdk.journal import write_durably
 from edge_sdk.out_of_memory import caught, out_of_memory
 from edge_sdk.trainer import Trainer
 from edge_sdk.training import Start, StepAnswer, StepReport
-from edge_sdk.worker_messages import Finished, Job, Memory, Prepared, Question, Setup
+from edge_sdk.worker_messages import Finished, Job, Memory, Prepared, Question, Setup, Word
 
 
 class Worker:
@@ -36,10 +37,12 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         began = time.monotonic()
         self._setup = setup
-        priority.lower_process(setup.niceness)
         base_model.use_threads(setup.threads)
         base_model.import_libraries()
-        self._framework_bytes = process_memory.resident_bytes()
+        self._framework_bytes = 0
+        if setup.alone:
+            priority.lower_process(setup.niceness)
+            self._framework_bytes = framework_bytes(setup.device, setup.quantise)
         self._examples = load_examples(Path(setup.data)) if setup.data else []
         self._rows: tuple[int, list[Tokenised]] = (0, [])
         self._asking = threading.Lock()
@@ -51,6 +54,7 @@ class Worker:
     def _load(self) -> None:
         setup = self._setup
         base = base_model.load(setup.model, device=setup.device, quantise=setup.quantise)
+        base_model.release_memory()
         self._trainer = Trainer(base, setup.modules, setup.scaling, setup.progress)
 
     # --- training ---
@@ -80,7 +84,7 @@ class Worker:
         self._begin_peak()
         adapter = self._cut(job.adapter, job.ranks)
         carried = self._cut(job.carried, Ranks.uniform(job.carry_rank) if job.carry_rank else None)
-        start = Start(adapter, carried, job.ranks, job.seed)
+        start = Start(adapter, carried, job.ranks, job.seed, job.carried_dtype)
         rows = self._rows_of(job.plan.sequence_len)
         done = self._trainer.train(start, rows, job.plan, on_step=on_step, checkpoint=Path(job.checkpoint))
         content = codec.encode(done.adapter, self._setup.scaling)
@@ -135,6 +139,14 @@ class Worker:
         for prompt in question.prompts:
             with self._trainer.serving():
                 answers.append(self._trainer.answer(prompt, question.max_new_tokens, on_text))
+
+    def tell(self, word: Word) -> None:
+        """Of a worker in the application's process the answer of `on_step` is enough."""
+
+    def close(self) -> None:
+        """Let go of the base."""
+        del self._trainer
+        base_model.release_memory()
 
     # --- memory ---
 

@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.errors import EdgeError, ProtocolError, from_problem
 from edge_sdk.core.setting import Ranks
 from edge_sdk.training import Abandoned, Interrupted, Plan
@@ -36,6 +37,7 @@ class Setup:
     threads: int = 1
     niceness: int = 0
     progress: bool = False  # bars on stderr
+    alone: bool = True  # in its process: then it may lower its priority and measure what the libraries take
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ class Job:
     adapter: str | None = None
     carried: str | None = None
     carry_rank: int = 0  # components of `carried` to hold; 0: all
+    carried_dtype: CarriedDtype = "float32"
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes in the worker's process. `peak` is since the last training call began; 0 where not to be had.
 
-    `framework`: resident once the libraries were imported and before a weight was loaded.
+    `framework`: resident after a training of no size, before the base was loaded (`baseline.py`); 0 if the
+    worker shares its process with the application.
     `accelerator_*`: torch's own figures on CUDA, what tensors took and what torch held for them.
     """
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from edge_sdk import base_model
 from edge_sdk.agent import Agent
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.lora import Adapter
@@ -41,7 +42,11 @@ def score(trainer: Trainer, adapter: Adapter | None, tests: Path, sequence_len: 
 
 def score_both(agent: Agent, adapter: Adapter | None, home: Path) -> dict[str, Any]:
     """On the intents that this household knows, and on those it has never seen."""
-    trainer, length = agent.prepare(), agent.federation.training.sequence_len
+    federation = agent.federation
+    base_model.use_threads(1)
+    base = base_model.load(federation.base.model)
+    trainer = Trainer(base, federation.base.modules, federation.scaling, progress=False)
+    length = federation.training.sequence_len
     return {part: score(trainer, adapter, home / f"{part}.test.jsonl", length) for part in ("own", "unseen")}
 
 
@@ -62,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
             state_dir=home / "state",
             profile=load_profile(options.profile),
             memory_budget_bytes=options.budget,
+            budget_covers_libraries=False,  # the budget is scaled to the small base; the libraries are not
             duty=options.duty,
             progress=False,
         ),

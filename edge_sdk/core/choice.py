@@ -1,7 +1,7 @@
 """The choice of how a device trains: the largest rank that its memory, its time and its link carry.
 
-Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where no rank of the ladder fits is the way of training changed, in this order, from
-what costs nothing of the result to what does:
+Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where none
+fits is the way of training changed, in this order, from what costs nothing of the result to what does:
 
 1. smaller micro-batches, whose gradients add up (rounding alone differs);
 2. activations computed twice (rounding alone, for about a third more time);
@@ -45,6 +45,14 @@ class Device:
     placement: Placement = CPU
     times: StepTime | None = None  # None: not calibrated
     correction: float = 1.0
+
+
+@dataclass(frozen=True)
+class Carry:
+    """Components of the global adapter that there are to hold frozen. `settled`: all of them, or nothing."""
+
+    components: int = 0
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def choose(
     facts: ModelFacts,
     training: Training,
     ladder: Sequence[Ranks],
-    carry_rank: int,
+    carry: Carry,
     limits: Limits,
     device: Device = Device(),
     longest: int | None = None,
@@ -104,7 +112,7 @@ def choose(
         facts: the base model.
         training: what the federation asks for.
         ladder: ranks in any order.
-        carry_rank: components of the global adapter that there are to hold frozen; 0 for none.
+        carry: what there is to hold frozen; nothing but under the rule `carry`.
         limits: what an assignment may take.
         device: what the predictions rest on.
         longest: tokens of the longest local example, where known.
@@ -118,7 +126,7 @@ def choose(
     for way in _ways(training.batch, length):
         settings = [
             replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype)
-            for ranks, carried, dtype in _preferred(facts, ladder, carry_rank)
+            for ranks, carried, dtype in _preferred(facts, ladder, carry)
         ]
         tried = tuple(_candidate(facts, setting, training, limits, device) for setting in settings)
         in_memory = [c for c in tried if c.peak_bytes <= limits.budget_bytes]
@@ -134,16 +142,18 @@ def choose(
 
 
 def _preferred(
-    facts: ModelFacts, ladder: Sequence[Ranks], carry_rank: int
+    facts: ModelFacts, ladder: Sequence[Ranks], carry: Carry
 ) -> list[tuple[Ranks, int, CarriedDtype]]:
     """What to train and what to carry, best first: by size; under `carry` in the order that was measured.
 
     Unequal ranks stand where their larger one does.
     """
     falling = sorted(ladder, key=facts.adapter_values, reverse=True)
-    if carry_rank == 0:
+    if carry.components == 0:
         return [(ranks, 0, "float32") for ranks in falling]
-    order = splits([ranks.largest for ranks in falling], carry_rank)
+    order = splits([ranks.largest for ranks in falling], carry.components)
+    if carry.settled:
+        order = [split for split in order if split.carry_rank == carry.components]
     return list(
         dict.fromkeys(
             (ranks, split.carry_rank, split.dtype)

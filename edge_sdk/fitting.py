@@ -1,0 +1,105 @@
+"""How this device trains now: chosen from what it has measured, and chosen anew when that was wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from edge_sdk import enrolment
+from edge_sdk.core.choice import RankChoice
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.messages import Assignment, Federation
+from edge_sdk.core.setting import Ranks, Setting
+from edge_sdk.enrolment import Decision, Known
+from edge_sdk.journal import Journal
+from edge_sdk.link import load_link
+from edge_sdk.options import Options
+from edge_sdk.recovery import Correction, Corrections
+from edge_sdk.worker_messages import Memory
+
+
+class Fitting:
+    """The choice of one device in one federation, over its life.
+
+    Args:
+        federation: what it trains for.
+        options: its owner's wishes.
+        journal: where corrections of memory predictions and the link's throughput are kept.
+    """
+
+    def __init__(self, federation: Federation, options: Options, journal: Journal) -> None:
+        self._federation, self._options, self._journal = federation, options, journal
+        self._corrections = Corrections(journal.folder / "memory.json")
+        self._known = Known()
+        self.decision = self._decide()
+
+    @property
+    def choice(self) -> RankChoice:
+        """What the next assignment is asked for."""
+        return self.decision.choice
+
+    def measured(self, framework_bytes: int) -> RankChoice:
+        """Choose with what the libraries take in the process that trains."""
+        counted = framework_bytes if self._options.budget_covers_libraries else 0
+        self._known = replace(self._known, framework_bytes=counted)
+        self.decision = self._decide()
+        return self.choice
+
+    def again(self) -> RankChoice:
+        """Choose again before an assignment is asked for: the link may have been measured since."""
+        self.decision = self._decide()
+        return self.choice
+
+    def setting_for(self, assignment: Assignment) -> Setting:
+        """The chosen setting, with what was granted to carry."""
+        chosen = self.choice.setting
+        return replace(chosen, carry_rank=min(assignment.carry_rank, chosen.carry_rank))
+
+    def smaller(self, setting: Setting) -> Setting:
+        """Memory ran out at `setting`: remember that, and choose what still fits of no larger ones.
+
+        What is carried stays, because the coordinator counts on it; its dtype may change.
+
+        Raises:
+            InputError: nothing smaller fits.
+        """
+        predicted = self._predicted(setting)
+        budget = self.choice.limits.budget_bytes - self._known.framework_bytes
+        correction = self._correction().after_failure(predicted, budget)
+        self._keep(correction)
+        if correction.exhausted:
+            raise InputError(f"training ran out of memory at {setting}, however small; close other programs")
+        ladder = [
+            ranks for ranks in enrolment.ladder_of(self._federation, self._options) if _within(ranks, setting)
+        ]
+        self.decision = self._decide(ladder or [setting.ranks], setting.carry_rank)
+        return self.choice.setting
+
+    def learn(self, setting: Setting, memory: Memory) -> None:
+        """A training at `setting` took this much: the next prediction is better."""
+        peak = memory.accelerator_reserved_bytes or memory.peak_bytes - memory.framework_bytes
+        if peak > 0:
+            self._keep(self._correction().after_success(self._predicted(setting), peak))
+
+    # --- parts ---
+
+    def _decide(self, ladder: list[Ranks] | None = None, carried: int | None = None) -> Decision:
+        known = replace(self._known, correction=self._correction().factor, link=load_link(self._journal.link))
+        return enrolment.decide(self._federation, self._options, known, ladder, carried)
+
+    def _predicted(self, setting: Setting) -> int:
+        """Uncorrected bytes beside the libraries."""
+        return enrolment.predicted_bytes(self._federation, self._options, self.decision.quantise, setting)
+
+    def _correction(self) -> Correction:
+        return self._corrections.of(*self._key())
+
+    def _keep(self, correction: Correction) -> None:
+        self._corrections.keep(*self._key(), correction)
+
+    def _key(self) -> tuple[str, str, str]:
+        dtype = "nf4" if self._options.quantise else "unquantised"
+        return self._federation.base.fingerprint, self._options.device, dtype
+
+
+def _within(ranks: Ranks, setting: Setting) -> bool:
+    return ranks.attention <= setting.ranks.attention and ranks.mlp <= setting.ranks.mlp
