@@ -25,6 +25,7 @@ from tqdm import tqdm
 from edge_sdk import checkpoint as checkpoints
 from edge_sdk import optimizers
 from edge_sdk.adapter_places import CARRIED, LOCAL, AdapterPlaces
+from edge_sdk.allocator import tight_heap
 from edge_sdk.answering import OnText, answers
 from edge_sdk.base_model import LoadedBase
 from edge_sdk.checkpoint import Progress
@@ -139,7 +140,8 @@ class Trainer:
         """The outcome. It is returned whatever it is: an error raised here would hold on to the run."""
         adapter = self._starting_factors(start)
         places = self._places.installed({LOCAL: adapter, CARRIED: start.carried}, start.carried_dtype)
-        with places, recomputed(self._base.model, plan.checkpointing):
+        tight = tight_heap(plan.checkpointing)
+        with places, tight, recomputed(self._base.model, plan.checkpointing):
             run = _Run(self._places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
             accepts = functools.partial(may_continue, wanted=marks)
