@@ -27,7 +27,7 @@ from edge_sdk.core.messages import Base, Rule
 from edge_sdk.core.records import to_json
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.options import Event, Options
-from tests.models import ARCHITECTURES, Architecture, build_model
+from tests.models import Architecture, build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
 
 LADDER = (2, 8)
@@ -104,8 +104,10 @@ def exported_logits(directory: Path, adapter: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(in_float32(directory).model, adapter))
 
 
-@pytest.mark.parametrize("rule", ["carry", "flexlora"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "rule"),
+    [("llama", "carry"), ("llama", "flexlora"), ("gpt2", "carry"), ("qwen", "flexlora")],
+)
 def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: Rule) -> None:
     directory = build_model(tmp_path / "base", architecture)
     base = base_model.describe(str(directory))
