@@ -34,11 +34,11 @@ SHAPES = ((1, 128), (4, 128), (2, 512))  # examples at a time, tokens
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the grid. `fitted`: the one empirical constant of the memory model was chosen on it."""
+    """A model of the grid and the ranks that it is trained at."""
 
     name: str
     config: dict[str, Any]
-    fitted: bool = True
+    ranks: tuple[int, ...] = RANKS
 
 
 def _llama(kind: str, hidden: int, layers: int, intermediate: int, vocab: int) -> dict[str, Any]:
@@ -60,7 +60,8 @@ MODELS = (
     Model("llama-6M", _llama("llama", 256, 6, 768, 4096)),
     Model("llama-40M", _llama("llama", 512, 8, 1376, 32000)),
     Model("gpt2-124M", {"model_type": "gpt2"}),
-    Model("qwen3-450M", _llama("qwen3", 1280, 24, 3456, 50_000), fitted=False),
+    Model("llama-222M", _llama("llama", 1024, 16, 2816, 32_000)),
+    Model("qwen3-618M", _llama("qwen3", 1280, 24, 3456, 50_000), ranks=(8,)),
 )
 QUICK = ("llama-6M", "llama-40M")
 
@@ -131,7 +132,7 @@ def grid(quick: bool) -> Iterator[tuple[Model, Setting]]:
     for model in MODELS:
         if quick and model.name not in QUICK:
             continue
-        for number, rank in enumerate(RANKS):
+        for number, rank in enumerate(model.ranks):
             for batch, length in SHAPES:
                 for recomputes in (False, True):
                     if quick and (number % 2 or recomputes != (batch == 1)):
@@ -215,12 +216,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         rows = run_grid(options.resume or Path(temporary), options.quick)
     print(table(rows))
-    fitted = {model.name for model in MODELS if model.fitted}
-    print(
-        summary([row for row in rows if row.model in fitted], "models that the heap constant was fitted on")
-    )
-    if held_out := [row for row in rows if row.model not in fitted]:
-        print(summary(held_out, "models that it was not fitted on"))
+    for again in (False, True):
+        part = [row for row in rows if row.gradient_checkpointing == again]
+        print(summary(part, "recomputing" if again else "plain"))
     print(summary(rows, "all") + "; CUDA: not measured")
     if options.json:
         machine = {"cpu": cpu_name(), "system": platform.system(), "libc": " ".join(platform.libc_ver())}
@@ -267,13 +265,11 @@ def draw(rows: list[Row], path: Path) -> None:
     for model in MODELS:
         points = [row for row in rows if row.model == model.name]
         if points:
-            label = model.name if model.fitted else f"{model.name} (held out)"
             axes.scatter(
                 [row.measured_bytes / 1e6 for row in points],
                 [row.predicted_bytes / 1e6 for row in points],
                 s=22,
-                marker="o" if model.fitted else "^",
-                label=label,
+                label=model.name,
             )
     ends = np.array([0.95, 1.05]) * np.array(
         [min(row.measured_bytes for row in rows), max(row.measured_bytes for row in rows)]
