@@ -77,8 +77,8 @@ class Fitting:
     def learn(self, setting: Setting, memory: Memory) -> None:
         """A training at `setting` took this much: the next prediction is better.
 
-        A budget that leaves the libraries out is for a base far smaller than they are, whose share of what the
-        process took cannot be told from the libraries' own.
+        A budget that leaves the libraries out is for a base far smaller than they are: its share of what the
+        process took cannot be told from theirs.
         """
         if not self._options.budget_covers_libraries:
             return
