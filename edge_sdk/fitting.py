@@ -75,7 +75,13 @@ class Fitting:
         return self.choice.setting
 
     def learn(self, setting: Setting, memory: Memory) -> None:
-        """A training at `setting` took this much: the next prediction is better."""
+        """A training at `setting` took this much: the next prediction is better.
+
+        A budget that leaves the libraries out is for a base far smaller than they are: its share of what the
+        process took cannot be told from theirs.
+        """
+        if not self._options.budget_covers_libraries:
+            return
         peak = memory.accelerator_reserved_bytes or memory.peak_bytes - memory.framework_bytes
         if peak > 0:
             self._keep(self._correction().after_success(self._predicted(setting), peak))

@@ -32,7 +32,7 @@ def build(kind: Optimizer, parameters: Iterable[torch.nn.Parameter], learning_ra
 
 
 def moments(kind: Optimizer, optimizer: Any, parameter: torch.nn.Parameter) -> dict[str, NDArray[Any]]:
-    """Copies of one parameter's moments; empty before its first step."""
+    """One parameter's moments; empty before its first step. On a CPU they are views, which a step changes."""
     state = optimizer.state[parameter]
     return {
         name: np.ascontiguousarray(state[name].detach().cpu().numpy())
@@ -48,7 +48,7 @@ def restore(
     arrays: Mapping[str, NDArray[Any]],
     step: int,
 ) -> None:
-    """Put back what `moments` gave, after `step` steps."""
+    """Put back what `moments` gave, after `step` steps; on a CPU the arrays are used as they are."""
     tensors = {name: torch.from_numpy(array).to(parameter.device) for name, array in arrays.items()}
     if kind == "adamw":
         optimizer.state[parameter] = {"step": torch.tensor(float(step)), **tensors}

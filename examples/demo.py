@@ -9,8 +9,9 @@ of its work and comes back. At the end every device is tested on the intents tha
 it has never seen; the run fails if nothing was learnt. `make demo` runs it.
 
 Any of these machines could train so small a base at any rank. So that ranks differ as they would on a base of
-billions of parameters, a class gets a budget of what the base and its activations need, plus
-`1 / MEMORY_SCALE` of its memory for the adapter; the rank then follows from the budget as it always does.
+billions of parameters, a class gets a budget of what the base and its activations need, plus room for one
+rank more with every BYTES_OF_A_RANK of its memory; the rank then follows from the budget as it always does.
+The budget leaves the frameworks out, which are far larger than so small a base.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.messages import Status, Training
 from edge_sdk.core.profile import load_profile
+from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.model_files import read_config, resolve
 from edge_sdk.options import cache_dir
 from edge_sdk.preflight import four_bit_works
@@ -40,7 +42,7 @@ from examples import smart_home
 from examples.local_federation import Device, LocalFederation, fresh_folder, write_jsonl
 
 TRAIN_PER_INTENT, TEST_PER_INTENT = 100, 5
-MEMORY_SCALE = 3000  # the base has about 1/1400 of the parameters of an 8B model
+BYTES_OF_A_RANK = 1_850_000_000  # of a device's memory; one rank of the base takes about 1/4000 of it
 LADDER, RANK_CAP = (2, 4, 8, 16), 32
 TRAINING = Training(
     steps=16, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.96, checkpoint_s=5.0
@@ -74,14 +76,22 @@ LOSES_POWER = "laptop"
 def budget_bytes(profile: str, rule: str) -> int:
     """The memory that training may take on a device of this class, scaled to the embedded base.
 
-    What a carried adapter needs is on top, so that both rules choose the same ranks and can be compared.
+    What a carried adapter needs in 4 bits is on top, so that both rules choose the same ranks and can be
+    compared. A device with room left carries it in 8 bits.
     """
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     placement = base_model.placement("auto")
     carried = RANK_CAP if rule == "carry" else 0
-    bare = memory.estimate(facts, 0, carried, TRAINING.batch, TRAINING.sequence_len, placement)
-    return bare.peak_bytes + load_profile(profile).trainable_memory_total_bytes() // MEMORY_SCALE
+
+    def peak(rank: int) -> int:
+        ranks = Ranks.uniform(rank)
+        way = Setting(ranks, carried, TRAINING.sequence_len, TRAINING.batch, carried_dtype="nf4")
+        return memory.estimate(facts, way, placement).peak_bytes
+
+    of_one_rank = peak(2) - peak(1)
+    ranks = load_profile(profile).trainable_memory_total_bytes() / BYTES_OF_A_RANK
+    return peak(1) + round((ranks - 1) * of_one_rank)
 
 
 def prepare(folder: Path, rule: str, seed: int) -> LocalFederation:

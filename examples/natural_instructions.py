@@ -2,7 +2,7 @@
 
     python -m examples.natural_instructions --data ../shared/data/natural_instructions/clients.jsonl.xz
 
-A coordinator and eight device processes (each the plain command `edge-sdk join`) on this machine, over HTTP,
+A coordinator and eight device processes (each an embedded agent) on this machine, over HTTP,
 on the embedded base in 4 bits. Loss is measured on held-out rows of the clients that train and of clients
 that take no part, before (the base alone) and after (with the newest global adapter), on outputs only. The
 run fails if it did not fall on the clients that took no part. It takes about ten minutes on two cores.
@@ -36,6 +36,7 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Base, Rule, Status, Training
+from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
 from edge_sdk.model_files import read_config, resolve
@@ -73,14 +74,18 @@ class Settings:
 
 
 def budget_bytes(base: Base, rule: Rule, rank: int) -> int:
-    """A memory budget that carries `rank` and not the next of the ladder: a quarter of the way to that."""
+    """A memory budget that carries `rank` and not the next of the ladder: a quarter of the way to that.
+
+    The frameworks are left out. What is carried is reckoned in 4 bits, which the next rank would take too.
+    """
     facts = facts_from_config(read_config(resolve(base.model)), base.modules)
     carried = RANK_CAP if rule == "carry" else 0
     placement = base_model.placement("auto")
 
     def peak(of: int) -> int:
-        estimate = memory.estimate(facts, of, carried, TRAINING.batch, TRAINING.sequence_len, placement)
-        return estimate.peak_bytes
+        ranks, length = Ranks.uniform(of), TRAINING.sequence_len
+        way = Setting(ranks, carried, length, TRAINING.batch, carried_dtype="nf4")
+        return memory.estimate(facts, way, placement).peak_bytes
 
     larger = next((other for other in LADDER if other > rank), 2 * rank)
     return peak(rank) + (peak(larger) - peak(rank)) // 4
@@ -141,9 +146,9 @@ def start(settings: Settings, base: Base, participants: Sequence[Client]) -> Loc
         home = settings.out / name
         write_jsonl(home / "train.jsonl", client.records(client.train))
         budget = budget_bytes(base, settings.rule, RANKS[place % len(RANKS)])
-        command = [sys.executable, "-m", "edge_sdk.cli", "join", federation.url, "--name", name]
-        command += ["--token", federation.token, "--data", str(home / "train.jsonl")]
-        command += ["--state", str(home / "state"), "--memory-budget", str(budget)]
+        command = [sys.executable, str(Path(__file__).with_name("instruction_device.py")), "--name", name]
+        command += ["--url", federation.url, "--token", federation.token]
+        command += ["--home", str(home), "--budget", str(budget)]
         federation.devices.append(Device(name, command, home))
     four_bit_works("auto", cache_dir())  # tried once here, or by every device at the same time
     for device in federation.devices:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from edge_sdk import base_model
+from edge_sdk.core import choice
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.memory import choose_rank
+from edge_sdk.core.memory import ACCELERATOR, CPU, Placement
+from edge_sdk.core.setting import Ranks
 from edge_sdk.model_files import read_config, resolve
 from examples import demo
 
@@ -48,19 +51,28 @@ def test_the_closing_table_fits_80_columns_uncut() -> None:
     assert "…" not in text.getvalue()
 
 
+@pytest.mark.parametrize("placement", [CPU, replace(CPU, compute_bytes=2), ACCELERATOR])
 @pytest.mark.parametrize("rule", ["carry", "flexlora"])
-def test_the_cast_chooses_different_ranks_from_its_budgets(rule: str) -> None:
+def test_the_cast_chooses_different_ranks_from_its_budgets(
+    rule: str, placement: Placement, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the demonstration runs."""
+    monkeypatch.setattr(base_model, "placement", lambda *_: placement)
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
-    ranks = [
-        choose_rank(
+    chosen = [
+        choice.choose(
             facts,
             demo.TRAINING,
-            demo.LADDER,
-            demo.RANK_CAP if rule == "carry" else 0,
-            demo.budget_bytes(household.profile, rule),
-            base_model.placement("auto"),
-        ).rank
+            [Ranks.uniform(rank) for rank in demo.LADDER],
+            choice.Carry(demo.RANK_CAP if rule == "carry" else 0),
+            choice.Limits(demo.budget_bytes(household.profile, rule)),
+            choice.Device(placement),
+        )
         for household in demo.CAST
     ]
-    assert ranks == [2, 4, 8, 8, 8, 16]
+    assert [found.rank for found in chosen] == [2, 4, 8, 8, 8, 16]
+    # Nobody gives anything up for it.
+    assert {found.setting.micro_batch for found in chosen} == {demo.TRAINING.batch}
+    assert not any(found.setting.checkpointing for found in chosen)
+    assert {found.setting.carry_rank for found in chosen} == {demo.RANK_CAP if rule == "carry" else 0}

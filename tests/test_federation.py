@@ -25,8 +25,9 @@ from edge_sdk.core import memory
 from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.messages import Base, Rule
 from edge_sdk.core.records import to_json
+from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.options import Event, Options
-from tests.models import ARCHITECTURES, Architecture, build_model
+from tests.models import Architecture, build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
 
 LADDER = (2, 8)
@@ -75,9 +76,9 @@ def write_data(path: Path, colour: str) -> Path:
 def budget_for(rank: int, base: Base, rule: Rule) -> int:
     """Memory in which this rank fits and the next larger one does not."""
     facts = facts_from_config(base_model.read_config(Path(base.model)), base.modules)
-    carried = CAP if rule == "carry" else 0
-    place = base_model.placement("cpu", True)
-    return memory.estimate(facts, rank, carried, BATCH, SEQUENCE_LEN, place).peak_bytes
+    carried, dtype = (CAP, "int8") if rule == "carry" else (0, "float32")
+    way = Setting(Ranks.uniform(rank), carried, SEQUENCE_LEN, BATCH, carried_dtype=dtype)
+    return memory.estimate(facts, way, base_model.placement("cpu", True)).peak_bytes
 
 
 def wait_for_version(agent: Agent, version: int) -> None:
@@ -93,13 +94,20 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
+def in_float32(directory: Path) -> base_model.LoadedBase:
+    """The 4-bit base, computing in float32: PEFT multiplies factors so, and in bfloat16 we do not."""
+    return base_model.load(str(directory), device="cpu", dtype="float32")
+
+
 def exported_logits(directory: Path, adapter: Path) -> torch.Tensor:
     """What PEFT computes with an exported adapter on the 4-bit base."""
-    return logits(PeftModel.from_pretrained(base_model.load(str(directory), device="cpu").model, adapter))
+    return logits(PeftModel.from_pretrained(in_float32(directory).model, adapter))
 
 
-@pytest.mark.parametrize("rule", ["carry", "flexlora"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "rule"),
+    [("llama", "carry"), ("llama", "flexlora"), ("gpt2", "carry"), ("qwen", "flexlora")],
+)
 def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: Rule) -> None:
     directory = build_model(tmp_path / "base", architecture)
     base = base_model.describe(str(directory))
@@ -112,6 +120,7 @@ def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architec
                 state_dir=tmp_path / colour,
                 device="cpu",
                 memory_budget_bytes=budget_for(rank, base, rule),
+                budget_covers_libraries=False,
             )
             data = write_data(tmp_path / f"{colour}.jsonl", colour)
             agent = Agent(coordinator.url, data=data, join_token=coordinator.join_token, options=options)
@@ -131,13 +140,13 @@ def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architec
         out = tmp_path / "adapter"
         assert host(["export", "--data", str(coordinator.data), "--out", str(out)]) == 0
 
-    plain = logits(base_model.load(str(directory), device="cpu").model)
+    plain = logits(in_float32(directory).model)
     loaded = exported_logits(directory, out)
-    places = AdapterPlaces(base_model.load(str(directory), device="cpu"), base.modules, 2.0)
+    places = AdapterPlaces(in_float32(directory), base.modules, 2.0)
     with places.installed({CARRIED: adapter}):
         ours = logits(places._base.model)
     assert (loaded - plain).abs().max() > 1e-2
-    np.testing.assert_allclose(loaded.numpy(), ours.numpy(), atol=1e-3 * float(plain.abs().max()))
+    np.testing.assert_allclose(loaded.numpy(), ours.numpy(), atol=1e-5 * float(plain.abs().max()))
 
 
 # --- a device that dies ---------------------------------------------------------------------------

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from edge_sdk import base_model
+from edge_sdk.core import choice
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.memory import choose_rank
 from edge_sdk.core.messages import Rule
+from edge_sdk.core.setting import Ranks
 from edge_sdk.model_files import read_config, resolve
 from examples import natural_instructions
 from examples.instruction_clients import Client, Filter, choose, eligible, read_clients
@@ -185,15 +186,16 @@ def test_each_budget_gives_its_rank(rule: Rule) -> None:
     carried = natural_instructions.RANK_CAP if rule == "carry" else 0
     for rank in natural_instructions.LADDER:
         budget = natural_instructions.budget_bytes(base, rule, rank)
-        choice = choose_rank(
+        chosen = choice.choose(
             facts,
             natural_instructions.TRAINING,
-            natural_instructions.LADDER,
-            carried,
-            budget,
-            base_model.placement("auto"),
-        )
-        assert (choice.rank, choice.micro_batch) == (rank, natural_instructions.TRAINING.batch)
+            [Ranks.uniform(of) for of in natural_instructions.LADDER],
+            choice.Carry(carried),
+            choice.Limits(budget),
+            choice.Device(base_model.placement("auto")),
+        ).setting
+        assert (chosen.ranks.largest, chosen.carry_rank) == (rank, carried)
+        assert (chosen.micro_batch, chosen.checkpointing) == (natural_instructions.TRAINING.batch, False)
 
 
 def test_the_configuration_is_one_that_the_coordinator_takes(tmp_path: Path) -> None:

@@ -102,11 +102,12 @@ def estimate(facts: ModelFacts, setting: Setting, placement: Placement = CPU) ->
     tokens = setting.micro_batch * setting.sequence_len
     trained = facts.adapter_values(setting.ranks)
     carried = facts.adapter_values(setting.carry_rank)
-    # Besides the float32 factors, the backward pass keeps those that were cast to the dtype of computation.
-    cast = placement.compute_bytes if placement.compute_bytes != FACTOR_BYTES else 0
     block = tokens * _block_bytes(facts, setting, placement.compute_bytes)
-    inputs = tokens * facts.hidden * placement.compute_bytes
-    kept = (facts.layers + 1) * inputs if setting.checkpointing else facts.layers * block
+    block += _cast_bytes(facts, setting, placement.compute_bytes) // facts.layers
+    kept = facts.layers * block
+    if setting.checkpointing:
+        inputs = facts.layers * facts.hidden * placement.compute_bytes
+        kept = tokens * (inputs + _norm_bytes(facts, placement.compute_bytes))
     backward = _backward_bytes(facts, tokens, placement.compute_bytes)
     found = Estimate(
         framework=placement.framework_bytes,
@@ -115,7 +116,7 @@ def estimate(facts: ModelFacts, setting: Setting, placement: Placement = CPU) ->
         factors=FACTOR_BYTES * trained,
         moments=round(MOMENT_BYTES[setting.optimizer] * trained),
         carried=round(BYTES_PER_VALUE[setting.carried_dtype] * carried),
-        activations=kept + cast * trained // (facts.layers if setting.checkpointing else 1),
+        activations=kept,
         logits=_logit_bytes(tokens * facts.vocab, placement.compute_bytes),
         backward=backward + (block if setting.checkpointing else 0),
         gradients=FACTOR_BYTES * trained,
@@ -130,22 +131,41 @@ def _logit_bytes(values: int, compute_bytes: int) -> int:
     return compute_bytes * values + LOSS_CHUNKS * 4 * min(values, LOSS_CHUNK_VALUES)
 
 
+def _cast_bytes(facts: ModelFacts, setting: Setting, compute_bytes: int) -> int:
+    """float32 factors are multiplied in the dtype of computation, and the backward pass keeps those copies.
+
+    Packed ones are unpacked again instead.
+    """
+    if compute_bytes == FACTOR_BYTES:
+        return 0
+    copied = facts.adapter_values(setting.ranks)
+    if setting.carried_dtype == "float32":
+        copied += facts.adapter_values(setting.carry_rank)
+    return compute_bytes * copied
+
+
+def _norm_bytes(facts: ModelFacts, compute_bytes: int) -> int:
+    """What the backward pass of a norm needs for one token: its input."""
+    return facts.hidden * (4 if facts.norms_in_float32 else compute_bytes)
+
+
 def _block_bytes(facts: ModelFacts, setting: Setting, compute_bytes: int) -> int:
     """Bytes that autograd keeps of one block for one token.
 
     The inputs of two norms (float32 copies where the norm computes in float32); what the LoRA `A` matrices
     read: normed hidden states twice, attention output, MLP product; query, key and value; the MLP between its
-    linear layers; the r values between each `A` and `B`; an fp32 log-sum-exp per head and scale per norm.
+    linear layers; the r values between each trained `A` and `B` (frozen ones need none); an fp32 log-sum-exp
+    per head and scale per norm.
     """
-    norm = 4 if facts.norms_in_float32 else compute_bytes
     attention = 2 * facts.query_width + 2 * facts.key_value_width
     mlp = (facts.mlp_tensors + 1) * facts.intermediate
     between = sum(min(setting.ranks.of(name), o, i) for name, (o, i) in facts.shapes.items()) // facts.layers
-    between += sum(min(setting.carry_rank, o, i) for o, i in facts.shapes.values()) // facts.layers
-    head_norms = 4 * (facts.query_width + facts.key_value_width) if facts.head_norms else 0
+    heads_values = facts.query_width + facts.key_value_width
+    normed_heads = heads_values * facts.heads // facts.query_width  # of queries and of keys
+    head_norms = 4 * (heads_values + normed_heads) if facts.head_norms else 0
     scalars = 4 * (facts.heads + 2)
     values = 2 * facts.hidden + attention + mlp + between
-    return compute_bytes * values + 2 * norm * facts.hidden + head_norms + scalars
+    return compute_bytes * values + 2 * _norm_bytes(facts, compute_bytes) + head_norms + scalars
 
 
 def _backward_bytes(facts: ModelFacts, tokens: int, compute_bytes: int) -> int:
