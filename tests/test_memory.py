@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.core import memory
 from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import ModelFacts, facts_from_config
@@ -131,7 +132,11 @@ def test_bfloat16_by_hand() -> None:
 
 def test_placement() -> None:
     plain, spread = estimate(FACTS, setting(8), EXACT), estimate(FACTS, setting(8), CPU)
-    assert spread.heap == round(CPU.heap_spread * plain.moving_bytes) > 0
+    share = memory.HEAP_SPREAD + 6 * memory.HEAP_SPREAD_PER_BLOCK
+    assert spread.heap == round(memory.KERNEL_BYTES + share * plain.moving_bytes)
+    again = setting(8, checkpointing=True)
+    tight = memory.KERNEL_BYTES + memory.TIGHT_HEAP_SPREAD * estimate(FACTS, again, EXACT).moving_bytes
+    assert estimate(FACTS, again, CPU).heap == round(tight)
     assert spread.peak_bytes == plain.peak_bytes + spread.heap
     assert ACCELERATOR.heap_spread == 0.0
     unquantised = estimate(FACTS, setting(8), replace(EXACT, weight_bytes=2, framework_bytes=1000))

@@ -41,10 +41,14 @@ MOMENT_BYTES: dict[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 
 LOSS_CHUNK_VALUES = 1 << 20
 LOSS_CHUNKS = 2
 
-# glibc serves blocks under 32 MB from a heap that grows around the tensors that live until the backward
-# pass, so that a process holds more than it has allocated: by this share of what comes and goes in a step.
-# Fitted to the grid of `benchmarks.memory_model`; its residuals are in docs/MEMORY.md.
-GLIBC_HEAP_SPREAD = 0.65
+# glibc's heap holds more than was allocated, because freed tensors leave holes between those that live until
+# the backward pass: a share of what comes and goes in a step, which grows with the number of blocks, since
+# each leaves holes of its own. Recomputation runs on a tight heap (`edge_sdk.allocator`). Fitted to the grid of
+# `benchmarks.memory_model`, as is what oneDNN keeps of kernels and scratch for the shapes it has met;
+# docs/MEMORY.md has the residuals.
+HEAP_SPREAD, HEAP_SPREAD_PER_BLOCK, MOST_BLOCKS = 0.30, 0.025, 32
+TIGHT_HEAP_SPREAD = 0.20
+KERNEL_BYTES = 30_000_000
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,12 @@ class Placement:
     """Where and how training computes. `compute_bytes`: 4 for float32, 2 for bfloat16."""
 
     compute_bytes: int
-    heap_spread: float  # see GLIBC_HEAP_SPREAD; 0 where the allocator does not fragment
+    heap_spread: float  # times what was measured with glibc; 0 where the allocator does not fragment
     weight_bytes: float = NF4_BYTES  # per parameter of the linear layers; `compute_bytes` if not quantised
     framework_bytes: int = 0  # a process that has trained a model of no size; measured, never assumed
 
 
-CPU = Placement(compute_bytes=4, heap_spread=GLIBC_HEAP_SPREAD)
+CPU = Placement(compute_bytes=4, heap_spread=1.0)
 ACCELERATOR = Placement(compute_bytes=2, heap_spread=0.0)
 
 
@@ -122,8 +126,14 @@ def estimate(facts: ModelFacts, setting: Setting, placement: Placement = CPU) ->
         gradients=FACTOR_BYTES * trained,
         heap=0,
     )
-    heap = round(placement.heap_spread * found.moving_bytes)
+    heap = round(placement.heap_spread * _heap_bytes(facts, setting, found.moving_bytes))
     return Estimate(**{**found.terms(), "heap": heap})
+
+
+def _heap_bytes(facts: ModelFacts, setting: Setting, moving_bytes: int) -> float:
+    """What the process holds beyond its tensors; see HEAP_SPREAD."""
+    spread = HEAP_SPREAD + HEAP_SPREAD_PER_BLOCK * min(facts.layers, MOST_BLOCKS)
+    return KERNEL_BYTES + (TIGHT_HEAP_SPREAD if setting.checkpointing else spread) * moving_bytes
 
 
 def _logit_bytes(values: int, compute_bytes: int) -> int:
