@@ -107,7 +107,9 @@ def configuration(config: Mapping[str, Any]) -> Any:
         values = {key: value for key, value in config.items() if key != "model_type"}
         return AutoConfig.for_model(kind, **values)
     except UNUSABLE as error:
-        raise InputError(f"config.json: transformers takes no such configuration: {_one_line(error)}") from error
+        raise InputError(
+            f"config.json: transformers takes no such configuration: {_one_line(error)}"
+        ) from error
 
 
 def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tuple[int, int]]:

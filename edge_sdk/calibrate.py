@@ -60,6 +60,8 @@ def step_times(
     Raises:
         InputError: transformers knows no such model, or this machine has no such device.
     """
+    if quantise:
+        base_model.import_libraries()  # quietly
     base, facts = cut_down(config, device, quantise)
     bench = _Bench(base, facts)
     by_size = sorted(lesson.ranks, key=facts.adapter_values)
@@ -144,7 +146,7 @@ class _Watch:
     def __call__(self, report: StepReport) -> StepAnswer:
         self._ends.append(report.seconds)
         seen_s = self._ends[-1] - self._ends[0]
-        return "finish" if seen_s >= ENOUGH_S and len(self._ends) > 2 else "continue"  # noqa: PLR2004
+        return "finish" if seen_s >= ENOUGH_S and len(self._ends) > 2 else "continue"
 
     def median_s(self) -> float:
         """Seconds of a step."""
@@ -174,7 +176,7 @@ def _head(hidden: int, vocab: int, device: torch.device, dtype: torch.dtype) -> 
 def _until(measure: Callable[[], float], seconds: float) -> Iterator[float]:
     """Measurements until they add up to `seconds`, two at least."""
     total, count = 0.0, 0
-    while count < 2 or (total < seconds and count < MOST_STEPS):  # noqa: PLR2004
+    while count < 2 or (total < seconds and count < MOST_STEPS):
         found = measure()
         total, count = total + found, count + 1
         yield found

@@ -120,7 +120,7 @@ def choose(
             replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype)
             for ranks, carried, dtype in _preferred(facts, ladder, carry_rank)
         ]
-        tried = tuple(_candidate(facts, setting, training, limits, device) for setting in settings)
+        tried = tuple(predict(facts, setting, training, limits, device) for setting in settings)
         in_memory = [c for c in tried if c.peak_bytes <= limits.budget_bytes]
         if in_memory:
             chosen = next((c for c in in_memory if c.fits), in_memory[-1])
@@ -170,6 +170,28 @@ def _ways(batch: int, length: int) -> Iterator[Setting]:
         length = max(SHORTEST_SEQUENCE, length // 2)
 
 
+def leanest(
+    facts: ModelFacts,
+    training: Training,
+    ladder: Sequence[Ranks],
+    carry_rank: int,
+    limits: Limits,
+    device: Device = Device(),
+) -> tuple[Candidate, ...]:
+    """The candidates of the last way of training, best first: what is there to show where nothing fits."""
+    *_, way = _ways(training.batch, training.sequence_len)
+    return tuple(
+        predict(
+            facts,
+            replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype),
+            training,
+            limits,
+            device,
+        )
+        for ranks, carried, dtype in _preferred(facts, ladder, carry_rank)
+    )
+
+
 def check_ladder(facts: ModelFacts, ladder: Sequence[Ranks]) -> None:
     """Refuse an empty ladder and one that no module has room for.
 
@@ -190,7 +212,7 @@ def check_ladder(facts: ModelFacts, ladder: Sequence[Ranks]) -> None:
         )
 
 
-def _candidate(
+def predict(
     facts: ModelFacts, setting: Setting, training: Training, limits: Limits, device: Device
 ) -> Candidate:
     """Predict one way of training and compare it with the limits."""

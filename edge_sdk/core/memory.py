@@ -92,6 +92,12 @@ class Estimate:
         start = self.activations + max(self.logits, self.backward)
         return max(start, self.gradients + self.backward)
 
+    def beside_peak(self) -> tuple[str, ...]:
+        """Names of the terms that are not there at the highest moment."""
+        if self.gradients + self.backward > self.activations + max(self.logits, self.backward):
+            return ("activations", "logits")
+        return ("gradients", "backward" if self.logits >= self.backward else "logits")
+
     def terms(self) -> dict[str, int]:
         """Name -> bytes, for people."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
