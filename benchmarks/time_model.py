@@ -4,7 +4,8 @@
 
 Each model has a process of its own, with one compute thread: it calibrates on a cut-down model, as a device
 does, then loads the whole model in 4 bits and times real steps of the trainer. A measurement is the median of
-the steps after the first, on rows of full length. The models are those of `benchmarks.memory_model`, with
+the steps after the first, on rows of full length. Times are those of the one processor that computes, which
+are wall time on a machine that does nothing else. The models are those of `benchmarks.memory_model`, with
 random weights, and the embedded `tiny`.
 """
 
@@ -13,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from edge_sdk.processor import cpu_name
 LADDER = (2, 8, 32)
 LARGEST = (4, 256)  # examples at a time and tokens of the largest step
 CARRIED = 16
-STEPS = 4
+MOST_STEPS, ENOUGH_S = 8, 3.0
 QUICK = ("tiny", "llama-40M")
 
 
@@ -86,7 +85,7 @@ def measure(name: str, directory: Path, quick: bool) -> dict[str, Any]:
     began = time.monotonic()
     lesson = calibrate.Lesson(*LARGEST, tuple(map(Ranks.uniform, LADDER)), carries=True)
     config = read_config(directory)
-    times = calibrate.step_times(config, lesson, "cpu")
+    times = calibrate.step_times(config, lesson, "cpu", clock=time.process_time)
     calibrated_s = time.monotonic() - began
     modules = base_model.target_modules(directory)
     facts = facts_from_config(config, modules)
@@ -112,6 +111,7 @@ def measure(name: str, directory: Path, quick: bool) -> dict[str, Any]:
 
 def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
     """Median seconds of real steps."""
+    from edge_sdk.calibrate import Watch
     from edge_sdk.core.lora import LoraFactors
     from edge_sdk.dataset import Tokenised
     from edge_sdk.trainer import Plan, Start
@@ -127,21 +127,21 @@ def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
         for module, (out, in_) in modules.items()
     }
     plan = Plan(
-        STEPS,
+        1 + MOST_STEPS,
         batch,
         setting.micro_batch,
         setting.sequence_len,
         1e-6,
         checkpointing=setting.checkpointing,
     )
-    ends = []
+    watch = Watch(time.process_time, ENOUGH_S)
     trainer.train(
         Start(None, carried if setting.carry_rank else None, setting.ranks, 0, setting.carried_dtype),
         rows,
         plan,
-        on_step=lambda report: ends.append(report.seconds) or "continue",
+        on_step=watch,
     )
-    return statistics.median(after - before for before, after in pairwise(ends))
+    return watch.median_s()
 
 
 # --- the grid, in the parent ---------------------------------------------------------------------
@@ -186,6 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small models, fewer settings")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--models", type=Path, help="folder that keeps the models that were built")
     parser.add_argument("--model", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.model:
@@ -193,9 +194,11 @@ def main() -> int:
         print(json.dumps(measure(name, Path(directory), options.quick)))
         return 0
     rows, calibrations = [], {}
-    with tempfile.TemporaryDirectory() as folder:
-        places = {"tiny": lambda: resolve("tiny")}
-        places |= {model.name: (lambda model=model: build(model, Path(folder))) for model in MODELS}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.models or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        places: dict[str, Callable[[], Path]] = {"tiny": lambda: resolve("tiny")}
+        places |= {model.name: (lambda model=model: build(model, folder)) for model in MODELS}
         for name, place in places.items():
             if options.quick and name not in QUICK:
                 continue

@@ -47,7 +47,11 @@ class Lesson:
 
 
 def step_times(
-    config: Mapping[str, Any], lesson: Lesson, device: str = "auto", quantise: bool = True
+    config: Mapping[str, Any],
+    lesson: Lesson,
+    device: str = "auto",
+    quantise: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> StepTime:
     """Measure for a few seconds how long steps take, on torch's current number of threads.
 
@@ -56,6 +60,7 @@ def step_times(
         lesson: the largest step, and the ranks to choose from.
         device: as in `Options.device`.
         quantise: NF4, as `base_model.load` has it.
+        clock: tells seconds.
 
     Raises:
         InputError: transformers knows no such model, or this machine has no such device.
@@ -63,7 +68,7 @@ def step_times(
     if quantise:
         base_model.import_libraries()  # quietly
     base, facts = cut_down(config, device, quantise)
-    bench = _Bench(base, facts)
+    bench = _Bench(base, facts, clock)
     by_size = sorted(lesson.ranks, key=facts.adapter_values)
     low, high = by_size[0], by_size[-1]
     most = lesson.micro_batch * lesson.sequence_len
@@ -78,7 +83,7 @@ def step_times(
         carrying = replace(_setting(low, length, tokens), carry_rank=CARRIED_RANK, carried_dtype="int8")
         measured.append(bench.step(carrying))
     vocab = facts_from_config(config, {}).vocab
-    measured.append(_head(facts.hidden, vocab, base.device, base.model.dtype))
+    measured.append(_head(facts.hidden, vocab, base.device, base.model.dtype, clock))
     del base, bench
     base_model.release_memory()
     return fit(measured)
@@ -101,8 +106,8 @@ def _affordable(short_s: float, medium_s: float, most: int) -> int:
 class _Bench:
     """Runs steps of the trainer on a cut-down model."""
 
-    def __init__(self, base: base_model.LoadedBase, facts: ModelFacts) -> None:
-        self._base, self._facts = base, facts
+    def __init__(self, base: base_model.LoadedBase, facts: ModelFacts, clock: Callable[[], float]) -> None:
+        self._facts, self._clock = facts, clock
         self._trainer = Trainer(base, facts.shapes, 1.0, progress=False)
         self._draw = np.random.default_rng(0)
 
@@ -119,7 +124,7 @@ class _Bench:
         )
         carried = self._carried(setting.carry_rank) if setting.carry_rank else None
         start = Start(None, carried, setting.ranks, 0, setting.carried_dtype)
-        watch = _Watch()
+        watch = Watch(self._clock, ENOUGH_S)
         self._trainer.train(start, rows, plan, on_step=watch)
         return work(self._facts, setting, setting.micro_batch), watch.median_s()
 
@@ -137,23 +142,30 @@ class _Bench:
         return adapter
 
 
-class _Watch:
-    """Hears of every step and says when it has seen enough. The first step warms up and does not count."""
+class Watch:
+    """Times steps, as the trainer's `on_step`, and says when `enough_s` of them were seen, two at least.
 
-    def __init__(self) -> None:
+    The first step warms up and does not count.
+    """
+
+    def __init__(self, clock: Callable[[], float], enough_s: float) -> None:
+        self._clock, self._enough_s = clock, enough_s
         self._ends: list[float] = []
 
     def __call__(self, report: StepReport) -> StepAnswer:
-        self._ends.append(report.seconds)
+        """After a step."""
+        self._ends.append(self._clock())
         seen_s = self._ends[-1] - self._ends[0]
-        return "finish" if seen_s >= ENOUGH_S and len(self._ends) > 2 else "continue"
+        return "finish" if seen_s >= self._enough_s and len(self._ends) > 2 else "continue"
 
     def median_s(self) -> float:
         """Seconds of a step."""
         return statistics.median(after - before for before, after in pairwise(self._ends))
 
 
-def _head(hidden: int, vocab: int, device: torch.device, dtype: torch.dtype) -> tuple[Work, float]:
+def _head(
+    hidden: int, vocab: int, device: torch.device, dtype: torch.dtype, clock: Callable[[], float]
+) -> tuple[Work, float]:
     """The product with the head, the loss and its gradient, for a part of a large vocabulary."""
     width = min(vocab, max(1, HEAD_VALUES // hidden))
     weight = filled((width, hidden), device, dtype)
@@ -161,12 +173,12 @@ def _head(hidden: int, vocab: int, device: torch.device, dtype: torch.dtype) -> 
     targets = torch.zeros(HEAD_TOKENS, dtype=torch.int64, device=device)
 
     def once() -> float:
-        began = time.perf_counter()
+        began = clock()
         loss = summed_cross_entropy(torch.nn.functional.linear(states, weight), targets)
         loss.backward()
         assert states.grad is not None
         states.grad.flatten()[0].item()  # waits for an accelerator
-        return time.perf_counter() - began
+        return clock() - began
 
     once()
     seconds = statistics.median(_until(once, ENOUGH_S))

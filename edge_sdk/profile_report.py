@@ -50,8 +50,10 @@ def _head(prospect: Prospect, width: int) -> str:
         ("model", f"{prospect.model}: {_count(total)} parameters, {prospect.facts.layers} blocks"),
         (
             "work",
-            f"{training.steps} steps of {training.batch} examples of {training.sequence_len} tokens, "
-            f"rule {prospect.question.rule}",
+            (
+                f"{training.steps} steps of {training.batch} examples of {training.sequence_len} tokens, "
+                f"rule {prospect.question.rule}"
+            ),
         ),
         ("budget", f"{human_bytes(prospect.limits.budget_bytes)}, {budget_in_words(prospect)}"),
     ]
@@ -67,7 +69,7 @@ def _head(prospect: Prospect, width: int) -> str:
 def _machine(machine: DeviceProfile) -> str:
     """Name, processor or accelerator, memory."""
     accelerator = machine.accelerator
-    parts = [f"{machine.cpu}, {machine.cores} cores" if machine.cores > 1 else f"{machine.cpu}, 1 core"]
+    parts = [f"{machine.cpu}, {machine.cores} logical core" + ("s" if machine.cores > 1 else "")]
     ram = f"{human_bytes(machine.memory_total_bytes)} RAM"
     if machine.memory_available_bytes is not None:
         ram += f" ({human_bytes(machine.memory_available_bytes)} free)"
@@ -101,7 +103,8 @@ def _table(prospect: Prospect) -> str:
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["each step: " + way_of(candidates[0].setting)]
+    batch = prospect.question.training.batch
+    lines = [f"each step: {batch} examples, {way_of(candidates[0].setting)}"]
     for row in rows:
         cells = [row[0].ljust(1)]
         cells += [text.rjust(size) for text, size in zip(row[1:-1], widths[1:-1], strict=True)]
@@ -126,7 +129,8 @@ def _terms(prospect: Prospect, width: int) -> str:
     """Each memory term of the chosen way; in brackets what is not there at the peak."""
     terms = prospect.terms
     setting = (prospect.chosen or min(prospect.candidates, key=lambda c: c.peak_bytes)).setting
-    lines = [f"rank {setting.ranks} at its peak: {human_bytes(terms.peak_bytes)}"]
+    what = "" if prospect.chosen else "the least: "
+    lines = [f"{what}rank {setting.ranks} at its peak, {human_bytes(terms.peak_bytes)}"]
     apart = terms.beside_peak()
     for name, size in terms.terms().items():
         if not size:
@@ -147,9 +151,18 @@ def _verdict(prospect: Prospect, width: int) -> str:
     reason = prospect.reason[:1].upper() + prospect.reason[1:] + "."
     lines = [_wrapped(reason, width)]
     if prospect.times is None:
-        why = "--quick was given" if prospect.measured else "this is a class of devices, not this machine"
-        lines.append(_wrapped(f"Step times: not measured ({why}).", width))
+        lines.append(_wrapped(_untimed(prospect), width))
     return "\n".join(lines)
+
+
+def _untimed(prospect: Prospect) -> str:
+    """Why there are no step times."""
+    if not prospect.measured:
+        why = "this is a class of devices, not this machine"
+    else:
+        why = "--quick was given" if prospect.chosen else "nothing fits"
+    unchecked = ", so that the deadline was not checked" if prospect.limits.deadline_s else ""
+    return f"Step times: not measured ({why}){unchecked}."
 
 
 def _folded(text: str, width: int, label: str) -> str:

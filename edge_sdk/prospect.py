@@ -8,14 +8,14 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.core import choice
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import ModelFacts, facts_from_config
-from edge_sdk.core.memory import ACCELERATOR, CPU, Estimate, Placement, estimate
+from edge_sdk.core.memory import ACCELERATOR, CPU, Estimate, Placement, estimate, human_bytes
 from edge_sdk.core.messages import Rule, Training
 from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.core.setting import Ranks, Setting
@@ -35,7 +35,7 @@ class Question:
     model: str
     options: Options
     ladder: tuple[int, ...]
-    training: Training = Training()
+    training: Training = field(default_factory=Training)
     rule: Rule = "flexlora"
     rank_cap: int = 32  # of the global adapter: what there is to carry under the rule `carry`
     deadline_s: float | None = None
@@ -47,7 +47,7 @@ class Prospect:
     """The answer. `chosen` is None where nothing fits; `terms` are of the chosen way, or else of the leanest.
 
     `measured`: whether `machine` is this one; a class of devices otherwise, of which no time is known.
-    `place`: where it computes, in which dtype. `notice`: why not in 4 bits although it was wished; else empty.
+    `place`: where it computes, in which dtype. `notice`: why not in 4 bits although that was asked for.
     """
 
     model: str
@@ -89,10 +89,12 @@ def examine(question: Question, say: Callable[[str], None] = lambda _: None) -> 
     say("measuring what the libraries take (once for each version of them)")
     framework = _framework_bytes(question.options.device if measured else "cpu", quantised)
     device = choice.Device(replace(placement, framework_bytes=framework))
-    if measured and question.calibrate:
+    question = replace(question, options=replace(options, device=question.options.device))
+    candidates, chosen, reason = _choose(question, facts, ladder, limits, device)
+    if measured and chosen and question.calibrate:
         say("timing training steps on a cut-down model")
         device = replace(device, times=_times(config, question, ladder, quantised))
-    candidates, chosen, reason = _choose(question, facts, ladder, limits, device)
+        candidates, chosen, reason = _choose(question, facts, ladder, limits, device)
     shown = (chosen or min(candidates, key=lambda candidate: candidate.peak_bytes)).setting
     return Prospect(
         model=question.model,
@@ -222,9 +224,24 @@ def _choose(
     asked = (facts, question.training, ladder, carry_rank, limits, device)
     try:
         chosen = choice.choose(*asked)
-    except InputError as error:
-        return choice.leanest(*asked), None, str(error)
+    except InputError:
+        candidates = choice.leanest(*asked)
+        return candidates, None, _why_nothing(question, candidates, limits)
     return chosen.candidates, chosen.chosen, chosen.reason
+
+
+def _why_nothing(question: Question, candidates: tuple[choice.Candidate, ...], limits: choice.Limits) -> str:
+    """What the least needs, and what would help."""
+    least = min(candidates, key=lambda candidate: candidate.peak_bytes)
+    machine = question.options.profile
+    total = machine.trainable_memory_total_bytes() if machine else None
+    needs = (
+        f"nothing fits in {human_bytes(limits.budget_bytes)}; the least is {human_bytes(least.peak_bytes)}"
+    )
+    if total is not None and least.peak_bytes > total:
+        return f"{needs}, and the device has {human_bytes(total)}; a smaller model is needed"
+    enough_mb = -(-least.peak_bytes // 10**7) * 10
+    return f"{needs}; --memory-budget {enough_mb}MB would allow it, if so much is free by then"
 
 
 def budget_in_words(prospect: Prospect) -> str:
@@ -237,7 +254,7 @@ def budget_in_words(prospect: Prospect) -> str:
 
 def way_of(setting: Setting) -> str:
     """How a setting trains, without its ranks, in words."""
-    parts = [f"{setting.micro_batch} × {setting.sequence_len} tokens at a time"]
+    parts = [f"{setting.micro_batch} at a time, {setting.sequence_len} tokens each"]
     parts += ["activations computed twice"] if setting.checkpointing else []
     parts += ["8-bit optimiser"] if setting.optimizer == "adamw8bit" else []
     return ", ".join(parts)

@@ -1,7 +1,7 @@
 """The choice of how a device trains: the largest rank that its memory, its time and its link carry.
 
-Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where no rank of the ladder fits is the way of training changed, in this order, from
-what costs nothing of the result to what does:
+Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where no rank of the
+ladder fits is the way of training changed, in this order, from what costs nothing of the result to what does:
 
 1. smaller micro-batches, whose gradients add up (rounding alone differs);
 2. activations computed twice (rounding alone, for about a third more time);
@@ -245,9 +245,9 @@ def _reason(chosen: Candidate, candidates: Sequence[Candidate], training: Traini
     if setting.carry_rank:
         text += f" with {setting.carry_rank} components carried in {setting.carried_dtype}"
     better = candidates[: candidates.index(chosen)]
-    if not better:
+    if not better and len(candidates) > 1:
         text += "; it is the top of the ladder"
-    elif not chosen.why_not:
+    elif better and not chosen.why_not:
         carried = f" with {better[-1].setting.carried_dtype}" if better[-1].rank == chosen.rank else ""
         text += f"; rank {better[-1].setting.ranks}{carried} {better[-1].why_not}"
     changes = []
