@@ -32,7 +32,12 @@ TERMS = {
 
 def as_text(prospect: Prospect, width: int = 80) -> str:
     """The report, with prose folded at `width` columns."""
-    blocks = [_head(prospect, width), _table(prospect), _terms(prospect, width), _verdict(prospect, width)]
+    blocks = [
+        _head(prospect, width),
+        _table(prospect, width),
+        _terms(prospect, width),
+        _verdict(prospect, width),
+    ]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -80,7 +85,7 @@ def _machine(machine: DeviceProfile) -> str:
     return f"{machine.name}: " + ", ".join(parts)
 
 
-def _table(prospect: Prospect) -> str:
+def _table(prospect: Prospect, width: int) -> str:
     """Candidates, best first, under what holds for all of them."""
     candidates = prospect.candidates
     steps = prospect.question.training.steps
@@ -104,7 +109,7 @@ def _table(prospect: Prospect) -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     batch = prospect.question.training.batch
-    lines = [f"each step: {batch} examples, {way_of(candidates[0].setting)}"]
+    lines = [_folded(f"{batch} examples, {way_of(candidates[0].setting)}", width, "each step")]
     for row in rows:
         cells = [row[0].ljust(1)]
         cells += [text.rjust(size) for text, size in zip(row[1:-1], widths[1:-1], strict=True)]

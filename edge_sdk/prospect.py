@@ -14,7 +14,7 @@ from typing import Any
 
 from edge_sdk.core import choice
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.facts import ModelFacts, facts_from_config
+from edge_sdk.core.facts import ModelFacts, Shapes, facts_from_config
 from edge_sdk.core.memory import ACCELERATOR, CPU, Estimate, Placement, estimate, human_bytes
 from edge_sdk.core.messages import Rule, Training
 from edge_sdk.core.profile import DeviceProfile
@@ -76,8 +76,8 @@ def examine(question: Question, say: Callable[[str], None] = lambda _: None) -> 
 
     file = config_file(question.model)
     config = read_json_object(file)
-    facts_from_config(config, {})  # a field that is missing has a name here; transformers would fill it in
-    facts = facts_from_config(config, base_model.target_modules(file))
+    _facts(config, {}, file)  # a field that is missing is named here; transformers would fill it in
+    facts = _facts(config, base_model.target_modules(file), file)
     ladder = _ladder(question)
     choice.check_ladder(facts, ladder)
     options, measured = _machine(question.options)
@@ -131,6 +131,14 @@ def config_file(model: str) -> Path:
             f"{model}: not on this machine; download its config.json, which is enough, and name that file"
         )
     return directory / "config.json"
+
+
+def _facts(config: Mapping[str, Any], shapes: Shapes, file: Path) -> ModelFacts:
+    """Facts, or an error that names the file."""
+    try:
+        return facts_from_config(config, shapes)
+    except InputError as error:
+        raise InputError(str(error).replace("config.json", str(file), 1)) from error
 
 
 def _ladder(question: Question) -> list[Ranks]:
@@ -236,7 +244,7 @@ def _why_nothing(question: Question, candidates: tuple[choice.Candidate, ...], l
     machine = question.options.profile
     total = machine.trainable_memory_total_bytes() if machine else None
     needs = (
-        f"nothing fits in {human_bytes(limits.budget_bytes)}; the least is {human_bytes(least.peak_bytes)}"
+        f"nothing fits in {human_bytes(limits.budget_bytes)}; the least needs {human_bytes(least.peak_bytes)}"
     )
     if total is not None and least.peak_bytes > total:
         return f"{needs}, and the device has {human_bytes(total)}; a smaller model is needed"
