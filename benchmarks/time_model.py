@@ -34,7 +34,7 @@ from edge_sdk.processor import cpu_name
 LADDER = (2, 8, 32)
 LARGEST = (4, 256)  # examples at a time and tokens of the largest step
 CARRIED = 16
-MOST_STEPS, ENOUGH_S = 8, 3.0
+MOST_STEPS, ENOUGH_S = 6, 1.0
 QUICK = ("tiny", "llama-40M")
 
 

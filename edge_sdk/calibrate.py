@@ -31,6 +31,8 @@ from edge_sdk.training import StepAnswer
 HEAD_VALUES = 1 << 26  # at most so many weights of the head: 134 MB in bfloat16
 HEAD_TOKENS = 128
 SHORT_TOKENS, MEDIUM_TOKENS = 16, 64
+SMALL_BLOCK = 20_000_000  # parameters; models of such blocks are timed at two depths, 1 and
+DEEPER = 3
 STEP_S = 0.8  # the longest step that is measured takes about this
 ENOUGH_S, MOST_STEPS = 0.5, 6  # of one setting, after a step to warm up
 CARRIED_RANK = 16
@@ -67,26 +69,43 @@ def step_times(
     """
     if quantise:
         base_model.import_libraries()  # quietly
-    base, facts = cut_down(config, device, quantise)
-    bench = _Bench(base, facts, clock)
-    by_size = sorted(lesson.ranks, key=facts.adapter_values)
+    whole = facts_from_config(config, {})
+    small = whole.layers > 1 and whole.linear_parameters / whole.layers < SMALL_BLOCK
+    base, facts = cut_down(config, min(whole.layers, DEEPER) if small else 1, device, quantise)
+    measured = _steps(_Bench(base, facts, clock), lesson)
+    measured.append(_head(facts.hidden, whole.vocab, base.device, base.model.dtype, clock))
+    del base
+    if small:  # a second depth tells what blocks cost from what is outside them
+        measured.append(_short_step(_Bench(*cut_down(config, 1, device, quantise), clock), lesson))
+    else:  # where blocks are large, the rest is little, and counts as theirs
+        measured = [(replace(done, micro_batches=0.0), seconds) for done, seconds in measured]
+    base_model.release_memory()
+    return fit(measured)
+
+
+def _steps(bench: _Bench, lesson: Lesson) -> list[tuple[Work, float]]:
+    """Steps of few and of many tokens, of the lowest and the highest rank, recomputing, and carrying."""
+    by_size = sorted(lesson.ranks, key=bench.facts.adapter_values)
     low, high = by_size[0], by_size[-1]
     most = lesson.micro_batch * lesson.sequence_len
-    short, medium = min(SHORT_TOKENS, most), min(MEDIUM_TOKENS, most)
-    measured = [bench.step(_setting(low, short, short)), bench.step(_setting(low, medium, medium))]
+    medium = min(MEDIUM_TOKENS, most)
+    measured = [_short_step(bench, lesson), bench.step(_setting(low, medium, medium))]
     tokens = _affordable(measured[0][1], measured[1][1], most)
     length = min(lesson.sequence_len, tokens)
     for ranks in {low, high}:
         measured.append(bench.step(_setting(ranks, length, tokens)))
-    measured.append(bench.step(replace(_setting(low, length, tokens), checkpointing=True)))
+    plain = _setting(low, length, tokens)
+    measured.append(bench.step(replace(plain, checkpointing=True)))
     if lesson.carries:
-        carrying = replace(_setting(low, length, tokens), carry_rank=CARRIED_RANK, carried_dtype="int8")
-        measured.append(bench.step(carrying))
-    vocab = facts_from_config(config, {}).vocab
-    measured.append(_head(facts.hidden, vocab, base.device, base.model.dtype, clock))
-    del base, bench
-    base_model.release_memory()
-    return fit(measured)
+        measured.append(bench.step(replace(plain, carry_rank=CARRIED_RANK, carried_dtype="int8")))
+    return measured
+
+
+def _short_step(bench: _Bench, lesson: Lesson) -> tuple[Work, float]:
+    """One row of few tokens, at the lowest rank."""
+    length = min(SHORT_TOKENS, lesson.sequence_len)
+    low = min(lesson.ranks, key=bench.facts.adapter_values)
+    return bench.step(_setting(low, length, length))
 
 
 def _setting(ranks: Ranks, length: int, tokens: int) -> Setting:
@@ -107,7 +126,7 @@ class _Bench:
     """Runs steps of the trainer on a cut-down model."""
 
     def __init__(self, base: base_model.LoadedBase, facts: ModelFacts, clock: Callable[[], float]) -> None:
-        self._facts, self._clock = facts, clock
+        self.facts, self._clock = facts, clock
         self._trainer = Trainer(base, facts.shapes, 1.0, progress=False)
         self._draw = np.random.default_rng(0)
 
@@ -126,7 +145,7 @@ class _Bench:
         start = Start(None, carried, setting.ranks, 0, setting.carried_dtype)
         watch = Watch(self._clock, ENOUGH_S)
         self._trainer.train(start, rows, plan, on_step=watch)
-        return work(self._facts, setting, setting.micro_batch), watch.median_s()
+        return work(self.facts, setting, setting.micro_batch), watch.median_s()
 
     def _row(self, length: int) -> Tokenised:
         ids = tuple(int(token) for token in self._draw.integers(0, VOCAB, length))
@@ -135,7 +154,7 @@ class _Bench:
     def _carried(self, rank: int) -> dict[str, LoraFactors]:
         """An adapter of small values."""
         adapter = {}
-        for module, (out, in_) in self._facts.shapes.items():
+        for module, (out, in_) in self.facts.shapes.items():
             r = min(rank, out, in_)
             b, a = (self._draw.uniform(-1e-3, 1e-3, shape).astype("f4") for shape in ((out, r), (r, in_)))
             adapter[module] = LoraFactors(b, a)

@@ -1,4 +1,4 @@
-"""A base model cut down to one or two of its blocks, made from its configuration alone.
+"""A base model cut down to a few of its blocks, made from its configuration alone.
 
 The blocks have the real shapes and, where asked, the real 4-bit layers. The weights are of no use, but finite
 and of the usual size, so that nothing is slower or faster than with real ones. They repeat a short pattern,
@@ -24,23 +24,20 @@ from edge_sdk.device import compute_dtype, torch_device
 from edge_sdk.four_bit import keep_trainable
 
 VOCAB = 512
-SMALL_BLOCK = 20_000_000  # parameters; of blocks below that, two are made
 PATTERN = 1 << 18  # values: a whole number of NF4's blocks of 64 and of their groups of 256
 LARGEST_VALUE = 0.02
 
 
 def cut_down(
-    config: Mapping[str, Any], device: str = "auto", quantise: bool = True
+    config: Mapping[str, Any], layers: int, device: str = "auto", quantise: bool = True
 ) -> tuple[base_model.LoadedBase, ModelFacts]:
     """The model as `base_model.load` would give it, but short and without a tokeniser; and its facts.
 
     Raises:
         InputError: transformers knows no such model, or this machine has no such device.
     """
-    whole = facts_from_config(config, {})
     place = torch_device(device)
     compute = compute_dtype(place)
-    layers = 2 if whole.layers > 1 and whole.linear_parameters / whole.layers < SMALL_BLOCK else 1
     model = _skeleton(config, layers)
     shapes = base_model.block_linears(model)
     if quantise:

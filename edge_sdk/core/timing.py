@@ -1,17 +1,18 @@
 """How long a training step takes, as a function of rank and of everything else in a Setting.
 
-seconds = W · a + F · b + T · c + C · d + L · e
+seconds = W · a + F · b + T · c + C · d + L · e + M · f
 
 `W` counts how often the weights of a block are read (each micro-batch dequantises every layer anew, and pays
 for its calls), `F` floating-point operations in frozen matrices and attention, `T` those in trained factors,
-`C` those in carried ones, and `L` the logits. Thin matrices are slower by the operation than wide ones. The
+`C` those in carried ones, `L` the logits, and `M` the micro-batches,
+each of which pays for calls outside the blocks. Thin matrices are slower by the operation than wide ones. The
 constants are fitted to short measurements on the machine itself (`edge_sdk.calibrate`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from math import ceil
 
@@ -36,6 +37,7 @@ class Work:
     trained_gflops: float = 0.0
     carried_gflops: float = 0.0
     mega_logits: float = 0.0
+    micro_batches: float = 0.0
 
 
 def work(facts: ModelFacts, setting: Setting, batch: int) -> Work:
@@ -52,12 +54,14 @@ def work(facts: ModelFacts, setting: Setting, batch: int) -> Work:
     scores = 2 * facts.layers * setting.sequence_len * facts.query_width * (1 + 2.5 + again)
     trained = 2 * facts.adapter_values(setting.ranks) * (3 + again)
     carried = 2 * facts.adapter_values(setting.carry_rank) * (2 + again)
+    micro_batches = ceil(batch / setting.micro_batch)
     return Work(
-        layer_passes=ceil(batch / setting.micro_batch) * facts.layers * (2 + again) / 2,
+        layer_passes=micro_batches * facts.layers * (2 + again) / 2,
         frozen_gflops=tokens * (linear + scores) / 1e9,
         trained_gflops=tokens * trained / 1e9,
         carried_gflops=tokens * carried / 1e9,
         mega_logits=tokens * facts.vocab / 1e6,
+        micro_batches=micro_batches,
     )
 
 
@@ -70,6 +74,7 @@ class StepTime:
     per_trained_gflop_s: float
     per_carried_gflop_s: float
     per_mega_logit_s: float
+    per_micro_batch_s: float = 0.0
 
     def step_s(self, facts: ModelFacts, setting: Setting, batch: int) -> float:
         """Seconds of one optimiser step."""
@@ -90,10 +95,10 @@ def fit(measured: Sequence[tuple[Work, float]]) -> StepTime:
         raise InputError("the calibration of step times needs three measured steps of positive time")
     rows = np.array([astuple(done) for done, _ in measured])
     seconds = np.array([s for _, s in measured])
-    layer, frozen, trained, carried, logits = _non_negative(rows / seconds[:, None], np.ones(len(measured)))
-    if not rows[:, 3].any():
-        carried = trained
-    return StepTime(layer, frozen, trained, carried, logits)
+    found = StepTime(*_non_negative(rows / seconds[:, None], np.ones(len(measured))))
+    if not any(done.carried_gflops for done, _ in measured):
+        return replace(found, per_carried_gflop_s=found.per_trained_gflop_s)
+    return found
 
 
 def _non_negative(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> list[float]:
