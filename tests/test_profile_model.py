@@ -105,7 +105,6 @@ def test_a_bare_configuration_on_a_class_of_devices(
     assert "computes on cuda, bfloat16, 4-bit weights (NF4)" in out
     assert re.search(r"^→ +32 +1\d GB +– +– +336 MB +fits$", out, re.MULTILINE)
     assert "Step times: not measured (this is a class of devices, not this machine)." in out
-    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_where_nothing_fits(said: Callable[..., tuple[int, str, str]], large: Path) -> None:

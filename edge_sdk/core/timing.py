@@ -12,7 +12,7 @@ constants are fitted to short measurements on the machine itself (`edge_sdk.cali
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import product
 from math import ceil
 
@@ -24,6 +24,7 @@ from edge_sdk.core.facts import ModelFacts
 from edge_sdk.core.setting import Setting
 
 LEAST_MEASUREMENTS = 3
+FROZEN, TRAINED, CARRIED = 1, 2, 3  # places of these in Work and StepTime
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ class StepTime:
 def fit(measured: Sequence[tuple[Work, float]]) -> StepTime:
     """Constants from (work, seconds) pairs, by non-negative least squares on relative errors.
 
+    An operation in a thin factor is never taken for faster than one in a wide matrix: where noise hides what
+    ranks cost, that is the least they can.
+
     A kind of work that nothing measured did gets the constant 0, but carried factors, which then count as
     trained ones do.
 
@@ -95,10 +99,13 @@ def fit(measured: Sequence[tuple[Work, float]]) -> StepTime:
         raise InputError("the calibration of step times needs three measured steps of positive time")
     rows = np.array([astuple(done) for done, _ in measured])
     seconds = np.array([s for _, s in measured])
-    found = StepTime(*_non_negative(rows / seconds[:, None], np.ones(len(measured))))
-    if not any(done.carried_gflops for done, _ in measured):
-        return replace(found, per_carried_gflop_s=found.per_trained_gflop_s)
-    return found
+    rows[:, FROZEN] += rows[:, TRAINED] + rows[:, CARRIED]  # the other two columns: what they cost on top
+    found = _non_negative(rows / seconds[:, None], np.ones(len(measured)))
+    for factors in (TRAINED, CARRIED):
+        found[factors] += found[FROZEN]
+    if not rows[:, CARRIED].any():
+        found[CARRIED] = found[TRAINED]
+    return StepTime(*found)
 
 
 def _non_negative(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> list[float]:
