@@ -16,12 +16,13 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -38,6 +39,9 @@ from edge_sdk.out_of_memory import means_out_of_memory
 __all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
 
 ALL_LINEAR = "all-linear"
+
+# What transformers raises where it cannot make a model of a configuration.
+UNUSABLE = (ValueError, KeyError, TypeError, OSError, ImportError, ArithmeticError, StrictDataclassError)
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 # Loading fewer bytes than this takes about a second at most, so that no bar is shown for it.
@@ -90,17 +94,36 @@ def describe(model: str, targets: str = ALL_LINEAR, digests: Path | None = None)
     return Base(model, hashlib.sha256(canonical.encode()).hexdigest(), modules)
 
 
+def configuration(config: Mapping[str, Any]) -> Any:
+    """The transformers configuration of a `config.json`.
+
+    Raises:
+        InputError: it names no model type that transformers knows, or a value is none that it takes.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise InputError("config.json: model_type is missing; it says which architecture this is")
+    try:
+        values = {key: value for key, value in config.items() if key != "model_type"}
+        return AutoConfig.for_model(kind, **values)
+    except UNUSABLE as error:
+        raise InputError(
+            f"config.json: transformers takes no such configuration: {_one_line(error)}"
+        ) from error
+
+
 def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tuple[int, int]]:
-    """Target module -> (out, in), from the architecture built on the meta device."""
+    """Target module -> (out, in), from the architecture built on the meta device.
+
+    `directory`: of a model, or a bare `config.json`.
+    """
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        raise InputError(
-            f"{directory}: transformers cannot build this model: {_first_line(error)}"
-        ) from error
-    linear = _block_linears(skeleton)
+    except UNUSABLE as error:
+        raise InputError(f"{directory}: transformers cannot build this model: {_one_line(error)}") from error
+    linear = block_linears(skeleton)
     if targets == ALL_LINEAR:
         return linear
     names = [name.strip() for name in targets.split(",") if name.strip()]
@@ -115,7 +138,7 @@ def _ends_with(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def _block_linears(model: Any) -> dict[str, tuple[int, int]]:
+def block_linears(model: Any) -> dict[str, tuple[int, int]]:
     """Linear layers inside numbered blocks; heads and projections outside them are no targets."""
     shapes = {}
     for name, module in model.named_modules():
@@ -193,6 +216,11 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _one_line(error: BaseException) -> str:
+    """All lines of a short message in one: the second often says what the first does not."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def placement(device: str = "auto", quantise: bool = True) -> Placement:

@@ -6,6 +6,9 @@ too small. This one has trained: two steps of the embedded base, then everything
 
 from __future__ import annotations
 
+import json
+import sys
+
 from edge_sdk import base_model, process_memory
 from edge_sdk.core.messages import Directive
 from edge_sdk.dataset import Tokenised
@@ -31,3 +34,13 @@ def framework_bytes(device: str = "auto", quantise: bool = True) -> int:
 
 def _go_on(_: StepReport) -> Directive:
     return "continue"
+
+
+def main() -> int:
+    """`python -m edge_sdk.baseline DEVICE 4-bit|whole`: measure this process; the last line is the JSON."""
+    sys.stdout.write(json.dumps({"bytes": framework_bytes(sys.argv[1], sys.argv[2] == "4-bit")}) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument(
         "--memory-budget", help="memory that training may take, e.g. 6GB (default: half of what is free)"
     )
+    join.add_argument("--rank", help="train this rank alone: a number, or attention=30,mlp=200")
     join.add_argument("--duty", type=float, help="share of the time to compute, e.g. 0.3 (default 1)")
     join.add_argument("--threads", type=int, help="compute threads (default 1)")
     join.add_argument("--nice", type=int, help="0 (as important as any program) to 19 (default 10)")
@@ -79,12 +80,41 @@ def _parser() -> argparse.ArgumentParser:
     base.add_argument("-o", "--out", type=Path, help="write to this file")
     base.set_defaults(run=_base)
 
-    profile = commands.add_parser("profile", help="measure this machine and print its profile")
-    profile.add_argument("--quick", action="store_true", help="skip the timing")
-    profile.add_argument("--json", action="store_true", help="print JSON in place of TOML")
-    profile.set_defaults(run=_profile)
+    _add_profile(commands)
     _add_doctor(commands)
     return parser
+
+
+def _add_profile(commands: Any) -> None:
+    """The parser of `edge-sdk profile`."""
+    profile = commands.add_parser(
+        "profile",
+        help="measure this machine; with --model: which rank would fit?",
+        description="Measures this machine and prints its profile. With --model: whether that model could be "
+        "trained here, and at which rank. No weights are needed and nothing is downloaded.",
+        epilog="Exit code: 0; 1 if the model does not fit; 2 if the command is wrong.",
+    )
+    profile.add_argument("--quick", action="store_true", help="skip the timing")
+    profile.add_argument("--json", action="store_true", help="print JSON")
+    model = profile.add_argument_group("with a model")
+    model.add_argument("--model", help="`tiny`, a directory, a downloaded model, or a bare config.json")
+    model.add_argument(
+        "--profile", help="a device class of profiles/, or a TOML file, in place of this machine"
+    )
+    model.add_argument("--memory-budget", help="e.g. 6GB (default: half of what is free)")
+    model.add_argument("--ladder", help="ranks to choose from (default 2,4,8,16,32)")
+    model.add_argument("--rank", help="this rank alone: a number, or attention=30,mlp=200")
+    model.add_argument("--rule", choices=("flexlora", "carry"), help="of the federation (default flexlora)")
+    model.add_argument("--rank-cap", type=int, help="rank of the global adapter that `carry` carries (32)")
+    model.add_argument("--steps", type=int, help="of an assignment (default 20)")
+    model.add_argument("--batch", type=int, help="examples in a step (default 8)")
+    model.add_argument("--sequence-len", type=int, help="tokens of an example (default 256)")
+    model.add_argument("--deadline", type=float, metavar="SECONDS", help="for an assignment (default: none)")
+    model.add_argument("--device", help="torch device (default: the best there is)")
+    model.add_argument("--threads", type=int, help="compute threads (default 1)")
+    whole = "keep the base in 16 or 32 bits"
+    model.add_argument("--no-quantise", dest="quantise", action="store_const", const=False, help=whole)
+    profile.set_defaults(run=_profile, only_with_model=[action.dest for action in model._group_actions])
 
 
 def _add_doctor(commands: Any) -> None:
@@ -280,9 +310,30 @@ def _profile(options: argparse.Namespace) -> int:
     from edge_sdk.options import cache_dir
     from edge_sdk.probe import probe
 
+    if options.model is not None:
+        return _profile_model(options)
+    for name in options.only_with_model:
+        if getattr(options, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} needs --model, the model that it is about")
     measured = probe(quick=options.quick, folder=cache_dir())
     print(json.dumps(to_json(measured), indent=1) + "\n" if options.json else to_toml(measured), end="")
     return 0
+
+
+def _profile_model(options: argparse.Namespace) -> int:
+    from edge_sdk import profile_report, prospect
+    from edge_sdk.asking import question
+
+    def say(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"{text} …", file=sys.stderr, flush=True)
+
+    found = prospect.examine(question(vars(options)), say)
+    if options.json:
+        print(json.dumps(profile_report.as_json(found), indent=1))
+    else:
+        print(profile_report.as_text(found, shutil.get_terminal_size((100, 24)).columns), end="")
+    return 0 if found.chosen else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.profile import load_profile
 from edge_sdk.core.records import from_json
+from edge_sdk.core.setting import Ranks
 from edge_sdk.manners import Conditions
 from edge_sdk.options import Options
 
@@ -42,6 +43,7 @@ class DeviceConfig:
     state: str | None = None
     profile: str | None = None
     memory_budget: str | None = None
+    rank: str | None = None  # 8, or attention=30,mlp=200
     duty: float | None = None
     threads: int | None = None
     nice: int | None = None
@@ -66,6 +68,7 @@ class DeviceConfig:
             "state_dir": Path(self.state) if self.state else None,
             "profile": load_profile(self.profile) if self.profile else None,
             "memory_budget_bytes": parse_bytes(self.memory_budget) if self.memory_budget else None,
+            "ranks": Ranks.parse(self.rank) if self.rank else None,
             "duty": self.duty,
             "threads": self.threads,
             "nice": self.nice,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edge_sdk import enrolment
+from edge_sdk import enrolment, step_times
 from edge_sdk.core.choice import RankChoice
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.enrolment import Decision, Known
+from edge_sdk.framework_memory import framework_bytes
 from edge_sdk.journal import Journal
 from edge_sdk.link import load_link
-from edge_sdk.options import Options
+from edge_sdk.model_files import resolve
+from edge_sdk.options import Options, cache_dir
 from edge_sdk.recovery import Correction, Corrections
 from edge_sdk.worker_messages import Memory
 
@@ -30,19 +32,14 @@ class Fitting:
         self._federation, self._options, self._journal = federation, options, journal
         self._corrections = Corrections(journal.folder / "memory.json")
         self._known = Known()
+        self.decision = self._decide()  # refuses what could not fit even if nothing else took memory
+        self._known = self._measured()
         self.decision = self._decide()
 
     @property
     def choice(self) -> RankChoice:
         """What the next assignment is asked for."""
         return self.decision.choice
-
-    def measured(self, framework_bytes: int) -> RankChoice:
-        """Choose with what the libraries take in the process that trains."""
-        counted = framework_bytes if self._options.budget_covers_libraries else 0
-        self._known = replace(self._known, framework_bytes=counted)
-        self.decision = self._decide()
-        return self.choice
 
     def again(self) -> RankChoice:
         """Choose again before an assignment is asked for: the link may have been measured since."""
@@ -82,11 +79,29 @@ class Fitting:
         """
         if not self._options.budget_covers_libraries:
             return
-        peak = memory.accelerator_reserved_bytes or memory.peak_bytes - memory.framework_bytes
+        peak = memory.accelerator_reserved_bytes or memory.peak_bytes - self._known.framework_bytes
         if peak > 0:
             self._keep(self._correction().after_success(self._predicted(setting), peak))
 
     # --- parts ---
+
+    def _measured(self) -> Known:
+        """What the libraries take, and how long steps last: in children, at the first start on this machine.
+
+        Training in the application's own process adds no libraries that are not there already, and steps
+        without a deadline need no prediction.
+        """
+        options, training = self._options, self._federation.training
+        quantise = self.decision.quantise
+        counted = options.isolate and options.budget_covers_libraries
+        libraries = framework_bytes(options.device, quantise, cache_dir()) if counted else 0
+        if not options.isolate:
+            return Known(framework_bytes=libraries)
+        config = resolve(enrolment.model_of(self._federation, options)) / "config.json"
+        ladder = enrolment.ladder_of(self._federation, options)
+        way = options.device, quantise, options.threads
+        wanted = step_times.trial(config, training, ladder, self._federation.rule == "carry", way)
+        return Known(framework_bytes=libraries, times=step_times.measured(wanted, cache_dir()))
 
     def _decide(self, ladder: list[Ranks] | None = None, carried: int | None = None) -> Decision:
         known = replace(self._known, correction=self._correction().factor, link=load_link(self._journal.link))

@@ -88,10 +88,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: it is not a JSON object.
     """
-    return _read_object(directory / "config.json")
+    return read_json_object(directory / "config.json")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -111,7 +111,7 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that loading would read; other copies beside them do not count."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_object(index).get("weight_map", {}).values())) or [index.name]
+        names = sorted(set(read_json_object(index).get("weight_map", {}).values())) or [index.name]
     else:
         names = ["model.safetensors"]
     for name in names:

@@ -69,7 +69,6 @@ class Participation:
         published = PublishedAdapters(membership, journal.adapters if data else journal.folder / "served")
         self.serving = Serving(membership, published, self.model)
         self._fitting: Fitting | None = None
-        self._told_choice = False
         self._work = AssignmentRun(membership, published, self._interrupted)
         self._backoff_s = 0.0
         self._enrolled = False
@@ -104,12 +103,13 @@ class Participation:
             self._fitting = Fitting(federation, self._options, self._membership.journal)
             if self._fitting.decision.notice:
                 self._tell("unquantised", self._fitting.decision.notice)
+            self._tell("rank", self._fitting.choice.reason)
         for what in manners.unmeasured(self._options.conditions, self.watch.look()):
             self._tell("notice", f"this machine does not tell {what}; that condition holds nothing back")
         self._enrolled = True
 
     def _ready(self) -> Trainee:
-        """The base in memory, and the way to train settled with what the libraries were measured to take."""
+        """The base in memory."""
         with self._doing("the base model to load"):
             return self.model.worker()
 
@@ -128,14 +128,7 @@ class Participation:
             progress=options.progress if options.progress is not None else sys.stderr.isatty(),
             alone=options.isolate,
         )
-        worker = _in_a_process(setup) if options.isolate else _in_this_process(setup)
-        if self._fitting is not None:
-            before = self._fitting.choice if self._told_choice else None
-            chosen = self._fitting.measured(worker.memory().framework_bytes)
-            if before is None or chosen.setting != before.setting:
-                self._tell("rank", chosen.reason)
-            self._told_choice = True
-        return worker
+        return _in_a_process(setup) if options.isolate else _in_this_process(setup)
 
     # --- the loop ---
 

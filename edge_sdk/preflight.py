@@ -53,7 +53,7 @@ def four_bit_works(device: str = "auto", folder: Path | None = None) -> Prefligh
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return Preflight(False, "bitsandbytes is not installed", 0.0, importable=False)
-    key = _key(device)
+    key = installation(device)
     if folder is not None and key in (known := _load(folder / REMEMBERED)):
         return Preflight(True, "", known[key], remembered=True)
     began = time.monotonic()
@@ -80,8 +80,8 @@ def _try(device: str) -> tuple[bool, str]:
     return importable, f"bitsandbytes computes wrongly: {wrong}" if wrong else ""
 
 
-def _key(device: str) -> str:
-    """What a success holds for: versions, this very installation, and the device by its name."""
+def installation(device: str) -> str:
+    """What a finding holds for: versions, this very installation, and the device by its name."""
     import torch
 
     from edge_sdk.device import torch_device

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from edge_sdk import base_model, priority, process_memory
-from edge_sdk.baseline import framework_bytes
 from edge_sdk.core import codec
 from edge_sdk.core.lora import Adapter, max_rank
 from edge_sdk.core.setting import Ranks
@@ -42,7 +41,7 @@ class Worker:
         self._framework_bytes = 0
         if setup.alone:
             priority.lower_process(setup.niceness)
-            self._framework_bytes = framework_bytes(setup.device, setup.quantise)
+            self._framework_bytes = process_memory.resident_bytes()
         self._examples = load_examples(Path(setup.data)) if setup.data else []
         self._rows: tuple[int, list[Tokenised]] = (0, [])
         self._asking = threading.Lock()

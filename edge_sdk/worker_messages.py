@@ -37,7 +37,7 @@ class Setup:
     threads: int = 1
     niceness: int = 0
     progress: bool = False  # bars on stderr
-    alone: bool = True  # in its process: then it may lower its priority and measure what the libraries take
+    alone: bool = True  # in its process: then it may lower its priority
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Job:
 class Memory:
     """Bytes in the worker's process. `peak` is since the last training call began; 0 where not to be had.
 
-    `framework`: resident after a training of no size, before the base was loaded (`baseline.py`); 0 if the
-    worker shares its process with the application.
+    `framework`: resident once the libraries were imported and before a weight was loaded; 0 if the worker
+    shares its process with the application.
     `accelerator_*`: torch's own figures on CUDA, what tensors took and what torch held for them.
     """
 

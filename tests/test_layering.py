@@ -137,6 +137,8 @@ def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: P
         "edge_sdk/answering.py": LEARNING,
         "edge_sdk/base_model.py": LEARNING,
         "edge_sdk/adapter_places.py": LEARNING,
+        "edge_sdk/cut_down.py": LEARNING,
+        "edge_sdk/calibrate.py": {"torch"},
         "edge_sdk/worker.py": {"torch"},
         "edge_sdk/factor_layers.py": {"torch"},
         "edge_sdk/frozen_factors.py": {"torch", "bitsandbytes"},
@@ -153,7 +155,15 @@ def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: P
 
 
 @pytest.mark.parametrize(
-    "module", ["edge_sdk.agent", "edge_sdk.probe", "edge_sdk.preflight", "edge_sdk.doctor", "edge_sdk.cli"]
+    "module",
+    [
+        "edge_sdk.agent",
+        "edge_sdk.probe",
+        "edge_sdk.preflight",
+        "edge_sdk.doctor",
+        "edge_sdk.prospect",
+        "edge_sdk.cli",
+    ],
 )
 def test_what_an_application_imports_loads_no_learning_library(module: str) -> None:
     assert not loaded_by(module) & LEARNING

@@ -51,10 +51,10 @@ def test_a_broken_bitsandbytes_is_reported_and_kills_nothing(
 
 
 def test_another_installation_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = preflight._key("cpu")
+    key = preflight.installation("cpu")
     assert torch.__version__ in key
     install("", tmp_path, monkeypatch)
-    assert preflight._key("cpu") != key
+    assert preflight.installation("cpu") != key
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The choice of how a device trains: the largest rank that its memory, its time and its link carry.
 
-Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where none
-fits is the way of training changed, in this order, from what costs nothing of the result to what does:
+Ranks come first; under the rule `carry` the order is that of `carried.splits`. Only where no rank of the
+ladder fits is the way of training changed, in this order, from what costs nothing of the result to what does:
 
 1. smaller micro-batches, whose gradients add up (rounding alone differs);
 2. activations computed twice (rounding alone, for about a third more time);
@@ -128,7 +128,7 @@ def choose(
             replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype)
             for ranks, carried, dtype in _preferred(facts, ladder, carry)
         ]
-        tried = tuple(_candidate(facts, setting, training, limits, device) for setting in settings)
+        tried = tuple(predict(facts, setting, training, limits, device) for setting in settings)
         in_memory = [c for c in tried if c.peak_bytes <= limits.budget_bytes]
         if in_memory:
             chosen = next((c for c in in_memory if c.fits), in_memory[-1])
@@ -180,6 +180,28 @@ def _ways(batch: int, length: int) -> Iterator[Setting]:
         length = max(SHORTEST_SEQUENCE, length // 2)
 
 
+def leanest(
+    facts: ModelFacts,
+    training: Training,
+    ladder: Sequence[Ranks],
+    carry: Carry,
+    limits: Limits,
+    device: Device = Device(),
+) -> tuple[Candidate, ...]:
+    """The candidates of the last way of training, best first: what is there to show where nothing fits."""
+    *_, way = _ways(training.batch, training.sequence_len)
+    return tuple(
+        predict(
+            facts,
+            replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype),
+            training,
+            limits,
+            device,
+        )
+        for ranks, carried, dtype in _preferred(facts, ladder, carry)
+    )
+
+
 def check_ladder(facts: ModelFacts, ladder: Sequence[Ranks]) -> None:
     """Refuse an empty ladder and one that no module has room for.
 
@@ -200,7 +222,7 @@ def check_ladder(facts: ModelFacts, ladder: Sequence[Ranks]) -> None:
         )
 
 
-def _candidate(
+def predict(
     facts: ModelFacts, setting: Setting, training: Training, limits: Limits, device: Device
 ) -> Candidate:
     """Predict one way of training and compare it with the limits."""
@@ -233,9 +255,9 @@ def _reason(chosen: Candidate, candidates: Sequence[Candidate], training: Traini
     if setting.carry_rank:
         text += f" with {setting.carry_rank} components carried in {setting.carried_dtype}"
     better = candidates[: candidates.index(chosen)]
-    if not better:
+    if not better and len(candidates) > 1:
         text += "; it is the top of the ladder"
-    elif not chosen.why_not:
+    elif better and not chosen.why_not:
         carried = f" with {better[-1].setting.carried_dtype}" if better[-1].rank == chosen.rank else ""
         text += f"; rank {better[-1].setting.ranks}{carried} {better[-1].why_not}"
     changes = []

@@ -43,8 +43,8 @@ LOSS_CHUNKS = 2
 
 # glibc's heap holds more than was allocated, because freed tensors leave holes between those that live until
 # the backward pass: a share of what comes and goes in a step, which grows with the number of blocks, since
-# each leaves holes of its own. Recomputation runs on a tight heap (`edge_sdk.allocator`). Fitted to the grid of
-# `benchmarks.memory_model`, as is what oneDNN keeps of kernels and scratch for the shapes it has met;
+# each leaves holes of its own. Recomputation runs on a tight heap (`edge_sdk.allocator`). Fitted to the grid
+# of `benchmarks.memory_model`, as is what oneDNN keeps of kernels and scratch for the shapes it has met;
 # docs/MEMORY.md has the residuals.
 HEAP_SPREAD, HEAP_SPREAD_PER_BLOCK, MOST_BLOCKS = 0.30, 0.025, 32
 TIGHT_HEAP_SPREAD = 0.20
@@ -95,6 +95,12 @@ class Estimate:
         """What comes and goes in a step, at its highest."""
         start = self.activations + max(self.logits, self.backward)
         return max(start, self.gradients + self.backward)
+
+    def beside_peak(self) -> tuple[str, ...]:
+        """Names of the terms that are not there at the highest moment."""
+        if self.gradients + self.backward > self.activations + max(self.logits, self.backward):
+            return ("activations", "logits")
+        return ("gradients", "backward" if self.logits >= self.backward else "logits")
 
     def terms(self) -> dict[str, int]:
         """Name -> bytes, for people."""

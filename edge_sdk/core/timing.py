@@ -1,16 +1,19 @@
 """How long a training step takes, as a function of rank and of everything else in a Setting.
 
-seconds = passes · layers · a + W · b + F · c
+seconds = W · a + F · b + T · c + C · d + L · e + M · f
 
-`passes` is how many micro-batches make the step (each dequantises every layer anew, and pays for its calls),
-`W` the floating-point operations in frozen matrices, `F` those in LoRA factors, which are thin and therefore
-slower by the operation. a, b and c are fitted to short measurements on the machine itself.
+`W` counts how often the weights of a block are read (each micro-batch dequantises every layer anew, and pays
+for its calls), `F` floating-point operations in frozen matrices and attention, `T` those in trained factors,
+`C` those in carried ones, `L` the logits, and `M` the micro-batches,
+each of which pays for calls outside the blocks. Thin matrices are slower by the operation than wide ones. The
+constants are fitted to short measurements on the machine itself (`edge_sdk.calibrate`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import product
 from math import ceil
 
 import numpy as np
@@ -20,14 +23,22 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import ModelFacts
 from edge_sdk.core.setting import Setting
 
+LEAST_MEASUREMENTS = 3
+FROZEN, TRAINED, CARRIED = 1, 2, 3  # places of these in Work and StepTime
+
 
 @dataclass(frozen=True)
 class Work:
-    """What a step consists of. `layer_passes`: blocks, times the micro-batches; operations are counts."""
+    """What a step consists of. `layer_passes`: forward-and-backward passes through one block, by micro-batch;
+    gflops are 10⁹ operations; `mega_logits` are 10⁶ logits.
+    """
 
     layer_passes: float
-    frozen_operations: float
-    factor_operations: float
+    frozen_gflops: float = 0.0
+    trained_gflops: float = 0.0
+    carried_gflops: float = 0.0
+    mega_logits: float = 0.0
+    micro_batches: float = 0.0
 
 
 def work(facts: ModelFacts, setting: Setting, batch: int) -> Work:
@@ -36,63 +47,78 @@ def work(facts: ModelFacts, setting: Setting, batch: int) -> Work:
     A product of (m, k) and (k, n) is 2·m·k·n operations. Frozen matrices: the forward pass and the gradient
     of their input; trained factors: that of the factor as well; recomputation: the forward pass again.
     The attention itself is causal: half of (length × length) scores, twice, and 2.5 times that backwards
-    (Dao et al. 2022, arXiv:2205.14135, appendix B).
+    (Dao et al. 2022, arXiv:2205.14135, appendix B). Every position counts as one with a label.
     """
     tokens = batch * setting.sequence_len
     again = 1 if setting.checkpointing else 0
     linear = 2 * facts.linear_parameters * (2 + again)
-    head = 2 * facts.vocab * facts.hidden * 2
     scores = 2 * facts.layers * setting.sequence_len * facts.query_width * (1 + 2.5 + again)
     trained = 2 * facts.adapter_values(setting.ranks) * (3 + again)
     carried = 2 * facts.adapter_values(setting.carry_rank) * (2 + again)
+    micro_batches = ceil(batch / setting.micro_batch)
     return Work(
-        layer_passes=ceil(batch / setting.micro_batch) * facts.layers,
-        frozen_operations=float(tokens * (linear + head + scores)),
-        factor_operations=float(tokens * (trained + carried)),
+        layer_passes=micro_batches * facts.layers * (2 + again) / 2,
+        frozen_gflops=tokens * (linear + scores) / 1e9,
+        trained_gflops=tokens * trained / 1e9,
+        carried_gflops=tokens * carried / 1e9,
+        mega_logits=tokens * facts.vocab / 1e6,
+        micro_batches=micro_batches,
     )
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """The fitted constants, in seconds: by layer and micro-batch, and by 10⁹ operations."""
+    """The fitted constants, in seconds by unit of `Work`, field by field."""
 
-    per_layer_s: float
+    per_layer_pass_s: float
     per_frozen_gflop_s: float
-    per_factor_gflop_s: float
+    per_trained_gflop_s: float
+    per_carried_gflop_s: float
+    per_mega_logit_s: float
+    per_micro_batch_s: float = 0.0
 
     def step_s(self, facts: ModelFacts, setting: Setting, batch: int) -> float:
         """Seconds of one optimiser step."""
-        done = work(facts, setting, batch)
-        return (
-            done.layer_passes * self.per_layer_s
-            + done.frozen_operations * self.per_frozen_gflop_s / 1e9
-            + done.factor_operations * self.per_factor_gflop_s / 1e9
-        )
+        done = astuple(work(facts, setting, batch))
+        return float(np.dot(done, astuple(self)))
 
 
 def fit(measured: Sequence[tuple[Work, float]]) -> StepTime:
     """Constants from (work, seconds) pairs, by non-negative least squares on relative errors.
 
+    An operation in a thin factor is never taken for faster than one in a wide matrix: where noise hides what
+    ranks cost, that is the least they can.
+
+    A kind of work that nothing measured did gets the constant 0, but carried factors, which then count as
+    trained ones do.
+
     Raises:
         InputError: fewer than three measurements, or a time that is no positive number.
     """
-    if len(measured) < 3 or any(not 0 < seconds < float("inf") for _, seconds in measured):
+    if len(measured) < LEAST_MEASUREMENTS or any(not 0 < seconds < float("inf") for _, seconds in measured):
         raise InputError("the calibration of step times needs three measured steps of positive time")
-    rows = np.array(
-        [[w.layer_passes, w.frozen_operations / 1e9, w.factor_operations / 1e9] for w, _ in measured]
-    )
+    rows = np.array([astuple(done) for done, _ in measured])
     seconds = np.array([s for _, s in measured])
-    return StepTime(*_non_negative(rows / seconds[:, None], np.ones(len(measured))))
+    rows[:, FROZEN] += rows[:, TRAINED] + rows[:, CARRIED]  # the other two columns: what they cost on top
+    found = _non_negative(rows / seconds[:, None], np.ones(len(measured)))
+    for factors in (TRAINED, CARRIED):
+        found[factors] += found[FROZEN]
+    if not rows[:, CARRIED].any():
+        found[CARRIED] = found[TRAINED]
+    return StepTime(*found)
 
 
-def _non_negative(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> tuple[float, float, float]:
+def _non_negative(rows: NDArray[np.float64], wanted: NDArray[np.float64]) -> list[float]:
     """The x ≥ 0 that minimises ‖rows·x − wanted‖: the best solution over all subsets of the columns."""
-    best, found = np.inf, np.zeros(3)
-    for mask in range(1, 8):
-        columns = [i for i in range(3) if mask >> i & 1]
-        x = np.zeros(3)
+    width = rows.shape[1]
+    best, found = np.inf, np.zeros(width)
+    for taken in product((False, True), repeat=width):
+        columns = [i for i in range(width) if taken[i] and rows[:, i].any()]
+        if not columns:
+            continue
+        x = np.zeros(width)
         x[columns] = np.linalg.lstsq(rows[:, columns], wanted, rcond=None)[0]
         residual = float(np.linalg.norm(rows @ x - wanted))
         if (x >= 0).all() and residual < best - 1e-12:
             best, found = residual, x
-    return float(found[0]), float(found[1]), float(found[2])
+    return [float(value) for value in found]

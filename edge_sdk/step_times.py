@@ -1,0 +1,104 @@
+"""Step times of this machine for one model: measured in a child, once, and remembered.
+
+The calibration (`calibrate`) takes some seconds and builds a piece of the model; so that a child does it, once
+for the model, the ways of training that may be chosen, the versions and the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk import __version__, child
+from edge_sdk.core.errors import ProtocolError
+from edge_sdk.core.messages import Training
+from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.setting import Ranks
+from edge_sdk.core.timing import StepTime
+from edge_sdk.journal import write_durably
+from edge_sdk.preflight import installation
+
+log = logging.getLogger("edge_sdk")
+
+MEASURE_S = 300.0
+REMEMBERED = "step-times.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is to be timed."""
+
+    config: str  # the text of config.json
+    ranks: tuple[Ranks, ...]
+    batch: int
+    sequence_len: int
+    carries: bool
+    device: str
+    quantise: bool
+    threads: int
+
+
+def trial(
+    config: Path, training: Training, ranks: Sequence[Ranks], carries: bool, way: tuple[str, bool, int]
+) -> Trial:
+    """A trial for a federation's training; `way` is (device, 4 bits, threads)."""
+    text = config.read_text(encoding="utf-8")
+    return Trial(text, tuple(ranks), training.batch, training.sequence_len, carries, *way)
+
+
+def measured(wanted: Trial, folder: Path) -> StepTime | None:
+    """The constants of `core.timing` on this machine; None if they cannot be measured, which is logged.
+
+    Without them the choice of rank knows no deadline; that is no reason not to train.
+    """
+    asked = json.dumps(to_json(wanted), sort_keys=True)
+    key = hashlib.sha256(f"{__version__} {asked} {installation(wanted.device)}".encode()).hexdigest()
+    known = _load(folder / REMEMBERED)
+    if key not in known:
+        outcome = child.run_python("-m", "edge_sdk.step_times", asked, timeout_s=MEASURE_S)
+        if outcome.failure or not outcome.lines:
+            log.warning("step times cannot be measured: %s", outcome.failure or "the trial said nothing")
+            return None
+        known[key] = from_json(StepTime, json.loads(outcome.lines[-1]))
+        _remember(folder / REMEMBERED, known)
+    return known[key]
+
+
+def _load(path: Path) -> dict[str, StepTime]:
+    """What was remembered; a missing or damaged file only means that it is measured again."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {key: from_json(StepTime, value) for key, value in known.items()}
+    except (OSError, ValueError, AttributeError, ProtocolError):
+        return {}
+
+
+def _remember(path: Path, known: dict[str, StepTime]) -> None:
+    """Write them all. A folder that cannot be written costs the next start some seconds, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {key: to_json(value) for key, value in known.items()}
+        write_durably(path, json.dumps(content, indent=1).encode())
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); it is measured again next time", path, error.strerror)
+
+
+def main() -> int:
+    """`python -m edge_sdk.step_times TRIAL`: measure; the last line is the JSON."""
+    from edge_sdk import base_model, calibrate
+
+    wanted = from_json(Trial, json.loads(sys.argv[1]))
+    base_model.use_threads(wanted.threads)
+    lesson = calibrate.Lesson(wanted.batch, wanted.sequence_len, wanted.ranks, wanted.carries)
+    found = calibrate.step_times(json.loads(wanted.config), lesson, wanted.device, wanted.quantise)
+    sys.stdout.write(json.dumps(to_json(found)) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
