@@ -1,7 +1,7 @@
 """Step times of this machine for one model: measured in a child, once, and remembered.
 
-The calibration (`calibrate`) takes some seconds and builds a piece of the model; so that a child does it, once
-for the model, the ways of training that may be chosen, the versions and the device.
+The calibration (`calibrate`) takes some seconds and builds a piece of the model; so that a child does it,
+once for the model, the ways of training that may be chosen, the versions and the device.
 """
 
 from __future__ import annotations

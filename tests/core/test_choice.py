@@ -157,7 +157,7 @@ def test_what_was_measured_before_corrects_the_prediction() -> None:
 
 # --- time and link --------------------------------------------------------------------------------
 
-TIMES = StepTime(per_layer_s=0.01, per_frozen_gflop_s=0.05, per_factor_gflop_s=2.0)
+TIMES = StepTime(0.01, 0.05, 2.0, 2.0, 0.0)
 
 
 def test_the_deadline_decides_and_is_named() -> None:
@@ -186,7 +186,7 @@ def test_a_slow_link_decides_and_is_named() -> None:
 def test_under_carry_the_carried_components_are_fetched() -> None:
     rate = 4 * FACTS.adapter_values(32) / 50
     carry = Carry(32)
-    slow = chosen(PLENTY, carry, download_bytes_s=rate, deadline_s=60.0, times=StepTime(0, 0, 0))
+    slow = chosen(PLENTY, carry, download_bytes_s=rate, deadline_s=60.0, times=StepTime(0, 0, 0, 0, 0))
     assert slow.chosen.assignment_s == pytest.approx(50)
 
 
