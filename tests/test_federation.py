@@ -121,6 +121,7 @@ def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architec
                 device="cpu",
                 memory_budget_bytes=budget_for(rank, base, rule),
                 budget_covers_libraries=False,
+                isolate=False,
             )
             data = write_data(tmp_path / f"{colour}.jsonl", colour)
             agent = Agent(coordinator.url, data=data, join_token=coordinator.join_token, options=options)
@@ -193,7 +194,7 @@ def test_a_killed_device_goes_on_from_its_checkpoint_and_delivers_once(tmp_path:
         agent = Agent(
             coordinator.url,
             data=data,
-            options=Options(state_dir=state, device="cpu", memory_budget_bytes=10**9),
+            options=Options(state_dir=state, device="cpu", memory_budget_bytes=10**9, isolate=False),
             on_event=events.append,
         )
         assert agent.run(updates=1) == 1
@@ -224,7 +225,9 @@ def test_a_device_goes_on_while_the_coordinator_is_away(tmp_path: Path) -> None:
                 if len(offline) == 3:  # the first a heartbeat, the rest attempts to deliver
                     coordinator.start()
 
-        options = Options(state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9)
+        options = Options(
+            state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9, isolate=False
+        )
         agent = Agent(
             coordinator.url,
             data=data,
@@ -248,7 +251,9 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
             coordinator.url,
             data=write_data(tmp_path / "data.jsonl", "red"),
             join_token=coordinator.join_token,
-            options=Options(state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9),
+            options=Options(
+                state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9, isolate=False
+            ),
             on_event=events.append,
         )
         put, spoilt = agent.journal.put_outbox, [True]
