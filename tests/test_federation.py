@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from edge_sdk.core.messages import Base, Rule
 from edge_sdk.core.records import to_json
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.options import Event, Options
+from edge_sdk.transport import Transport
 from tests.models import Architecture, build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
 
@@ -256,13 +258,15 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
             ),
             on_event=events.append,
         )
-        put, spoilt = agent.journal.put_outbox, [True]
+        upload, spoilt = Transport.upload, [True]
 
-        def put_outbox(adapter: bytes) -> None:
-            put(adapter[:-1] + b"?" if spoilt else adapter)
-            spoilt.clear()
+        def upload_spoilt(transport: Transport, work: str, path: Path, stopped: Callable[[], bool]) -> None:
+            if spoilt:
+                path.write_bytes(path.read_bytes()[:-1] + b"?")
+                spoilt.clear()
+            upload(transport, work, path, stopped)
 
-        monkeypatch.setattr(agent.journal, "put_outbox", put_outbox)
+        monkeypatch.setattr(Transport, "upload", upload_spoilt)
         try:
             assert agent.run(updates=1) == 1
         finally:
