@@ -185,7 +185,8 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
 def import_libraries() -> None:
     """Import what `load` and the trainer need, so that what is resident after this is the libraries' own."""
     with _quiet(small=False):
-        import bitsandbytes  # noqa: F401
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
 
 

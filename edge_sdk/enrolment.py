@@ -32,6 +32,7 @@ class Known:
     correction: float = 1.0
     link: Link = field(default_factory=Link)
     longest: int | None = None  # tokens of the longest local example
+    eight_bit: bool = True  # whether 8-bit moments can be had
 
 
 def model_of(federation: Federation, options: Options) -> str:
@@ -76,6 +77,7 @@ class Decision:
     choice: choice.RankChoice
     quantise: bool
     notice: str = ""
+    bitsandbytes: bool = True  # False: a process that imports it may die of that
 
 
 def decide(
@@ -98,8 +100,9 @@ def decide(
         InputError: the memory is not enough, or would only be in 4 bits, which fail here; says why.
     """
 
-    def choose(quantise: bool) -> choice.RankChoice:
-        return choose_rank(federation, options, quantise, known, ladder, carried)
+    def choose(quantise: bool, eight_bit: bool = True) -> choice.RankChoice:
+        own = replace(known, eight_bit=eight_bit)
+        return choose_rank(federation, options, quantise, own, ladder, carried)
 
     if not options.quantise:
         return Decision(choose(False), quantise=False)
@@ -112,10 +115,11 @@ def decide(
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
     notice = f"4-bit training does not work here: {tried.reason}"
     try:
-        unquantised = choose(False)
+        unquantised = choose(False, eight_bit=False)
     except InputError as error:
         raise InputError(f"{notice}; unquantised, {error}; `edge-sdk doctor` says what mends it") from error
-    return Decision(unquantised, quantise=False, notice=f"{notice}; training goes on unquantised")
+    notice += "; training goes on unquantised"
+    return Decision(unquantised, quantise=False, bitsandbytes=tried.importable, notice=notice)
 
 
 def choose_rank(
@@ -143,7 +147,7 @@ def choose_rank(
             known.link.upload_bytes_s,
             known.link.download_bytes_s,
         ),
-        choice.Device(placement(options, quantise, known), known.times, known.correction),
+        choice.Device(placement(options, quantise, known), known.times, known.correction, known.eight_bit),
         known.longest,
     )
 

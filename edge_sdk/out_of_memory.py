@@ -1,7 +1,7 @@
 """What counts as running out of memory, and catching it so that what it held is free again.
 
-The words are those of torch's allocators (CPU, CUDA, HIP, XPU, MPS), bitsandbytes, C++, the dynamic loader
-and the operating systems; torch reports a failed allocation on a CPU as a plain RuntimeError.
+The words are those of torch's allocators (CPU, CUDA, HIP, XPU, MPS), bitsandbytes, OpenBLAS, C++, the dynamic
+loader and the operating systems; torch reports a failed allocation on a CPU as a plain RuntimeError.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from edge_sdk.core.errors import EdgeError, OutOfMemory
 
 WORDS = re.compile(
-    r"out of memory|not enough memory|can(no|')t allocate memory|failed to allocate|bad[_ ]alloc"
-    r"|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|OUT_OF_(DEVICE|HOST)_MEMORY|os error 12\b",
+    r"out of memory|not enough memory|memory allocation still failed|can(no|')t allocate memory"
+    r"|failed to allocate|bad[_ ]alloc|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|OUT_OF_(DEVICE|HOST)_MEMORY|os error 12\b",
     re.IGNORECASE,
 )
 

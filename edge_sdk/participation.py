@@ -123,6 +123,7 @@ class Participation:
             data=str(self._data) if self._data else None,
             device=options.device,
             quantise=self._fitting.decision.quantise if self._fitting else options.quantise,
+            bitsandbytes=self._fitting.decision.bitsandbytes if self._fitting else True,
             threads=options.threads,
             niceness=options.nice,
             progress=options.progress if options.progress is not None else sys.stderr.isatty(),

@@ -90,9 +90,11 @@ def _remember(path: Path, known: dict[str, StepTime]) -> None:
 
 def main() -> int:
     """`python -m edge_sdk.step_times TRIAL`: measure; the last line is the JSON."""
+    wanted = from_json(Trial, json.loads(sys.argv[1]))
+    if not wanted.quantise:  # nothing here needs it, and where it is broken its import may end the process
+        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     from edge_sdk import base_model, calibrate
 
-    wanted = from_json(Trial, json.loads(sys.argv[1]))
     base_model.use_threads(wanted.threads)
     lesson = calibrate.Lesson(wanted.batch, wanted.sequence_len, wanted.ranks, wanted.carries)
     found = calibrate.step_times(json.loads(wanted.config), lesson, wanted.device, wanted.quantise)

@@ -83,9 +83,12 @@ class Endpoint:
 
     def _do(self, kind: str, id: int, body: Any) -> Any:
         if kind == "prepare":
+            setup = from_json(Setup, body)
+            if not setup.bitsandbytes:  # PEFT would import it wherever it finds it
+                sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
             from edge_sdk.worker import Worker  # takes seconds, in which the application can end already
 
-            self._worker = Worker(from_json(Setup, body))
+            self._worker = Worker(setup)
             return to_json(self._worker.prepared)
         if self._worker is None:
             raise InternalError(f"{kind}: the worker is not prepared")

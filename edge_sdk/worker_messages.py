@@ -37,6 +37,7 @@ class Setup:
     threads: int = 1
     niceness: int = 0
     progress: bool = False  # bars on stderr
+    bitsandbytes: bool = True  # False: it must not be imported, because that ends the process
     alone: bool = True  # in its process: then it may lower its priority
 
 

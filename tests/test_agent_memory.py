@@ -14,7 +14,7 @@ from edge_sdk.options import Event, Options
 from tests import memory_limits
 from tests.models import build_larger_llama
 from tests.processes import PATIENCE_S, CoordinatorProcess
-from tests.test_federation import configuration
+from tests.test_federation import configuration, wait_for_version
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
 
@@ -63,6 +63,7 @@ def test_the_work_in_hand_goes_on_in_a_smaller_way(
             on_event=squeeze,
         )
         assert agent.run(updates=1) == 1
+        wait_for_version(agent, 1)
         device = agent.transport.status().devices[0]
         assert agent.stop(PATIENCE_S).done
         agent.close()

@@ -45,6 +45,7 @@ class Device:
     placement: Placement = CPU
     times: StepTime | None = None  # None: not calibrated
     correction: float = 1.0
+    eight_bit: bool = True  # whether 8-bit moments can be had: bitsandbytes works
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def choose(
     check_ladder(facts, ladder)
     length = min(training.sequence_len, longest or training.sequence_len)
     tried: tuple[Candidate, ...] = ()
-    for way in _ways(training.batch, length):
+    for way in _ways(training.batch, length, device.eight_bit):
         settings = [
             replace(way, ranks=ranks, carry_rank=carried, carried_dtype=dtype)
             for ranks, carried, dtype in _preferred(facts, ladder, carry)
@@ -164,7 +165,7 @@ def _preferred(
     )
 
 
-def _ways(batch: int, length: int) -> Iterator[Setting]:
+def _ways(batch: int, length: int, eight_bit: bool = True) -> Iterator[Setting]:
     """Ways of training, in the order of the module's docstring; the ranks are put in later."""
     ranks = Ranks.uniform(1)
     sizes = [batch]
@@ -174,7 +175,7 @@ def _ways(batch: int, length: int) -> Iterator[Setting]:
         for size in sizes:
             yield Setting(ranks, 0, length, size, recomputes)
     while True:
-        yield Setting(ranks, 0, length, 1, True, "adamw8bit")
+        yield Setting(ranks, 0, length, 1, True, "adamw8bit" if eight_bit else "adamw")
         if length <= SHORTEST_SEQUENCE:
             return
         length = max(SHORTEST_SEQUENCE, length // 2)
@@ -189,7 +190,7 @@ def leanest(
     device: Device = Device(),
 ) -> tuple[Candidate, ...]:
     """The candidates of the last way of training, best first: what is there to show where nothing fits."""
-    *_, way = _ways(training.batch, training.sequence_len)
+    *_, way = _ways(training.batch, training.sequence_len, device.eight_bit)
     return tuple(
         predict(
             facts,
