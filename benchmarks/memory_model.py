@@ -10,6 +10,7 @@ from a configuration, with random weights. Finished points are kept in the folde
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
@@ -23,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.memory import human_bytes
+from edge_sdk.core.facts import ModelFacts, facts_from_config
+from edge_sdk.core.memory import estimate, human_bytes
 from edge_sdk.core.setting import Ranks, Setting
 
 STEPS = 3  # the second has the optimiser's moments; the heap settles over a few
@@ -94,7 +95,6 @@ def measure(directory: Path, setting: Setting) -> dict[str, Any]:
     """Train for real in this process and say what it took."""
     from edge_sdk import base_model, process_memory
     from edge_sdk.baseline import framework_bytes
-    from edge_sdk.core.memory import estimate
     from edge_sdk.dataset import Tokenised
     from edge_sdk.trainer import Plan, Start, Trainer
 
@@ -114,10 +114,8 @@ def measure(directory: Path, setting: Setting) -> dict[str, Any]:
         Start(None, None, setting.ranks.largest, 0), rows, plan, on_step=lambda _: "continue"
     )
     measured = process_memory.peak_bytes()
-    placement = replace(base_model.placement("cpu"), framework_bytes=framework)
     return {
         "parameters": facts.linear_parameters + facts.other_parameters,
-        "predicted_bytes": estimate(facts, setting, placement).peak_bytes,
         "measured_bytes": measured,
         "framework_bytes": framework,
         "step_s": done.seconds / STEPS,
@@ -194,9 +192,9 @@ def summary(rows: list[Row], label: str) -> str:
 
 def cpu_name() -> str:
     """The processor, as /proc/cpuinfo or Python names it."""
-    from edge_sdk import probe
+    from edge_sdk import processor
 
-    return probe.cpu_name(probe.CPUINFO, probe.BOARD)
+    return processor.cpu_name()
 
 
 def main() -> int:
@@ -229,6 +227,23 @@ def main() -> int:
     return 0
 
 
+@functools.cache
+def facts_of(directory: Path) -> ModelFacts:
+    """What the memory model is told of a model: its configuration, nothing of its weights."""
+    from edge_sdk import base_model
+
+    config = json.loads((directory / "config.json").read_text())
+    return facts_from_config(config, base_model.describe(str(directory)).modules)
+
+
+def predict(directory: Path, setting: Setting, framework_bytes: int) -> int:
+    """Peak of the process by the memory model."""
+    from edge_sdk import base_model
+
+    placement = replace(base_model.placement("cpu"), framework_bytes=framework_bytes)
+    return estimate(facts_of(directory), setting, placement).peak_bytes
+
+
 def run_grid(folder: Path, quick: bool) -> list[Row]:
     """All points, the finished ones from the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,6 +255,7 @@ def run_grid(folder: Path, quick: bool) -> list[Row]:
         if not kept.exists():
             kept.write_text(json.dumps(run_point(build(model, folder), setting)))
         found = json.loads(kept.read_text())
+        found["predicted_bytes"] = predict(build(model, folder), setting, found["framework_bytes"])
         rows.append(
             Row(
                 model=model.name,

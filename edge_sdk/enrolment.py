@@ -33,6 +33,7 @@ class Known:
     link: Link = field(default_factory=Link)
     longest: int | None = None  # tokens of the longest local example
     eight_bit: bool = True  # whether 8-bit moments can be had
+    most_bytes: int | None = None  # below the budget, where training has failed within that
 
 
 def model_of(federation: Federation, options: Options) -> str:
@@ -142,7 +143,7 @@ def choose_rank(
         ladder or ladder_of(federation, options),
         choice.Carry(to_carry if carried is None else carried, settled=carried is not None),
         choice.Limits(
-            budget_bytes(options),
+            min(budget_bytes(options), known.most_bytes or sys.maxsize),
             federation.lease_s,
             known.link.upload_bytes_s,
             known.link.download_bytes_s,

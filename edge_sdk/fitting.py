@@ -59,9 +59,8 @@ class Fitting:
         Raises:
             InputError: nothing smaller fits.
         """
-        predicted = self._predicted(setting)
-        budget = self.choice.limits.budget_bytes - self._known.framework_bytes
-        correction = self._correction().after_failure(predicted, budget)
+        predicted, before = self._predicted(setting), self._correction()
+        correction = before.after_failure(predicted, before.apply(predicted))
         self._keep(correction)
         if correction.exhausted:
             raise InputError(f"training ran out of memory at {setting}, however small; close other programs")
@@ -104,7 +103,14 @@ class Fitting:
         return Known(framework_bytes=libraries, times=step_times.measured(wanted, cache_dir()))
 
     def _decide(self, ladder: list[Ranks] | None = None, carried: int | None = None) -> Decision:
-        known = replace(self._known, correction=self._correction().factor, link=load_link(self._journal.link))
+        correction = self._correction()
+        limit = self._known.framework_bytes + correction.within(enrolment.budget_bytes(self._options))
+        known = replace(
+            self._known,
+            correction=correction.factor,
+            most_bytes=limit if correction.failed_bytes else None,
+            link=load_link(self._journal.link),
+        )
         return enrolment.decide(self._federation, self._options, known, ladder, carried)
 
     def _predicted(self, setting: Setting) -> int:

@@ -14,7 +14,8 @@ from edge_sdk.core.errors import EdgeError, OutOfMemory
 
 WORDS = re.compile(
     r"out of memory|not enough memory|memory allocation still failed|can(no|')t allocate memory"
-    r"|failed to allocate|bad[_ ]alloc|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|OUT_OF_(DEVICE|HOST)_MEMORY|os error 12\b",
+    r"|failed to allocate|bad[_ ]alloc|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED"
+    r"|OUT_OF_(DEVICE|HOST)_MEMORY|os error 12\b",
     re.IGNORECASE,
 )
 

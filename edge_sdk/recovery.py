@@ -11,6 +11,8 @@ predictions. How the factor moves:
 - A failure is remembered. Success at a smaller setting pulls the factor down to a floor at most: what the
   failure proved, eased by `EASING` with every success. Otherwise the setting that failed would be tried again
   after a few small successes, and fail again.
+- Not only the prediction may be wrong, but the budget: somebody else may hold the memory. What was predicted
+  to fit and did not is a limit of its own (`within`), which every success raises by 2 %.
 - It stays within [LOWEST, HIGHEST]. Above the highest, the prediction says nothing any more.
 """
 
@@ -43,6 +45,7 @@ class Correction:
     floor: float = LOWEST
     failures: int = 0
     successes: int = 0
+    failed_bytes: int = 0  # the least (uncorrected) prediction that memory ran out at; 0: none did
 
     def apply(self, predicted_bytes: int) -> int:
         """The corrected prediction, to be compared with the budget."""
@@ -55,7 +58,12 @@ class Correction:
         """
         proved = budget_bytes / max(1, predicted_bytes)
         factor = _clamped(FAILURE_MARGIN * max(self.factor, proved))
-        return replace(self, factor=factor, floor=factor, failures=self.failures + 1)
+        failed = min(self.failed_bytes or predicted_bytes, predicted_bytes)
+        return replace(self, factor=factor, floor=factor, failures=self.failures + 1, failed_bytes=failed)
+
+    def within(self, budget_bytes: int) -> int:
+        """The budget, or what is less than the prediction that failed: the budget itself may be wrong."""
+        return min(budget_bytes, self.apply(self.failed_bytes) - 1) if self.failed_bytes else budget_bytes
 
     def after_success(self, predicted_bytes: int, measured_bytes: int) -> Correction:
         """A run of this (uncorrected) prediction took this much at its peak."""
@@ -64,7 +72,9 @@ class Correction:
         if self.failures:
             floor = _clamped(1 + (self.floor - 1) * EASING if self.floor > 1 else self.floor)
         factor = max(found, self.factor + SMOOTHING * (found - self.factor), floor)
-        return replace(self, factor=_clamped(factor), floor=floor, successes=self.successes + 1)
+        failed = round(self.failed_bytes * (2 - EASING))
+        successes = self.successes + 1
+        return replace(self, factor=_clamped(factor), floor=floor, successes=successes, failed_bytes=failed)
 
     @property
     def exhausted(self) -> bool:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from edge_sdk import base_model, priority, process_memory
@@ -38,6 +39,7 @@ class Worker:
         self._setup = setup
         base_model.use_threads(setup.threads)
         base_model.import_libraries()
+        _ready_for_scarcity()
         self._framework_bytes = 0
         if setup.alone:
             priority.lower_process(setup.niceness)
@@ -165,3 +167,12 @@ class Worker:
         process_memory.reset_peak()
         if self._trainer.base.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._trainer.base.device)
+
+
+def _ready_for_scarcity() -> None:
+    """Let numpy's BLAS take its buffers now: it ends the process when it finds no room for them.
+
+    They are needed to go on at a lower rank, which is when memory has just run out.
+    """
+    square = np.eye(256, dtype=np.float32)
+    np.linalg.svd(square @ square)
