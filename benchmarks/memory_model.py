@@ -275,7 +275,7 @@ def draw(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
     for model in MODELS:
@@ -294,6 +294,10 @@ def draw(rows: list[Row], path: Path) -> None:
     axes.plot(ends, ends, color="0.3", linewidth=1)
     axes.fill_between(ends, 0.95 * ends, 1.1 * ends, color="0.85", label="−5 % to +10 %", zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured peak, MB", ylabel="predicted peak, MB")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.FixedLocator([500, 1000, 2000, 4000]))
+        axis.set_major_formatter(ticker.ScalarFormatter())
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
 

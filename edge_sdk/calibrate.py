@@ -72,6 +72,8 @@ def step_times(
     whole = facts_from_config(config, {})
     small = whole.layers > 1 and whole.linear_parameters / whole.layers < SMALL_BLOCK
     base, facts = cut_down(config, min(whole.layers, DEEPER) if small else 1, device, quantise)
+    longest = min(lesson.sequence_len, base.max_positions or lesson.sequence_len)
+    lesson = replace(lesson, sequence_len=longest)
     measured = _steps(_Bench(base, facts, clock), lesson)
     measured.append(_head(facts.hidden, whole.vocab, base.device, base.model.dtype, clock))
     del base

@@ -17,7 +17,7 @@ from edge_sdk.core.timing import StepTime
 from edge_sdk.link import Link
 from edge_sdk.model_files import read_config, resolve
 from edge_sdk.options import Options, cache_dir
-from edge_sdk.preflight import four_bit_works
+from edge_sdk.preflight import Preflight, four_bit_works
 from edge_sdk.probe import probe
 
 BUDGET_SHARE = 0.5  # of the memory that is free now: the rest stays the owner's
@@ -33,6 +33,7 @@ class Known:
     link: Link = field(default_factory=Link)
     longest: int | None = None  # tokens of the longest local example
     eight_bit: bool = True  # whether 8-bit moments can be had
+    four_bit: Preflight | None = None  # how a trial went that need not be made again
     most_bytes: int | None = None  # below the budget, where training has failed within that
 
 
@@ -79,6 +80,7 @@ class Decision:
     quantise: bool
     notice: str = ""
     bitsandbytes: bool = True  # False: a process that imports it may die of that
+    four_bit: Preflight | None = None  # how the trial went, where there was one
 
 
 def decide(
@@ -107,10 +109,10 @@ def decide(
 
     if not options.quantise:
         return Decision(choose(False), quantise=False)
-    tried = four_bit_works(options.device, cache_dir())
+    tried = known.four_bit or four_bit_works(options.device, cache_dir())
     if tried.ok:
-        return Decision(choose(True), quantise=True)
-    if not tried.importable:
+        return Decision(choose(True), quantise=True, four_bit=tried)
+    if not tried.importable and not options.isolate:
         # PEFT imports bitsandbytes wherever it finds it, quantised or not; None is Python's own mark for a
         # module that is not to be found.
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
@@ -120,7 +122,7 @@ def decide(
     except InputError as error:
         raise InputError(f"{notice}; unquantised, {error}; `edge-sdk doctor` says what mends it") from error
     notice += "; training goes on unquantised"
-    return Decision(unquantised, quantise=False, bitsandbytes=tried.importable, notice=notice)
+    return Decision(unquantised, False, notice, bitsandbytes=tried.importable, four_bit=tried)
 
 
 def choose_rank(

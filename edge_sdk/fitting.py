@@ -33,7 +33,7 @@ class Fitting:
         self._corrections = Corrections(journal.folder / "memory.json")
         self._known = Known()
         self.decision = self._decide()  # refuses what could not fit even if nothing else took memory
-        self._known = self._measured()
+        self._known = replace(self._measured(), four_bit=self.decision.four_bit)
         self.decision = self._decide()
 
     @property
