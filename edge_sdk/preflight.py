@@ -18,7 +18,7 @@ from pathlib import Path
 
 from edge_sdk import child
 from edge_sdk.core.errors import InputError
-from edge_sdk.journal import write_durably
+from edge_sdk.findings import recall, remember
 from edge_sdk.processor import cpu_name
 
 log = logging.getLogger("edge_sdk")
@@ -54,13 +54,14 @@ def four_bit_works(device: str = "auto", folder: Path | None = None) -> Prefligh
     if importlib.util.find_spec("bitsandbytes") is None:
         return Preflight(False, "bitsandbytes is not installed", 0.0, importable=False)
     key = installation(device)
-    if folder is not None and key in (known := _load(folder / REMEMBERED)):
-        return Preflight(True, "", known[key], remembered=True)
+    known = recall(folder / REMEMBERED).get(key) if folder is not None else None
+    if isinstance(known, int | float):
+        return Preflight(True, "", float(known), remembered=True)
     began = time.monotonic()
     importable, reason = _try(device)
     seconds = round(time.monotonic() - began, 1)
     if folder is not None and not reason:
-        _remember(folder, key, seconds)
+        remember(folder / REMEMBERED, key, seconds)
     return Preflight(not reason, reason, seconds, importable)
 
 
@@ -96,23 +97,3 @@ def installation(device: str) -> str:
     except metadata.PackageNotFoundError:
         version = "unknown"
     return f"bitsandbytes {version} of {origin} {installed} | torch {torch.__version__} | {place} {name}"
-
-
-def _load(path: Path) -> dict[str, float]:
-    """What was remembered; a missing or damaged file only means that the trial runs again."""
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    items = known.items() if isinstance(known, dict) else ()
-    return {key: float(value) for key, value in items if isinstance(value, int | float)}
-
-
-def _remember(folder: Path, key: str, seconds: float) -> None:
-    """Add a success. A folder that cannot be written costs the next start a trial, and nothing else."""
-    path = folder / REMEMBERED
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_durably(path, json.dumps(_load(path) | {key: seconds}, indent=1).encode())
-    except OSError as error:
-        log.warning("%s: cannot be written (%s); the 4-bit trial runs again next time", path, error.strerror)

@@ -20,7 +20,7 @@ from edge_sdk.core.messages import Training
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.setting import Ranks
 from edge_sdk.core.timing import StepTime
-from edge_sdk.journal import write_durably
+from edge_sdk.findings import recall, remember
 from edge_sdk.preflight import installation
 
 log = logging.getLogger("edge_sdk")
@@ -58,34 +58,17 @@ def measured(wanted: Trial, folder: Path) -> StepTime | None:
     """
     asked = json.dumps(to_json(wanted), sort_keys=True)
     key = hashlib.sha256(f"{__version__} {asked} {installation(wanted.device)}".encode()).hexdigest()
-    known = _load(folder / REMEMBERED)
-    if key not in known:
-        outcome = child.run_python("-m", "edge_sdk.step_times", asked, timeout_s=MEASURE_S)
-        if outcome.failure or not outcome.lines:
-            log.warning("step times cannot be measured: %s", outcome.failure or "the trial said nothing")
-            return None
-        known[key] = from_json(StepTime, json.loads(outcome.lines[-1]))
-        _remember(folder / REMEMBERED, known)
-    return known[key]
-
-
-def _load(path: Path) -> dict[str, StepTime]:
-    """What was remembered; a missing or damaged file only means that it is measured again."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        return {key: from_json(StepTime, value) for key, value in known.items()}
-    except (OSError, ValueError, AttributeError, ProtocolError):
-        return {}
-
-
-def _remember(path: Path, known: dict[str, StepTime]) -> None:
-    """Write them all. A folder that cannot be written costs the next start some seconds, nothing else."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {key: to_json(value) for key, value in known.items()}
-        write_durably(path, json.dumps(content, indent=1).encode())
-    except OSError as error:
-        log.warning("%s: cannot be written (%s); it is measured again next time", path, error.strerror)
+        return from_json(StepTime, recall(folder / REMEMBERED).get(key))
+    except ProtocolError:
+        log.debug("step times are not known yet")
+    outcome = child.run_python("-m", "edge_sdk.step_times", asked, timeout_s=MEASURE_S)
+    if outcome.failure or not outcome.lines:
+        log.warning("step times cannot be measured: %s", outcome.failure or "the trial said nothing")
+        return None
+    found = from_json(StepTime, json.loads(outcome.lines[-1]))
+    remember(folder / REMEMBERED, key, to_json(found))
+    return found
 
 
 def main() -> int:

@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_written_costs_no_more_than_time(
     lines = (four_bit.IMPORTED, '{"wrong": ""}')
     monkeypatch.setattr(child, "run_python", lambda *a, timeout_s: child.Outcome(lines, ""))
     assert four_bit_works("cpu", tmp_path / "file").ok
-    assert "the 4-bit trial runs again next time" in caplog.text
+    assert "it is found out again next time" in caplog.text
 
 
 def test_an_application_frozen_into_one_file_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
