@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> None:
             profile=load_profile(options.profile),
             memory_budget_bytes=options.budget,
             budget_covers_libraries=False,  # the budget is scaled to the small base; the libraries are not
+            isolate=False,  # this process is the device, and nothing else
             duty=options.duty,
             progress=False,
         ),

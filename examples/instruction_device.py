@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
             state_dir=home / "state",
             memory_budget_bytes=options.budget,
             budget_covers_libraries=False,  # the budget is scaled to the small base; the libraries are not
+            isolate=False,  # this process is the device, and nothing else
             progress=False,
         ),
         on_event=note,
