@@ -48,7 +48,8 @@ LOSS_CHUNKS = 2
 # docs/MEMORY.md has the residuals.
 HEAP_SPREAD, HEAP_SPREAD_PER_BLOCK, MOST_BLOCKS = 0.30, 0.025, 32
 TIGHT_HEAP_SPREAD = 0.20
-KERNEL_BYTES = 30_000_000
+TRAINED_SPREAD = 0.20  # of factors and moments, which are updated one after the other
+KERNEL_BYTES = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,15 @@ def estimate(facts: ModelFacts, setting: Setting, placement: Placement = CPU) ->
         gradients=FACTOR_BYTES * trained,
         heap=0,
     )
-    heap = round(placement.heap_spread * _heap_bytes(facts, setting, found.moving_bytes))
+    heap = round(placement.heap_spread * _heap_bytes(facts, setting, found))
     return Estimate(**{**found.terms(), "heap": heap})
 
 
-def _heap_bytes(facts: ModelFacts, setting: Setting, moving_bytes: int) -> float:
+def _heap_bytes(facts: ModelFacts, setting: Setting, found: Estimate) -> float:
     """What the process holds beyond its tensors; see HEAP_SPREAD."""
     spread = HEAP_SPREAD + HEAP_SPREAD_PER_BLOCK * min(facts.layers, MOST_BLOCKS)
-    return KERNEL_BYTES + (TIGHT_HEAP_SPREAD if setting.checkpointing else spread) * moving_bytes
+    share = TIGHT_HEAP_SPREAD if setting.checkpointing else spread
+    return KERNEL_BYTES + share * found.moving_bytes + TRAINED_SPREAD * (found.factors + found.moments)
 
 
 def _logit_bytes(values: int, compute_bytes: int) -> int:
