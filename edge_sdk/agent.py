@@ -18,7 +18,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from edge_sdk import priority
 from edge_sdk.callbacks import Callbacks, Teller
@@ -31,9 +30,6 @@ from edge_sdk.membership import Membership
 from edge_sdk.options import Event, Options
 from edge_sdk.participation import Participation
 from edge_sdk.transport import Transport
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("edge_sdk")
 

@@ -23,7 +23,6 @@ from edge_sdk.core.setting import Ranks
 # What a smaller setting may change. `factors` and `text` follow from the first two: factors are digested at
 # their rank, rows at their length. `origin` and `rows` are their shares that stay.
 OF_THE_SETTING = frozenset({"ranks", "sequence_len", "optimizer", "carried_dtype", "factors", "text"})
-MOMENTS = (".m", ".v")
 
 
 def may_continue(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -104,11 +104,11 @@ class Fitting:
 
     def _decide(self, ladder: list[Ranks] | None = None, carried: int | None = None) -> Decision:
         correction = self._correction()
-        limit = self._known.framework_bytes + correction.within(enrolment.budget_bytes(self._options))
+        most = correction.most_bytes
         known = replace(
             self._known,
             correction=correction.factor,
-            most_bytes=limit if correction.failed_bytes else None,
+            most_bytes=None if most is None else self._known.framework_bytes + most,
             link=load_link(self._journal.link),
         )
         return enrolment.decide(self._federation, self._options, known, ladder, carried)

@@ -12,7 +12,7 @@ predictions. How the factor moves:
   failure proved, eased by `EASING` with every success. Otherwise the setting that failed would be tried again
   after a few small successes, and fail again.
 - Not only the prediction may be wrong, but the budget: somebody else may hold the memory. What was predicted
-  to fit and did not is a limit of its own (`within`), which every success raises by 2 %.
+  to fit and did not is a limit of its own (`most_bytes`), which every success raises by 2 %.
 - It stays within [LOWEST, HIGHEST]. Above the highest, the prediction says nothing any more.
 """
 
@@ -61,9 +61,10 @@ class Correction:
         failed = min(self.failed_bytes or predicted_bytes, predicted_bytes)
         return replace(self, factor=factor, floor=factor, failures=self.failures + 1, failed_bytes=failed)
 
-    def within(self, budget_bytes: int) -> int:
-        """The budget, or what is less than the prediction that failed: the budget itself may be wrong."""
-        return min(budget_bytes, self.apply(self.failed_bytes) - 1) if self.failed_bytes else budget_bytes
+    @property
+    def most_bytes(self) -> int | None:
+        """What a (corrected) prediction may be, below the one that failed; None if none did."""
+        return self.apply(self.failed_bytes) - 1 if self.failed_bytes else None
 
     def after_success(self, predicted_bytes: int, measured_bytes: int) -> Correction:
         """A run of this (uncorrected) prediction took this much at its peak."""

@@ -89,8 +89,8 @@ class RankChoice:
 
     @property
     def rank(self) -> int:
-        """The rank that the coordinator is told."""
-        return self.setting.ranks.largest
+        """The chosen candidate's."""
+        return self.chosen.rank
 
     @property
     def chosen(self) -> Candidate:
