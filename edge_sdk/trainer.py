@@ -92,7 +92,6 @@ class Trainer:
         self._selects_logits = "logits_to_keep" in inspect.signature(base.model.forward).parameters
         self._turns = turns or Turns()
         self._places = AdapterPlaces(base, shapes, scaling, self._turns)
-        self.served: tuple[int, int] | None = None  # version and rank of what `answer` uses
         self._bars = sys.stderr.isatty() if progress is None else progress
 
     @property
@@ -266,10 +265,9 @@ class Trainer:
                 bar.update(len(part))
         return said
 
-    def serve(self, place: tuple[int, int], adapter: Adapter | None) -> None:
+    def serve(self, adapter: Adapter | None) -> None:
         """Put the adapter that `answer` uses in place (None: the base alone), between two training steps."""
         self._places.serve(adapter)
-        self.served = place
 
     def serving(self) -> AbstractContextManager[None]:
         """A turn in which `answer` may be called; training goes on after it as if nothing had been."""

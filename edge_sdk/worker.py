@@ -23,7 +23,7 @@ from edge_sdk.journal import write_durably
 from edge_sdk.out_of_memory import caught, out_of_memory
 from edge_sdk.trainer import Trainer
 from edge_sdk.training import Start, StepAnswer, StepReport
-from edge_sdk.worker_messages import Finished, Job, Memory, Prepared, Question, Setup, Word
+from edge_sdk.worker_messages import Finished, Job, Memory, Prepared, Question, Setup
 
 
 class Worker:
@@ -135,14 +135,11 @@ class Worker:
 
     def _answer(self, question: Question, answers: list[str], on_text: Callable[[str], None] | None) -> None:
         if question.adapter != self._served:
-            self._trainer.serve((0, 0), self._cut(question.adapter, None))
+            self._trainer.serve(self._cut(question.adapter, None))
             self._served = question.adapter
         for prompt in question.prompts:
             with self._trainer.serving():
                 answers.append(self._trainer.answer(prompt, question.max_new_tokens, on_text))
-
-    def tell(self, word: Word) -> None:
-        """Of a worker in the application's process the answer of `on_step` is enough."""
 
     def close(self) -> None:
         """Let go of the base."""

@@ -42,7 +42,7 @@ def starting(it: Trainer, rule: str) -> Start:
 @pytest.mark.parametrize("rule", ["flexlora", "carry"])
 def test_an_answer_in_the_middle_changes_no_bit_of_training(nf4: Trainer, rule: str) -> None:
     rows, start = rows_of(nf4), starting(nf4, rule)
-    nf4.serve((0, 0), None)
+    nf4.serve(None)
     whole = nf4.train(start, rows, plan(6), on_step=go_on)
     served = random_adapter(nf4, 6, seed=9, size=0.2)
     expected = nf4.generate(served, [PROMPT], 8)[0]
@@ -51,7 +51,7 @@ def test_an_answer_in_the_middle_changes_no_bit_of_training(nf4: Trainer, rule: 
 
     def ask(report: StepReport) -> StepAnswer:
         if report.step in (2, 4):  # a new version is put in place, and another one later
-            nf4.serve((report.step, 6), served if report.step == 4 else random_adapter(nf4, 3))
+            nf4.serve(served if report.step == 4 else random_adapter(nf4, 3))
         with nf4.serving():
             said.append(nf4.answer(PROMPT, 8))
         return "continue"
@@ -72,7 +72,7 @@ def test_gradients_and_active_adapters_are_as_before(nf4: Trainer) -> None:
     with places.installed({LOCAL: random_adapter(nf4, 4)}):
         nf4._loss_sum(rows_of(nf4)[:4]).backward()
         before = {n: (p.requires_grad, p.grad) for n, p in places.trainable().items()}
-        nf4.serve((1, 2), random_adapter(nf4, 2))
+        nf4.serve(random_adapter(nf4, 2))
         with nf4.serving():
             assert not any(p.requires_grad for p in places.trainable().values())
             nf4.answer(PROMPT, 2)
@@ -80,7 +80,7 @@ def test_gradients_and_active_adapters_are_as_before(nf4: Trainer) -> None:
         assert all(after[n][0] and after[n][1] is before[n][1] for n in before)
         frozen = [n for n, p in nf4._base.model.named_parameters() if f".{SERVED}." in n and p.requires_grad]
         assert frozen == []
-    nf4.serve((0, 0), None)
+    nf4.serve(None)
     assert not [n for n, _ in nf4._base.model.named_parameters() if SERVED in n]
 
 
@@ -116,12 +116,12 @@ def test_an_answer_waits_for_one_step_and_training_for_the_answer(nf4: Trainer) 
 
 def test_an_answer_in_pieces_is_the_same_answer(nf4: Trainer) -> None:
     pieces: list[str] = []
-    nf4.serve((1, 4), random_adapter(nf4, 4, size=0.3))
+    nf4.serve(random_adapter(nf4, 4, size=0.3))
     with nf4.serving():
         whole = nf4.answer(PROMPT, 24)
         assert nf4.answer(PROMPT, 24, pieces.append) == whole
     assert "".join(pieces) == whole
-    nf4.serve((0, 0), None)
+    nf4.serve(None)
 
 
 def test_one_run_at_a_time(nf4: Trainer) -> None:
