@@ -3,11 +3,11 @@
     python -m benchmarks.privacy --quick                     # a few minutes, to see that it works
     python -m benchmarks.privacy --json runs/privacy.json    # over an hour; goes on where it was stopped
 
-18 smart-home households (examples/smart_home.py) under the rule `carry`, everything carried; each version merges
-K = 12 of them, half from the version before, with weights s(τ)/K. What one version adds is set by the ratio of
-noise to signal, z/K, so that one line is read for other K too: the same noise with K' devices in a version has
-z' = z·K'/K, and an ε of its own. That is arithmetic about the noise; a federation of so many devices was not run.
-The noise comes from a seed here, so that a run can be repeated; the coordinator's never does.
+18 smart-home households (examples/smart_home.py) under the rule `carry`, everything carried; each version
+merges K = 12 of them, half from the version before, with weights s(τ)/K. How noise compares with signal is
+set by z/K, so that one line is read for other K too: the same noise with K' devices in a version has z' =
+z·K'/K, and an ε of its own. That is arithmetic about the noise; a federation of so many devices was not
+run. The noise comes from a seed here, so that a run can be repeated; the coordinator's never does.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ LINES: tuple[tuple[float, float], ...] = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """One federation: held-out loss by version, norms of changes, versions that the busiest device entered."""
+    """Held-out loss by version, norms of changes, versions that the busiest device entered."""
 
     losses: list[float]
     median_norm: float
@@ -118,7 +118,8 @@ class Federation:
             fresh[name] = LoraFactors(drawn.b, drawn.a * np.float32(WIDE))
         rate = TRAINING.learning_rate_at(version)
         plan = Plan(TRAINING.steps, TRAINING.batch, TRAINING.batch, TRAINING.sequence_len, rate)
-        return self._trainer.train(Start(fresh, carried, RANK, int(seed)), rows, plan).adapter
+        start = Start(fresh, carried, RANK, int(seed))
+        return self._trainer.train(start, rows, plan, on_step=lambda _: "continue").adapter
 
     def _merged(
         self, current: Adapter, changes: list[tuple[float, Adapter]], std: float, draw: np.random.Generator

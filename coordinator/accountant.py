@@ -1,12 +1,13 @@
 """What privacy the published versions have cost, by Google's `dp-accounting`. The one place that names it.
 
-A version adds N(0, (zC/K)²) to a sum in which one device has a part of norm C/K at most: a Gaussian mechanism
-of noise multiplier z. Mechanisms z_1, z_2, … that one device's updates entered, each chosen with sight of what
-the earlier ones gave, cost together exactly what a single one of multiplier `(Σ 1/z_i²)^-½` costs (Dong, Roth
-and Su 2022, arXiv:1905.02383, corollary 3.3). Its ε at δ is that of the analytic Gaussian mechanism (Balle and
-Wang 2018, arXiv:1805.06530, theorem 8), which the library solves for.
+A version adds N(0, (zC/K)²) to a sum in which one device has a part of norm C/K at most: a Gaussian
+mechanism of noise multiplier z. Mechanisms z_1, z_2, … that one device's updates entered, each with sight
+of what the earlier ones gave, cost together what a single one of multiplier `(Σ 1/z_i²)^-½` costs, exactly
+(Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3). Its ε at δ is that of the analytic Gaussian
+mechanism (Balle and Wang 2018, arXiv:1805.06530, theorem 8), which the library solves for.
 
-There is no amplification by subsampling in it: who takes part follows from who is there, not from a secret draw.
+There is no amplification by subsampling in it: who takes part follows from who is there, and not from a
+secret draw.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def entries_left(spent: Spent, noise_multiplier: float, delta: float, max_epsilo
     """How many more versions a device may enter at `noise_multiplier` before its ε exceeds `max_epsilon`."""
 
     def fits(more: int) -> bool:
-        return epsilon({**spent, noise_multiplier: spent.get(noise_multiplier, 0) + more}, delta) <= max_epsilon
+        together = {**spent, noise_multiplier: spent.get(noise_multiplier, 0) + more}
+        return epsilon(together, delta) <= max_epsilon
 
     if not fits(1):
         return 0

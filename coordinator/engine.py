@@ -20,8 +20,8 @@ from edge_sdk.core import staleness
 from edge_sdk.core.errors import InputError, StaleUpdate
 from edge_sdk.core.messages import Directive
 
-SPENT = "this device's privacy budget is spent; it can use what is learnt, and trains again if the host raises it"
-SPENT_RETRY_S = 600.0  # only a restart of the coordinator with another budget changes it
+SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
+SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ class Engine:
         if self.ration.is_spent(device, self._pending(device)):
             return Wait(SPENT_RETRY_S, SPENT)
         if any(update.device == device for update in self.state.buffer):
-            return Wait(self.policy.retry_s, "an update of yours is in, and a version takes one of each device")
+            return Wait(self.policy.retry_s, "your update is in; a version takes one of each device")
         return None
 
     def _asked(self, event: Asked, now: float) -> list[Effect]:

@@ -1,9 +1,10 @@
 """Gaussian noise that nobody can draw again.
 
 Differential privacy promises nothing to somebody who can repeat the noise. A generator made for simulations
-(PCG64, the Mersenne twister) is repeatable from its seed, and its state can be worked out from enough of its
-output: a device that knows all other updates sees exactly that output, in every version. So each value is made
-from fresh bytes of the operating system's cryptographic generator; there is no seed, and no setting for one.
+(PCG64, the Mersenne twister) is repeatable from its seed, and its state can be worked out from enough of
+its output; who knows or guesses the other updates of a version sees much of that output. So each value is
+made from fresh bytes of the operating system's cryptographic generator; there is no seed, and no setting
+for one.
 """
 
 from __future__ import annotations

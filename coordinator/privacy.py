@@ -8,10 +8,11 @@ A version adds η·(Σ w_k f_k D_k + N) to the global adapter:
   device says of itself, changes. So one update is worth C/K at most: the sensitivity;
 - N: independent N(0, (z·C/K)²) in every entry of every module.
 
-Everything later (truncation to the rank cap, serving, energies, the next version's start) is computed from the
-noised sum and costs nothing more. Noise goes on the dense sum and not on factors: with B + N_b and A + N_a the
-product is off by B·N_a + N_b·A + N_b·N_a, whose size depends on the very factors that it should hide, and which
-no bound on ‖BA‖ calibrates. docs/PRIVACY.md has the argument in full, and what is not protected.
+Everything later (truncation to the rank cap, serving, energies, the next version's start) is computed from
+the noised sum and costs nothing more. Noise goes on the dense sum and not on factors: with B + N_b and A +
+N_a the product is off by B·N_a + N_b·A + N_b·N_a, whose size depends on the very factors that it should
+hide, and which no bound on ‖BA‖ calibrates. docs/PRIVACY.md has the argument in full, and what is not
+protected.
 """
 
 from __future__ import annotations
@@ -35,13 +36,14 @@ Dense = npt.NDArray[np.float64]
 # device adds to the sum is the whole adapter, not what it learnt: no bound of use.
 RULES: tuple[Rule, ...] = ("carry",)
 
-# By so much less than C is a change clipped: what rounding in float64 may add to it until it is in the sum. The
-# correction for a partly carried tail needs none: D − PDQ with P = U_t U_tᵀ and Q = V_t V_tᵀ multiplies the part
-# of D along eigenvectors of P and Q by 1 − p·q. For p, q in [0, 1] that lies in [0, 1], and bases stored in
-# float32, orthonormal to 1e-6 only, take it to −2·10⁻⁶: in no direction does a change get longer.
+# By so much less than C is a change clipped: what rounding in float64 may add to it until it is in the sum.
+# The correction for a partly carried tail needs no margin: D − PDQ with P = U_t U_tᵀ and Q = V_t V_tᵀ
+# multiplies the part of D along eigenvectors of P and Q by 1 − p·q. With eigenvalues p, q in [0, 1] that
+# lies in [0, 1]; bases stored in float32, orthonormal to 1e-6 only, take it to −2·10⁻⁶. No part of a change
+# gets longer.
 MARGIN = 1e-9
 
-OVERSAMPLING = 10  # columns beyond the rank that a truncated decomposition looks for (Halko et al., section 4.2)
+OVERSAMPLING = 10  # columns beyond the rank in the search for its subspace (Halko et al. 2011, section 4.2)
 POWER_STEPS = 4  # noise has a flat spectrum, in which a subspace settles slowly
 BLOCK_VALUES = 1 << 20  # noise is drawn and added so many values at a time
 
@@ -77,8 +79,9 @@ def squared_norm_bound(change: LoraFactors) -> float:
     """
     b, a = change.b.astype(np.float64), change.a.astype(np.float64)
     squared = float(np.sum((b.T @ b) * (a @ a.T)))
-    terms = b.shape[0] + a.shape[1] + change.rank**2 + 2
-    return max(0.0, squared) + terms * np.finfo(np.float64).eps * float(np.sum(b * b) * np.sum(a * a))
+    terms = sum(change.shape) + change.rank**2 + 2
+    rounding = terms * float(np.finfo(np.float64).eps)
+    return max(0.0, squared) + rounding * float(np.sum(b * b)) * float(np.sum(a * a))
 
 
 def clip_factor(squared_norm: float, clip_norm: float) -> float:
@@ -93,9 +96,7 @@ def clip_factor(squared_norm: float, clip_norm: float) -> float:
     return 1.0 if norm <= limit else limit / norm
 
 
-def noised(
-    addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, normals: Normals
-) -> Combined:
+def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, normals: Normals) -> Combined:
     """The best rank-`rank` approximation of `Σ w_k b_k a_k + N`, of one module.
 
     Args:
@@ -136,8 +137,8 @@ def leading_components(matrix: Dense, rank: int) -> tuple[Dense, Dense, Dense]:
     """The first `rank` of the singular value decomposition, signs fixed: U (out, rank), σ, Vᵀ (rank, in).
 
     By subspace iteration from a random start (Halko, Martinsson and Tropp 2011, arXiv:0909.4061, algorithm
-    4.4), because a full decomposition of a large module takes minutes; where the rank is not much smaller than
-    the module, in full.
+    4.4), because a full decomposition of a large module takes minutes; in full where the rank is not much
+    smaller than the module.
     """
     wide = rank + OVERSAMPLING
     if 2 * wide >= min(matrix.shape):

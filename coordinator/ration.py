@@ -1,8 +1,8 @@
 """How often a device may take part under differential privacy: once in a version, and so often in all.
 
-Two updates of one device in one version would double what it can move; one version more than its budget allows
-would break the promise made to it. Who has no budget left stays out, and the others go on: the bound holds for
-each device by itself.
+Two updates of one device in one version would double what it can move; one version more than its budget
+allows would break the promise made to it. Who has no budget left stays out, and the others go on: the bound
+holds for each device by itself.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def test_the_two_of_a_pair_are_independent() -> None:
 
 
 def test_the_ends_of_the_generator_are_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gaussian_noise.os, "urandom", lambda count: bytes(count))
+    monkeypatch.setattr(gaussian_noise.os, "urandom", bytes)
     smallest = system_normals(2)
     np.testing.assert_allclose(smallest, [math.sqrt(2 * 65 * math.log(2)), 0.0], rtol=1e-12)  # 9.5 σ
     monkeypatch.setattr(gaussian_noise.os, "urandom", lambda count: b"\xff" * count)

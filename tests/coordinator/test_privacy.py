@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.privacy import Privacy, clip_factor, leading_components, noised, noised_sum, squared_norm_bound
+from coordinator.privacy import (
+    Privacy,
+    clip_factor,
+    leading_components,
+    noised,
+    noised_sum,
+    squared_norm_bound,
+)
 from edge_sdk.core import staleness
 from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.lora import LoraFactors, Matrix
@@ -90,7 +97,7 @@ def test_a_norm_that_is_not_finite_is_refused() -> None:
 def test_one_update_moves_the_sum_by_at_most_c_over_k(
     seed: int, others: int, tau: int, how: staleness.Name, scale: float
 ) -> None:
-    """Any other adapter in its place moves it by 2C/K at most, and none at all by C/K: no noise, all modules."""
+    """Left out: by C/K at most; any other adapter in its place: by 2C/K. All modules, before noise."""
     rng, buffer_size, limit = np.random.default_rng(seed), 6, 0.7
     rest = [drawn_adapter(rng, 2, 1.0) for _ in range(others)]
     weight = staleness.FUNCTIONS[how](tau) / buffer_size
