@@ -10,6 +10,9 @@ scaling = 2.0
 steps = 20
 [policy]                     # may change from one start to the next
 buffer_size = 4
+[privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
+noise_multiplier = 1.0
+clip_norm = 5.0
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coordinator import privacy
 from coordinator.engine import Policy
+from coordinator.privacy import Privacy
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, Rule, Training
@@ -53,6 +58,7 @@ class Settings:
     federation: FederationSettings
     training: Training
     policy: Policy
+    privacy: Privacy | None = None
 
     def build(self, id: str) -> Federation:
         """The federation that these settings describe."""
@@ -69,7 +75,7 @@ def load_settings(path: Path | None) -> Settings:
     """
     where = str(path) if path else "defaults"
     table = _read_toml(path) if path else {}
-    known = {"base", "federation", "training", "policy"}
+    known = {"base", "federation", "training", "policy", "privacy"}
     _refuse_unknown(table, known, where)
     base_name = table.get("base", "tiny")
     if not isinstance(base_name, str):
@@ -80,10 +86,12 @@ def load_settings(path: Path | None) -> Settings:
             _section(FederationSettings, table, "federation", where),
             _section(Training, table, "training", where),
             _section(Policy, table, "policy", where),
+            _section(Privacy, table, "privacy", where) if "privacy" in table else None,
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     _check(settings, where)
+    _check_privacy(settings, where)
     return settings
 
 
@@ -162,6 +170,16 @@ def _check(settings: Settings, where: str) -> None:
             raise InputError(
                 f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0"
             )
+
+
+def _check_privacy(settings: Settings, where: str) -> None:
+    """Noise is added to changes; a rule that averages states has none."""
+    rule = settings.federation.rule
+    if settings.privacy and rule not in privacy.RULES:
+        raise InputError(
+            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not {rule!r}: "
+            "its devices send whole states, and what one of them adds has no useful bound"
+        )
 
 
 def _check_mixed_ranks(chosen: FederationSettings, where: str) -> None:

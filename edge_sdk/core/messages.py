@@ -221,3 +221,6 @@ class Status:
     version_ranks: dict[str, int]  # version -> live rank of its global adapter, newest 20
     discarded_share: float  # share of the newest version's energy that the rank cap dropped
     devices: tuple[DeviceStatus, ...]
+    # Differential privacy of the device whose updates entered most versions so far; delta is 0 without it.
+    epsilon: float = 0.0
+    delta: float = 0.0
