@@ -177,8 +177,8 @@ def _check_privacy(settings: Settings, where: str) -> None:
     rule = settings.federation.rule
     if settings.privacy and rule not in privacy.RULES:
         raise InputError(
-            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not {rule!r}: "
-            "its devices send whole states, and what one of them adds has no useful bound"
+            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not "
+            f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"
         )
 
 
