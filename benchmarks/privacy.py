@@ -1,8 +1,7 @@
 """What differential privacy costs in held-out loss: real training on the embedded base, clipped and noised.
 
-    python -m benchmarks.privacy --quick                     # a few minutes, to see that it works python -m
-    benchmarks.privacy --json runs/privacy.json    # half an hour on a free core; goes on where it was
-    stopped
+    python -m benchmarks.privacy --quick                     # a few minutes, to see that it works
+    python -m benchmarks.privacy --json runs/privacy.json    # half an hour on a free core; goes on if stopped
 
 12 smart-home households (examples/smart_home.py) under the rule `carry`, everything carried; each version
 merges K = 8 of them, half from the version before, with weights s(τ)/K. How noise compares with signal is

@@ -1,10 +1,11 @@
 """What privacy the published versions have cost, by Google's `dp-accounting`. The one place that names it.
 
 A version adds N(0, (zC/K)²) to a sum in which one device has a part of norm C/K at most: a Gaussian
-mechanism of noise multiplier z. Mechanisms z_1, z_2, … that one device's updates entered, each with sight
-of what the earlier ones gave, cost together what a single one of multiplier `(Σ 1/z_i²)^-½` costs, exactly
-(Dong, Roth and Su 2022, arXiv:1905.02383, corollary 3.3). Its ε at δ is that of the analytic Gaussian
-mechanism (Balle and Wang 2018, arXiv:1805.06530, theorem 8), which the library solves for.
+mechanism of noise multiplier z. Mechanisms z_1, z_2, … that one device's updates entered cost together what a
+single one of multiplier `(Σ 1/z_i²)^-½` costs, exactly (Dong, Roth and Su 2022, arXiv:1905.02383), also where
+each, and whether there is another, depends on what the earlier ones gave (Smith and Thakurta 2022,
+arXiv:2210.17520). Its ε at δ is that of the analytic Gaussian mechanism (Balle and Wang 2018,
+arXiv:1805.06530, theorem 8), which the library solves for.
 
 There is no amplification by subsampling in it: who takes part follows from who is there, and not from a
 secret draw.

@@ -6,11 +6,12 @@ Runs in a worker thread; touches only the blobs it is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coordinator.blobs import Blobs
-from coordinator.rules import merge_module, relearnt
+from coordinator.privacy import Noise, clip_factor, noised, squared_norm_bound
+from coordinator.rules import carry, merge_module, relearnt
 from edge_sdk.core.codec import AdapterFile, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, EdgeError
 from edge_sdk.core.flexlora import live_rank, serve
@@ -54,15 +55,24 @@ class Outcome:
 
 
 def aggregate(
-    federation: Federation, eta: float, current: Path | None, addends: Sequence[Addend], blobs: Blobs
+    federation: Federation,
+    eta: float,
+    current: Path | None,
+    addends: Sequence[Addend],
+    blobs: Blobs,
+    noise: Noise | None = None,
 ) -> Outcome:
     """Merge `addends` into the global adapter `current` (None for version 0) and store the result as a blob.
+
+    With `noise`, each update is clipped first and the sum noised: see privacy.py.
 
     Raises:
         BadUpdate: an update's file is broken; nothing is stored.
     """
     shapes = federation.base.modules
     files = [(addend, _open(addend, federation)) for addend in addends]
+    if noise:
+        files = [_clipped(addend, file, noise.clip_norm) for addend, file in files]
     own = open_own(current, federation.scaling) if current else None
     # Versions of which some devices did not see all: one block more in the stack for each.
     partly = {addend.start: open_own(addend.start, federation.scaling) for addend in addends if addend.start}
@@ -72,9 +82,9 @@ def aggregate(
         stacked += sum(file.ranks[name] for file in partly.values())
         keeps_old = own is not None and not (federation.rule == "flexlora" and eta == 1.0)
         stacked += own.ranks[name] if own and keeps_old else 0
-        ranks[name] = min(federation.rank_cap, stacked, *shape)
+        ranks[name] = min(federation.rank_cap, *shape, *([] if noise else [stacked]))
     outcome = Outcome()
-    modules = _merged_modules(federation, eta, own, (files, partly), outcome)
+    modules = _merged_modules(federation, eta, own, (files, partly), noise, outcome)
     outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules))
     return outcome
 
@@ -87,11 +97,21 @@ def _open(addend: Addend, federation: Federation) -> AdapterFile:
         raise BadUpdate(addend.update, str(error)) from error
 
 
+def _clipped(addend: Addend, file: AdapterFile, clip_norm: float) -> tuple[Addend, AdapterFile]:
+    """The addend with its weight lowered, where its change is longer than `clip_norm` over all modules."""
+    try:
+        factor = clip_factor(sum(squared_norm_bound(factors) for _, factors in file.modules()), clip_norm)
+    except AdapterError as error:
+        raise BadUpdate(addend.update, str(error)) from error
+    return replace(addend, weight=factor * addend.weight), file
+
+
 def _merged_modules(
     federation: Federation,
     eta: float,
     own: AdapterFile | None,
     sources: tuple[Sequence[tuple[Addend, AdapterFile]], Mapping[Path, AdapterFile]],
+    noise: Noise | None,
     outcome: Outcome,
 ) -> Iterator[tuple[str, LoraFactors]]:
     """The merged factors in name order; adds up what the outcome reports on the way.
@@ -112,7 +132,11 @@ def _merged_modules(
                 unseen[addend.start].append((addend.weight, addend.carry_rank, factors))
         current = own.module(name) if own else None
         again = [relearnt(partly[start].module(name), parts) for start, parts in unseen.items()]
-        merged = merge_module(federation.rule, current, updates, eta, federation.rank_cap, again)
+        if noise:
+            rank = min(federation.rank_cap, *federation.base.modules[name])
+            merged = noised(carry(current, updates, eta, again), eta * noise.std, rank, noise.normals)
+        else:
+            merged = merge_module(federation.rule, current, updates, eta, federation.rank_cap, again)
         outcome.rank = max(outcome.rank, live_rank(merged.factors))
         outcome.energy += merged.energy
         outcome.discarded_energy += merged.discarded_energy

@@ -350,7 +350,9 @@ class Engine:
             return self.state.buffer
         oldest: dict[str, Buffered] = {}
         for update in self.state.buffer:
-            oldest.setdefault(update.device, update)
+            # Of two that came in at the same moment only one may have been within the budget.
+            if not self.ration.is_spent(update.device):
+                oldest.setdefault(update.device, update)
         return list(oldest.values())
 
     def _weights(self, updates: tuple[Buffered, ...]) -> tuple[tuple[Buffered, float, int], ...]:

@@ -27,13 +27,16 @@ class Spending:
     delta: float
     versions: int
 
+    def __str__(self) -> str:
+        return f"ε = {self.epsilon:.3g} at δ = {self.delta:g} (worst device, {self.versions} versions)"
+
 
 def open_ledger(store: Store, chosen: Privacy | None, folder: Path) -> None:
     """Keep the choices of this start, for whoever looks at the folder later.
 
     Raises:
-        InputError: versions here were published the other way (without noise, which nothing takes back, or
-            with it, as the devices were told), or the accountant is not installed.
+        InputError: versions here were published the other way: without noise, which nothing takes back, or
+            with it, as the devices were told.
     """
     other_way = store.versions_with_noise(chosen is None)
     if other_way and chosen:
@@ -45,8 +48,6 @@ def open_ledger(store: Store, chosen: Privacy | None, folder: Path) -> None:
             f"{folder} holds {other_way} versions with differential privacy; restore the [privacy] of its "
             "configuration or use another folder"
         )
-    if chosen:
-        accountant.library()
     store.set_meta("privacy", json.dumps(to_json(chosen) if chosen else None))
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.gaussian_noise import Normals
+from coordinator.gaussian_noise import Normals, system_normals
 from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.flexlora import Combined
 from edge_sdk.core.lora import LoraFactors
@@ -68,6 +68,19 @@ class Privacy:
     def noise_std(self, buffer_size: int) -> float:
         """z·C/K: standard deviation of the noise in each entry of the sum."""
         return self.noise_multiplier * self.clip_norm / buffer_size
+
+    def noise(self, buffer_size: int, normals: Normals = system_normals) -> Noise:
+        """What a merge needs to know of it."""
+        return Noise(self.clip_norm, self.noise_std(buffer_size), normals)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How one merge is made private: the longest change, σ of the noise in the sum, where it comes from."""
+
+    clip_norm: float
+    std: float
+    normals: Normals
 
 
 def squared_norm_bound(change: LoraFactors) -> float:

@@ -14,9 +14,10 @@ import secrets
 import time
 from pathlib import Path
 
-from coordinator import aggregation, engine
+from coordinator import aggregation, engine, ledger
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine, Policy
+from coordinator.ration import Ration
 from coordinator.settings import Settings
 from coordinator.store import Store, StoredUpdate, Version
 from edge_sdk.core import codec
@@ -57,8 +58,11 @@ class Coordinator:
             raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
         self.store = Store(folder / "coordinator.sqlite")
         self.federation = self._fixed_federation(settings, folder)
+        self.privacy = settings.privacy
+        ledger.open_ledger(self.store, settings.privacy, folder)
         self.join_token = _join_token(folder / "join-token")
-        self.engine = Engine(settings.policy, self._restored_state(settings.policy))
+        ration = self._restored_ration()
+        self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._making: dict[str, asyncio.Lock] = {}
@@ -99,6 +103,16 @@ class Coordinator:
         state.buffer = [_buffered(stored) for stored in self.store.unmerged()]
         state.first_at = now if state.buffer else None
         return state
+
+    def _restored_ration(self) -> Ration | None:
+        """How often each device may still take part; updates beyond a budget that was lowered are left out."""
+        if self.privacy is None:
+            return None
+        ration = ledger.ration(self.store, self.privacy)
+        for id in ledger.over_ration(self.store, ration):
+            log.warning("update %s is left out: its device has no privacy budget left", id)
+            self.store.reject_update(id, "its device had no privacy budget left")
+        return ration
 
     @staticmethod
     def now() -> float:
@@ -220,6 +234,7 @@ class Coordinator:
             return UpdateReply(id, self.engine.state.version)
         self._check_claims(assignment, update)
         self.engine.require_mergeable(assignment.version)
+        self.engine.require_ration(device)
         await asyncio.to_thread(self._check_adapter, assignment, update)
         await asyncio.to_thread(self.blobs.finish, id, update.digest)
         stored = StoredUpdate(id, device, assignment.version, update)
@@ -315,7 +330,9 @@ class Coordinator:
         addends = [self._addend(records[b.update], weight) for b, weight, _ in effect.weights]
         current = self._version_path(effect.version - 1)
         eta = self.engine.policy.server_learning_rate
-        outcome = aggregation.aggregate(self.federation, eta, current, addends, self.blobs)
+        privacy = self.privacy
+        noise = privacy.noise(self.engine.policy.buffer_size) if privacy else None
+        outcome = aggregation.aggregate(self.federation, eta, current, addends, self.blobs, noise)
         version = Version(
             effect.version,
             outcome.digest,
@@ -323,6 +340,8 @@ class Coordinator:
             outcome.energy,
             outcome.discarded_energy,
             time.time(),
+            privacy.noise_multiplier if privacy else 0.0,
+            privacy.clip_norm if privacy else 0.0,
         )
         self.store.publish(version, [(b.update, weight, tau) for b, weight, tau in effect.weights])
         return version
@@ -360,6 +379,7 @@ class Coordinator:
                     seen_s_ago=now - self._seen.get(d.id, now),
                 )
             )
+        spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         return Status(
             federation=self.federation.id,
             version=state.version,
@@ -369,6 +389,8 @@ class Coordinator:
             version_ranks={str(v.version): v.rank for v in versions},
             discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
             devices=tuple(devices),
+            epsilon=spent.epsilon if spent else 0.0,
+            delta=spent.delta if spent else 0.0,
         )
 
 

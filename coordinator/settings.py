@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator import privacy
+from coordinator import accountant, privacy
 from coordinator.engine import Policy
 from coordinator.privacy import Privacy
 from edge_sdk.core.errors import InputError, ProtocolError
@@ -173,9 +173,12 @@ def _check(settings: Settings, where: str) -> None:
 
 
 def _check_privacy(settings: Settings, where: str) -> None:
-    """Noise is added to changes; a rule that averages states has none."""
+    """Differential privacy needs its accountant, and a rule that merges changes."""
     rule = settings.federation.rule
-    if settings.privacy and rule not in privacy.RULES:
+    if settings.privacy is None:
+        return
+    accountant.library()
+    if rule not in privacy.RULES:
         raise InputError(
             f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not "
             f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"

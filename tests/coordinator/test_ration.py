@@ -128,12 +128,14 @@ class RationedFederation(RuleBasedStateMachine):
                 assert self.under_way is None
                 self.under_way = effect
 
-    @rule(device=st.sampled_from("abcde"), behind=st.integers(0, 3))
-    def hand_in(self, device: str, behind: int) -> None:
+    @rule(device=st.sampled_from("abcde"), behind=st.integers(0, 3), asks_first=st.booleans())
+    def hand_in(self, device: str, behind: int, asks_first: bool) -> None:
+        """Without asking first: of two deliveries at the same moment both may be acknowledged."""
         try:
             self.engine.require_ration(device)
         except StaleUpdate:
-            return
+            if asks_first:
+                return
         self.count += 1
         version = max(0, self.engine.state.version - behind)
         self.accepted.append(f"u{self.count}")
