@@ -105,7 +105,7 @@ class Coordinator:
         return state
 
     def _restored_ration(self) -> Ration | None:
-        """How often each device may still take part; updates beyond a budget that was lowered are left out."""
+        """How often each device may still take part; updates beyond a lowered budget are left out."""
         if self.privacy is None:
             return None
         ration = ledger.ration(self.store, self.privacy)
