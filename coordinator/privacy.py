@@ -25,16 +25,17 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.gaussian_noise import Normals, system_normals
+from coordinator.rules import Merged
 from edge_sdk.core.errors import AdapterError, InputError
-from edge_sdk.core.flexlora import Combined
+from edge_sdk.core.flexlora import live_rank
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.messages import Rule
+from edge_sdk.core.messages import RuleName
 
 Dense = npt.NDArray[np.float64]
 
 # Rules whose uploads are changes from a start that all know. Elsewhere a state is averaged, and what one
 # device adds to the sum is the whole adapter, not what it learnt: no bound of use.
-RULES: tuple[Rule, ...] = ("carry",)
+RULES: tuple[RuleName, ...] = ("carry", "innovation")
 
 # By so much less than C is a change clipped: what rounding in float64 may add to it until it is in the sum.
 # The correction for a partly carried tail needs no margin: D − PDQ with P = U_t U_tᵀ and Q = V_t V_tᵀ
@@ -109,7 +110,7 @@ def clip_factor(squared_norm: float, clip_norm: float) -> float:
     return 1.0 if norm <= limit else limit / norm
 
 
-def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, normals: Normals) -> Combined:
+def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, normals: Normals) -> Merged:
     """The best rank-`rank` approximation of `Σ w_k b_k a_k + N`, of one module.
 
     Args:
@@ -119,16 +120,15 @@ def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, 
         normals: where the noise comes from.
 
     Returns:
-        Canonical factors. The singular values are those kept, and one more that holds the energy of the rest,
-        so that `energy` and `discarded_energy` are those of the noised sum.
+        Canonical factors; both energies are those of the noised sum.
 
     Memory: the dense sum in float64 once, out·in·8 bytes; factors and blocks beside it are thin.
     """
     total = noised_sum(addends, std, normals)
     u, s, vt = leading_components(total, rank)
-    rest = max(0.0, float(np.vdot(total, total)) - float(np.sum(s**2)))
+    energy, kept = float(np.vdot(total, total)), float(np.sum(s**2))
     factors = LoraFactors((u * s).astype(np.float32), vt.astype(np.float32))
-    return Combined(factors, np.append(s, math.sqrt(rest)))
+    return Merged(factors, live_rank(factors), energy, max(0.0, energy - kept))
 
 
 def noised_sum(addends: Sequence[tuple[float, LoraFactors]], std: float, normals: Normals) -> Dense:

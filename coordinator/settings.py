@@ -31,7 +31,7 @@ from coordinator.engine import Policy
 from coordinator.privacy import Privacy
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
-from edge_sdk.core.messages import Base, Federation, Rule, Training
+from edge_sdk.core.messages import Base, Federation, RuleName, Training
 from edge_sdk.core.records import from_json
 
 Record = TypeVar("Record")
@@ -41,7 +41,7 @@ Record = TypeVar("Record")
 class FederationSettings:
     """What the host chooses of a Federation record."""
 
-    rule: Rule = "carry"
+    rule: RuleName = "carry"
     ladder: tuple[int, ...] = (2, 4, 8, 16)
     rank_cap: int = 32
     scaling: float = 2.0
@@ -155,6 +155,7 @@ def _check(settings: Settings, where: str) -> None:
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
     _check_mixed_ranks(chosen, where)
+    _check_rule(chosen, widest, where)
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),
@@ -182,6 +183,20 @@ def _check_privacy(settings: Settings, where: str) -> None:
         raise InputError(
             f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not "
             f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"
+        )
+
+
+def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
+    """What a rule can do with ranks."""
+    if chosen.rule == "fedit" and (len(chosen.ladder) > 1 or chosen.mixed_ranks):
+        raise InputError(
+            f"{where}: rule fedit averages factors of one rank; give federation.ladder one rank and no "
+            "mixed_ranks, or choose another rule"
+        )
+    if chosen.rule == "flora" and chosen.rank_cap < widest:
+        raise InputError(
+            f"{where}: rule flora never truncates; set federation.rank_cap to {widest}, the most that a "
+            "module of this base can hold, or choose carry"
         )
 
 

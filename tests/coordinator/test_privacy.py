@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator import rules
 from coordinator.privacy import (
+    RULES,
     Privacy,
     clip_factor,
     leading_components,
@@ -17,8 +19,11 @@ from coordinator.privacy import (
     noised_sum,
     squared_norm_bound,
 )
+from coordinator.rules import Change, Merging
+from coordinator.rules.rule import SumRule
 from edge_sdk.core import staleness
 from edge_sdk.core.errors import AdapterError, InputError
+from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
 from tests.core.draws import dense, factors, seeds
 
@@ -93,29 +98,71 @@ def test_a_norm_that_is_not_finite_is_refused() -> None:
 # --- sensitivity ----------------------------------------------------------------------------------
 
 
-@given(seeds, st.integers(1, 5), st.integers(0, 12), st.sampled_from(list(staleness.FUNCTIONS)), scales)
+BUFFER_SIZE, LIMIT = 6, 0.7
+MODULES = {"q": (OUT, IN), "k": (4, IN)}
+Part = tuple[int, int, dict[str, LoraFactors]]
+"""An update: the version that it started from, what its device carried, and its factors."""
+
+
+def versions(seed: int) -> dict[int, dict[str, LoraFactors]]:
+    """Three published versions, canonical; version 0 holds nothing."""
+    rng = np.random.default_rng([seed, 9])
+    return {
+        number: {
+            name: combine([(1.0, factors(rng, out, inp, 3))], 3).factors
+            for name, (out, inp) in MODULES.items()
+        }
+        for number in (1, 2, 3)
+    }
+
+
+def sums(
+    rule: SumRule, parts: list[Part], published: dict[int, dict[str, LoraFactors]], how: staleness.Name
+) -> dict[str, Matrix]:
+    """What a version adds before noise, of every module, from version 3 on, as the coordinator has it."""
+    now, weights = 3, []
+    for version, _, adapter in parts:
+        started = published.get(version)
+        squared = sum(
+            squared_norm_bound(rule.changed(adapter[name], started[name] if started else None))
+            for name in MODULES
+        )
+        fixed = staleness.FUNCTIONS[how](now - version) / BUFFER_SIZE
+        weights.append(clip_factor(squared, LIMIT) * fixed)
+    made = {}
+    for name in MODULES:
+        changes = [
+            Change(weight, adapter[name], version, carried)
+            for weight, (version, carried, adapter) in zip(weights, parts, strict=True)
+        ]
+        starts = {v: published[v][name] for v, carried, _ in parts if v and rule.needs_start(1, carried, 3)}
+        merging = Merging(published[now][name], changes, now, starts)
+        made[name] = noised_sum(rule.addends(merging), 0.0, silent)
+    return made
+
+
+@given(seeds, st.integers(1, 5), st.sampled_from(RULES), st.sampled_from(list(staleness.FUNCTIONS)), scales)
 def test_one_update_moves_the_sum_by_at_most_c_over_k(
-    seed: int, others: int, tau: int, how: staleness.Name, scale: float
+    seed: int, others: int, name: str, how: staleness.Name, scale: float
 ) -> None:
     """Left out: by C/K at most; any other adapter in its place: by 2C/K. All modules, before noise."""
-    rng, buffer_size, limit = np.random.default_rng(seed), 6, 0.7
-    rest = [drawn_adapter(rng, 2, 1.0) for _ in range(others)]
-    weight = staleness.FUNCTIONS[how](tau) / buffer_size
+    rng, published = np.random.default_rng(seed), versions(seed)
+    rule = rules.RULES[name]  # type: ignore[index]
+    assert isinstance(rule, SumRule)
 
-    def sums(own: dict[str, LoraFactors] | None) -> dict[str, Matrix]:
-        made = {}
-        for name in ("q", "k"):
-            addends = [(clipped(other, limit) / buffer_size, other[name]) for other in rest]
-            addends += [(clipped(own, limit) * weight, own[name])] if own else []
-            made[name] = noised_sum(addends, 0.0, silent)
-        return made
+    def part(size: float) -> Part:
+        version, carried, rank = (int(rng.integers(limit)) for limit in (4, 4, 3))
+        return version, carried, drawn_adapter(rng, rank + 1, size)
+
+    rest, mine = [part(1.0) for _ in range(others)], part(scale)
+    yours = (*mine[:2], drawn_adapter(rng, 1, 1e4))
 
     def apart(one: dict[str, Matrix], two: dict[str, Matrix]) -> float:
-        return math.sqrt(sum(float(np.sum((one[name] - two[name]) ** 2)) for name in one))
+        return math.sqrt(sum(float(np.sum((one[module] - two[module]) ** 2)) for module in one))
 
-    mine, yours = drawn_adapter(rng, 3, scale), drawn_adapter(rng, 1, 1e4)
-    assert apart(sums(mine), sums(None)) <= limit / buffer_size
-    assert apart(sums(mine), sums(yours)) <= 2 * limit / buffer_size
+    with_mine = sums(rule, [*rest, mine], published, how)
+    assert apart(with_mine, sums(rule, rest, published, how)) <= LIMIT / BUFFER_SIZE
+    assert apart(with_mine, sums(rule, [*rest, yours], published, how)) <= 2 * LIMIT / BUFFER_SIZE
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.0, 1e-6, 0.15]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sqlite3
 import time
@@ -10,14 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator import accountant, ledger
+from coordinator import accountant, aggregation, ledger
+from coordinator.blobs import Blobs
 from coordinator.cli import main
-from coordinator.privacy import Privacy
+from coordinator.privacy import Noise, Privacy
 from coordinator.store import Store
 from edge_sdk.core import codec
 from edge_sdk.core.errors import InputError, StaleUpdate
-from edge_sdk.core.messages import Ask, Assignment, NotNow, Status
-from tests.coordinator.devices import SCALING, SHAPES, Device, configuration, member, random_adapter
+from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.messages import Ask, Assignment, Base, Federation, NotNow, Status
+from tests.coordinator.devices import (
+    FINGERPRINT,
+    LADDER,
+    SCALING,
+    SHAPES,
+    Device,
+    configuration,
+    member,
+    random_adapter,
+)
 from tests.coordinator.test_partial_carry import stored, tail_of
 from tests.core.draws import dense
 from tests.processes import PATIENCE_S, CoordinatorProcess
@@ -188,6 +200,43 @@ def test_two_updates_of_a_device_go_into_two_versions(tmp_path: Path) -> None:
         assert coordinator.stop() == 0
 
 
+def test_innovation_clips_what_changed_and_not_the_state(tmp_path: Path) -> None:
+    """Two states that are long because the version is; one changed a little, the other too much."""
+    base = Base("made of numpy", FINGERPRINT, SHAPES)
+    federation = Federation("f", base, "innovation", tuple(LADDER), 12, SCALING, "balanced")
+    blobs = Blobs(tmp_path)
+
+    def kept(adapter: dict[str, LoraFactors]) -> Path:
+        content = codec.encode(adapter, SCALING)
+        blobs.append("a", 0, content, len(content))
+        digest = hashlib.sha256(content).hexdigest()
+        blobs.finish("a", digest)
+        return blobs.path(digest)
+
+    first = aggregation.Addend("u0", 1.0, kept(random_adapter(4, 1, scale=10.0)), 4)
+    before = aggregation.aggregate(federation, 1.0, aggregation.Start(0), [first], blobs)
+    start = aggregation.Start(1, blobs.path(before.digest))
+    version = dict(codec.open_own(blobs.path(before.digest), SCALING).modules())
+    assert math.sqrt(sum(f.norm() ** 2 for f in version.values())) > 100
+
+    addends, expected = [], {name: f.product().astype(np.float64) for name, f in version.items()}
+    for seed, size in enumerate((0.001, 0.1)):
+        steps = random_adapter(4, 50 + seed, scale=size)
+        states = {name: LoraFactors(f.b + steps[name].b, f.a.copy()) for name, f in version.items()}
+        changes = {name: steps[name].b.astype(np.float64) @ f.a for name, f in version.items()}
+        norm = math.sqrt(sum(float(np.sum(change**2)) for change in changes.values()))
+        assert (norm > 0.5) == (size == 0.1)
+        for name, change in changes.items():
+            expected[name] += min(1.0, 0.5 / norm) * change / 4
+        addends.append(aggregation.Addend(f"u{seed}", 1 / 4, kept(states), 4, start))
+    noise = Noise(0.5, 0.0, np.zeros)
+    found = aggregation.aggregate(federation, 1.0, start, addends, blobs, noise)
+    after = dict(codec.open_own(blobs.path(found.digest), SCALING).modules())
+    for name, total in expected.items():
+        np.testing.assert_allclose(after[name].product(), total, atol=1e-4)
+        assert after[name].rank == min(12, *SHAPES[name])
+
+
 # --- the ledger -----------------------------------------------------------------------------------
 
 
@@ -236,7 +285,7 @@ def test_settings_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         ("[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0\nseed = 3", "unknown key 'seed'"),
         (
             "[federation]\nrule = 'flexlora'\n[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0",
-            r"\[privacy\] needs federation.rule 'carry'.*, not 'flexlora'",
+            r"\[privacy\] needs federation.rule 'carry' or 'innovation', not 'flexlora'",
         ),
     ):
         path.write_text(text)
