@@ -80,7 +80,7 @@ def test_the_same_values_are_the_same_bytes(drawn: tuple[dict[str, LoraFactors],
 
 def test_float16_is_read(path: Path) -> None:
     a, b = np.full((2, 5), 0.5, np.float16), np.full((4, 2), 0.25, np.float16)
-    tensors = {codec.PREFIX + "x" + codec.SUFFIX_A: a, codec.PREFIX + "x" + codec.SUFFIX_B: b}
+    tensors = {codec.PREFIX + "x" + codec.WEIGHT_A: a, codec.PREFIX + "x" + codec.WEIGHT_B: b}
     path.write_bytes(save_tensors(tensors))
     read = codec.open_adapter(path, {"x": (4, 5)}, 2, 2.0, 10_000).module("x")
     np.testing.assert_array_equal(read.product(), np.full((4, 5), 0.5, np.float32))
@@ -126,8 +126,8 @@ def test_folding_by_hand() -> None:
     """s of r = 4: 16/4 = 4; of up, r = 2 and alpha 8: 4; with rsLoRA 16/√4 = 8 and 8/√2."""
     tensors: dict[str, Matrix] = {}
     for name, r in (("q", 4), ("up", 2)):
-        tensors[codec.PREFIX + name + codec.SUFFIX_A] = np.ones((r, 3), np.float32)
-        tensors[codec.PREFIX + name + codec.SUFFIX_B] = np.ones((5, r), np.float32)
+        tensors[codec.PREFIX + name + codec.WEIGHT_A] = np.ones((r, 3), np.float32)
+        tensors[codec.PREFIX + name + codec.WEIGHT_B] = np.ones((5, r), np.float32)
     config = {"r": 4, "lora_alpha": 16, "rank_pattern": {"up": 2}, "alpha_pattern": {"up": 8}}
     folded = codec.from_peft(config, tensors)
     assert folded["q"].product()[0, 0] == 16
@@ -138,7 +138,7 @@ def test_folding_by_hand() -> None:
 
 
 def test_half_a_module_is_not_folded() -> None:
-    half = {codec.PREFIX + "q" + codec.SUFFIX_A: np.ones((4, 3), np.float32)}
+    half = {codec.PREFIX + "q" + codec.WEIGHT_A: np.ones((4, 3), np.float32)}
     with pytest.raises(AdapterError, match=r"tensor base_model\.model\.q\.lora_B\.weight is missing"):
         codec.from_peft({"lora_alpha": 16}, half)
 
