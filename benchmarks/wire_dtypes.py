@@ -139,7 +139,9 @@ class WireFederation(carry_training.Federation):
         return dict(codec.open_own(self._file, SCALING).modules()), self._file.stat().st_size
 
 
-def training(results: Results, rules: Sequence[str], seeds: Sequence[int], versions: int) -> Table:
+def training(
+    results: Results, rows: Sequence[tuple[str, Wire]], seeds: Sequence[int], versions: int
+) -> Table:
     """One row a rule and wire."""
     marks = [str(versions * part // 3) for part in (1, 2, 3)]
     table = Table(title="Embedded base, smart-home commands: held-out loss", title_justify="left")
@@ -154,7 +156,7 @@ def training(results: Results, rules: Sequence[str], seeds: Sequence[int], versi
     )
     for column in columns:
         table.add_column(column, justify="left" if column in ("rule", "wire") else "right")
-    found: dict[tuple[str, Wire], list[dict[str, Any]]] = {(r, w): [] for r in rules for w in WIRES}
+    found: dict[tuple[str, Wire], list[dict[str, Any]]] = {row: [] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
         loaded: list[WireFederation] = []
 
@@ -163,14 +165,14 @@ def training(results: Results, rules: Sequence[str], seeds: Sequence[int], versi
             return dataclasses.asdict(loaded[0].federate(RULES[rule], wire, seed, versions))
 
         for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
-            for (rule, wire), rows in found.items():
+            for (rule, wire), measured in found.items():
                 key = f"training/{versions}/{rule}/{wire.name}/{seed}"
-                rows.append(results.get(key, lambda r=rule, w=wire, s=seed: run(r, w, s)))
-    for (rule, wire), rows in found.items():
-        sizes = (statistics.mean(row[key] for row in rows) for key in ("download_bytes", "upload_bytes"))
-        cells = [spread([row["losses"][mark] for row in rows]) for mark in marks]
-        cells.append(spread([row["downloaded_loss"] for row in rows]))
-        table.add_row(rule, wire.name, str(len(rows)), *(f"{size / 1024:.0f}" for size in sizes), *cells)
+                measured.append(results.get(key, lambda r=rule, w=wire, s=seed: run(r, w, s)))
+    for (rule, wire), measured in found.items():
+        sizes = (statistics.mean(row[key] for row in measured) for key in ("download_bytes", "upload_bytes"))
+        cells = [spread([row["losses"][mark] for row in measured]) for mark in marks]
+        cells.append(spread([row["downloaded_loss"] for row in measured]))
+        table.add_row(rule, wire.name, str(len(measured)), *(f"{size / 1024:.0f}" for size in sizes), *cells)
     return table
 
 
@@ -180,15 +182,17 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one seed and few versions; noise, not a result")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rule", choices=RULES, action="append", help="only these rules")
+    parser.add_argument("--wire", choices=[w.name for w in WIRES], action="append", help="only these wires")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
     results = Results(options.json, {"cpu": cpu_name(), "threads": os.environ.get("OMP_NUM_THREADS", "all")})
     rules = options.rule or (["carry"] if options.quick else list(RULES))
+    wires = [wire for wire in WIRES if wire.name in (options.wire or [w.name for w in WIRES])]
     seeds, versions = range(1 if options.quick else options.seeds), 3 if options.quick else 12
     console.print(f"{cpu_name()}, one thread")
-    console.print(training(results, rules, seeds, versions))
+    console.print(training(results, [(r, w) for r in rules for w in wires], seeds, versions))
     return 0
 
 

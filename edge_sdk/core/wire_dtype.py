@@ -102,7 +102,7 @@ def quantised(rows: Matrix) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float3
     divisors = np.where(scales > 0, scales, np.float32(1))  # a block of zeros stays one
     # Clipped, because a scale below float32's normal range is coarse.
     values = np.clip(np.rint(parted / divisors[:, :, None]), -INT8_LARGEST, INT8_LARGEST)
-    return values.astype(np.int8).reshape(rank, -1)[:, :width], scales.astype("<f4")
+    return values.astype(np.int8).reshape(filled.shape)[:, :width], scales.astype("<f4")
 
 
 def dequantised(values: npt.NDArray[np.generic], scales: npt.NDArray[np.generic]) -> Matrix:
@@ -131,7 +131,7 @@ def _within_float16(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix]:
 
     A component that is too large on one side is moved to the other by a power of two, which rounds nothing.
     Others are left as they are, because some rules average A and B by themselves. That no value fits either
-    way takes a product above 4e9.
+    way takes a product of 4e9.
 
     Raises:
         AdapterError: a component is too large on both sides.
@@ -139,10 +139,9 @@ def _within_float16(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix]:
     most_b = np.abs(b).max(axis=0, initial=0.0).astype(np.float64)
     most_a = np.abs(a).max(axis=1, initial=0.0).astype(np.float64)
     shifts = _halvings(most_b) - _halvings(most_a)
-    if not shifts.any():
-        return b, a
-    b, a = np.ldexp(b, -shifts), np.ldexp(a, shifts[:, None])
-    if max(np.abs(b).max(), np.abs(a).max()) > FLOAT16_LARGEST:
+    if shifts.any():
+        b, a = np.ldexp(b, -shifts), np.ldexp(a, shifts[:, None])
+    if max(np.abs(b).max(initial=0.0), np.abs(a).max(initial=0.0)) > FLOAT16_LARGEST:
         raise AdapterError("exceeds float16 in both B and A; send it in float32")
     return b, a
 
