@@ -29,9 +29,9 @@ from rich.table import Table
 from benchmarks import carry_training
 from benchmarks.carry_trade import WIDE
 from benchmarks.carry_training import BUFFER_SIZE, HOUSEHOLDS, SCALING, TEST_PER_INTENT, Choice, Part
+from benchmarks.error_feedback import corrected, next_residual
 from benchmarks.kept_results import Results, spread
 from edge_sdk.core import codec
-from edge_sdk.core.error_feedback import corrected, next_residual
 from edge_sdk.core.lora import Adapter, LoraFactors, max_rank
 from edge_sdk.core.wire_dtype import WireDtype
 from edge_sdk.processor import cpu_name
