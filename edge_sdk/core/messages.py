@@ -43,7 +43,10 @@ UPLOAD_OFFSET = "Upload-Offset"  # of tus 1.0, with its meaning: bytes stored so
 OFFSET_CONTENT_TYPE = "application/offset+octet-stream"
 PROBLEM_CONTENT_TYPE = "application/problem+json"
 
-Rule = Literal["flexlora", "carry"]
+RuleName = Literal["flexlora", "innovation", "carry", "fedit", "hetlora", "flora"]
+CARRYING: frozenset[RuleName] = frozenset({"carry", "flora"})
+"""Rules under which a device holds the global adapter frozen and trains fresh factors on top of it."""
+
 Directive = Literal["continue", "finish", "abandon"]
 
 
@@ -90,7 +93,7 @@ class Federation:
 
     id: str
     base: Base
-    rule: Rule
+    rule: RuleName
     ladder: tuple[int, ...]  # ranks that a device may train, rising
     rank_cap: int  # rank R of the stored global adapter
     scaling: float  # s = lora_alpha / r, the same at every rank
@@ -104,6 +107,11 @@ class Federation:
     download_dtype: WireDtype = "float32"
     upload_dtype: WireDtype = "float32"
     protocol: int = PROTOCOL_VERSION
+
+    @property
+    def carries(self) -> bool:
+        """Whether devices hold the global adapter frozen; else they train a part of it themselves."""
+        return self.rule in CARRYING
 
     def __post_init__(self) -> None:
         if self.protocol != PROTOCOL_VERSION:
