@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.blobs import Blobs
+from coordinator.rules import RULES
 from edge_sdk.core.carried import splits
 from edge_sdk.core.codec import header_bytes, open_own, packed_module
-from edge_sdk.core.flexlora import serve
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.wire_dtype import WireDtype
@@ -33,13 +33,15 @@ class Rung:
 
 
 def rungs(federation: Federation, live_rank: int) -> tuple[Rung, ...]:
-    """What devices of this federation start a version of this live rank from.
+    """What devices of this federation will start a version of this live rank from.
 
-    Under a rule that carries, what they hold frozen: all live components, or the shares that are worth it.
+    Where they hold the global adapter frozen they ask for all that it may have, or for the shares of that
+    which are worth it, and are granted what there is.
     """
     ranks = set(federation.ladder)
-    if federation.rule == "carry":
-        ranks = {split.carry_rank for split in splits(federation.ladder, live_rank)} - {0}
+    if federation.carries:
+        asked = {split.carry_rank for split in splits(federation.ladder, federation.rank_cap)}
+        ranks = {min(rank, live_rank) for rank in asked} - {0}
     return tuple(Rung(rank, federation.download_dtype) for rank in sorted(ranks))
 
 
@@ -76,12 +78,9 @@ def write_rungs(
 def _served(
     federation: Federation, version: int, current: Path | None, rank: int
 ) -> Iterator[tuple[str, LoraFactors]]:
-    """What devices of the largest rank start from, in name order, one module in memory at a time."""
-    shapes = federation.base.modules
-    if current is None:
-        stored = ((name, LoraFactors.empty(*shapes[name])) for name in sorted(shapes))
-    else:
-        stored = open_own(current, federation.scaling).modules()
-    for name, canonical in stored:
+    """What devices of the largest rank are given, in name order, one module in memory at a time."""
+    shapes, rule = federation.base.modules, RULES[federation.rule]
+    empty = ((name, LoraFactors.empty(*shapes[name])) for name in sorted(shapes))
+    for name, factors in open_own(current, federation.scaling).modules() if current else empty:
         seed = f"{federation.id}/{version}/{name}"
-        yield name, serve(canonical, min(rank, *shapes[name]), federation.split, seed)
+        yield name, rule.serve(factors, min(rank, *shapes[name]), federation.split, seed)
