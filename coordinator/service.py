@@ -18,6 +18,7 @@ from coordinator import engine, ledger
 from coordinator.aggregation import BadUpdate
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine, Policy
+from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.ration import Ration
 from coordinator.serving import Serving
@@ -78,7 +79,7 @@ class Coordinator:
             self.store.set_meta("federation", json.dumps(to_json(made)))
             return made
         federation = from_json(Federation, json.loads(stored))
-        wanted = to_json(settings.build(federation.id))
+        wanted = to_json(settings.build(federation.id, federation))
         for key, value in to_json(federation).items():
             if wanted[key] != value:
                 raise InputError(
@@ -239,10 +240,10 @@ class Coordinator:
 
     # --- versions ---
 
-    async def adapter(self, version: int, rank: int) -> Path:
+    async def adapter(self, version: int, rung: Rung) -> Path:
         """The file that a device of `rank` starts `version` from."""
-        self.require_version(version, rank)
-        return await self.serving.adapter(version, rank)
+        self.require_version(version, rung.rank)
+        return await self.serving.adapter(version, rung)
 
     def require_version(self, version: int, rank: int) -> None:
         """Raise NotFound for a version or rank that is not served."""

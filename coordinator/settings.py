@@ -6,6 +6,7 @@ rule = "carry"
 ladder = [2, 4, 8, 16]
 rank_cap = 32
 scaling = 2.0
+download_dtype = "int8"      # float32, float16 or int8; likewise upload_dtype
 [training]                   # what each device does in an assignment; likewise fixed
 steps = 20
 [policy]                     # may change from one start to the next
@@ -33,8 +34,12 @@ from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
 from edge_sdk.core.records import from_json
+from edge_sdk.core.wire_dtype import WireDtype
 
 Record = TypeVar("Record")
+
+# Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
+NEW_DTYPE: WireDtype = "int8"
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class FederationSettings:
     split: Split = "balanced"
     heartbeat_s: float = 5.0
     mixed_ranks: tuple[tuple[int, int], ...] = ()
+    # None: int8 in a new federation, and in one that began before there was a choice what it began with.
+    download_dtype: WireDtype | None = None
+    upload_dtype: WireDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,11 @@ class Settings:
     policy: Policy
     privacy: Privacy | None = None
 
-    def build(self, id: str) -> Federation:
-        """The federation that these settings describe."""
+    def build(self, id: str, stored: Federation | None = None) -> Federation:
+        """The federation that these settings describe; what they leave open is as in `stored`."""
         chosen = {f.name: getattr(self.federation, f.name) for f in dataclasses.fields(self.federation)}
+        for name in ("download_dtype", "upload_dtype"):
+            chosen[name] = chosen[name] or (getattr(stored, name) if stored else NEW_DTYPE)
         lease_s = self.policy.lease_s
         return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 

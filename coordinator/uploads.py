@@ -22,8 +22,12 @@ class Uploads:
         self._federation, self._store, self._blobs = federation, store, blobs
 
     def cap(self, assignment: Assignment) -> int:
-        """The most bytes that the adapter of this assignment can have."""
-        return codec.max_adapter_bytes(self._federation.base.modules, assignment.rank)
+        """The most bytes that the adapter of this assignment can have in the federation's dtype.
+
+        It may come in another that takes no more.
+        """
+        federation = self._federation
+        return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
 
     def is_known(self, id: str, update: Update) -> bool:
         """Whether this very update was acknowledged before; what was sent again of it is dropped."""
