@@ -23,6 +23,7 @@ from coordinator.engine import (
     Merged,
     MergeFailed,
     Policy,
+    Refused,
     State,
     Stored,
     Tell,
@@ -228,6 +229,83 @@ def test_a_device_whose_update_was_rejected_gets_work_again() -> None:
     engine.handle(MergeFailed(("a",)), 1.0)
     assert engine.state.buffer == []
     assert granted(engine.handle(Asked("only", 4, "b"), 2.0)).lease.assignment == "b"
+
+
+def failed_at(engine: Engine, now: float) -> float:
+    """Fail the merge that runs; in how many seconds the next one starts."""
+    engine.handle(MergeFailed(()), now)
+    wait = 0.0
+    while not engine.handle(Tick(), now + wait):
+        wait += 0.5
+    return wait
+
+
+def test_a_merge_that_fails_for_our_own_reasons_is_tried_less_and_less_often() -> None:
+    engine = Engine(Policy(buffer_size=1))
+    engine.handle(stored("a", "1"), 0.0)
+    assert [failed_at(engine, 1000.0 * n) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    engine.handle(MergeFailed(()), 9000.0)
+    assert engine.handle(stored("b", "2"), 9001.0) == []  # another update does not hurry it
+    assert names(merge(engine.handle(Tick(), 9060.0))) == ["a", "b"]
+
+
+def test_a_merge_that_worked_forgets_the_failures() -> None:
+    engine = Engine(Policy(buffer_size=1))
+    for version in (1, 2):
+        engine.handle(stored(f"u{version}", "1"), 0.0)
+        assert failed_at(engine, 100.0 * version) == 1
+        engine.handle(Merged(version, 4), 100.0 * version + 50)
+    assert names(merge(engine.handle(stored("a", "1"), 250.0))) == ["a"]  # and nothing is held back
+
+
+def test_rejected_updates_do_not_delay_the_others() -> None:
+    engine = Engine(Policy(buffer_size=2))
+    for device in "123":
+        engine.handle(stored(f"u{device}", device), 0.0)
+    engine.handle(MergeFailed(()), 1.0)
+    merge(engine.handle(Tick(), 2.0))
+    engine.handle(stored("u4", "4"), 2.0)
+    engine.handle(MergeFailed(("u1", "u2")), 3.0)
+    assert names(merge(engine.handle(Tick(), 3.0))) == ["u3", "u4"]
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_refused_device_gets_other_work_after_a_pause_that_grows() -> None:
+    engine, now = Engine(Policy(retry_s=2.0, lease_s=1e6)), 0.0
+    for number, pause_s in enumerate((2.0, 4.0, 8.0)):
+        lease = granted(engine.handle(Asked("d", 4, f"a{number}"), now)).lease
+        assert lease.assignment == f"a{number}"  # not the same work again
+        assert engine.handle(Refused("d", lease.assignment), now) == [Expired(lease)]
+        (answer,) = engine.handle(Asked("d", 4, "early"), now + pause_s / 2)
+        assert isinstance(answer, Wait)
+        assert answer.retry_after_s == pytest.approx(pause_s / 2)
+        assert "refused" in answer.reason
+        now += pause_s
+    for number in range(50):
+        engine.handle(Refused("d", f"b{number}"), now)
+    (answer,) = engine.handle(Asked("d", 4, "early"), now)
+    assert isinstance(answer, Wait)
+    assert answer.retry_after_s == 3600.0  # never longer than this
+
+
+def test_an_accepted_update_ends_the_pauses() -> None:
+    engine = Engine(Policy(buffer_size=5))
+    lease = granted(engine.handle(Asked("d", 4, "a"), 0.0)).lease
+    engine.handle(Refused("d", "a"), 1.0)
+    engine.handle(stored("a", "d"), 1.5)  # mended and handed in again, for the same assignment
+    assert engine.state.refusals == {}
+    assert engine.state.leases == {}
+    assert lease.assignment == "a"
+
+
+def test_a_refusal_frees_the_place_in_a_round() -> None:
+    engine = rounds()
+    for device in "12":
+        engine.handle(Asked(device, 4, f"a{device}"), 0.0)
+    engine.handle(Refused("2", "a2"), 1.0)
+    assert granted(engine.handle(Asked("3", 4, "a3"), 1.0)).lease.device == "3"
 
 
 # --- synchronous ----------------------------------------------------------------------------------
