@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from coordinator.robust import RobustName, lower_median
 from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.lora import LoraFactors
@@ -75,18 +73,6 @@ def measure(changes: Iterable[tuple[str, LoraFactors]]) -> Norms:
         if not found[name] <= MAX_NORM:
             raise AdapterError(f"module {name} has norm {found[name]:.3g}, above {MAX_NORM:g}")
     return Norms(found)
-
-
-def difference(end: LoraFactors, start: LoraFactors) -> LoraFactors:
-    """`end − start` as factors: [B_end, −B_start] [A_end; A_start], of rank r_end + r_start."""
-    b = np.concatenate([end.b, -start.b], axis=1)
-    return LoraFactors(b, np.concatenate([end.a, start.a], axis=0))
-
-
-def between(end: LoraFactors, start: LoraFactors, factor: float) -> LoraFactors:
-    """`start + factor · (end − start)` as factors of rank r_end + r_start: a shorter change."""
-    b = np.concatenate([factor * end.b, (1.0 - factor) * start.b], axis=1)
-    return LoraFactors(b, np.concatenate([end.a, start.a], axis=0))
 
 
 def bound(recent: Sequence[tuple[str, float]], choices: Admission) -> float | None:

@@ -13,6 +13,7 @@ EdgeError
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
 │   ├── InternalError     500  a bug or a broken disk on the answering side
+│   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
 └── OutOfMemory           507  this machine's memory was not enough; a smaller setting may be
@@ -116,6 +117,15 @@ class InternalError(OurFault):
     """A bug or a failing disk on the answering side."""
 
     title = "internal error"
+
+
+class BadUpdates(OurFault):
+    """Updates that were acknowledged cannot be merged, because their files are not what they were.
+
+    `details["reasons"]` says of each, by its id, what is wrong. The other updates still count.
+    """
+
+    title = "bad updates"
 
 
 class WorkerDied(OurFault):
