@@ -31,9 +31,9 @@ from benchmarks import carry_toy
 from benchmarks.carry_toy import DEVICES, Rules, Split
 from benchmarks.carry_training import RANK_CAP, Choice, Federation
 from edge_sdk.core.carried import BYTES_PER_VALUE, CarriedDtype
-from edge_sdk.core.memory import TRAINED_BYTES
 from edge_sdk.probe import cpu_name
 
+TRAINED_BYTES = 16  # a trained value: weight, gradient and two moments in float32
 WIDE = 4.0  # of the random rows of A under `carry`; the table of starts says why
 
 # 80 % of the devices have the memory of rank 2, the others of 4, 8 and 16.

@@ -3,11 +3,11 @@
     python -m benchmarks.poisoning --quick             # two minutes; noise, not a result
     python -m benchmarks.poisoning --json FILE         # an hour or two; goes on where it was stopped
 
-Ten smart-home households (examples/smart_home.py) of ranks 2, 4 and 8 train the embedded base; a version merges
-five updates, half of them from the version before. Two households of ten are hostile from the third version
-on: `flipped` sends −D in place of what it learnt, D; `reversed` −10·D; `scaled` 100·D. Updates are files, and
-are measured, bounded and merged by the coordinator's own code. "without them" is the federation in which the
-two hand in nothing: what a perfect defence would give.
+Ten smart-home households (examples/smart_home.py) of ranks 2, 4 and 8 train the embedded base; a version
+merges five updates, half of them from the version before. Two households of ten are hostile from the third
+version on: `flipped` sends −D in place of what it learnt, D; `reversed` −10·D; `scaled` 100·D. Updates are
+files, and are measured, bounded and merged by the coordinator's own code. "without them" is the federation in
+which the two hand in nothing: what a perfect defence would give.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from edge_sdk import base_model, trainer
 from edge_sdk.core import messages
 from edge_sdk.core.codec import encode, open_own
 from edge_sdk.core.flexlora import combine, live_rank
-from edge_sdk.core.lora import Adapter, LoraFactors, stacked
+from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import RuleName, Training
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
@@ -110,7 +110,7 @@ class Federation:
         return [tokenise(parse_record(dict(r)), tokenizer, TRAINING.sequence_len) for r in records]
 
     def run(self, case: Case, seed: int, versions: int) -> dict[str, float]:
-        """Train `versions` versions; held-out loss (nats a token, all intents) after each third and at the end."""
+        """Train `versions` versions; held-out loss (nats a token, all intents) after each quarter."""
         homes = smart_home.households(len(RANKS), seed)
         data = [self._rows(home.train) for home in homes]
         held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
@@ -133,7 +133,7 @@ class Federation:
     def _updates(
         self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published, blobs: Blobs
     ) -> list[Addend]:
-        """What is handed in for one version: trained, poisoned, measured and bounded; weights by staleness."""
+        """What is handed in for one version: trained, poisoned, measured, bounded; weights by staleness."""
         seed, version = at
         drawn = np.random.default_rng([seed, version]).permutation(len(RANKS))[:BUFFER_SIZE]
         found = []
@@ -145,7 +145,7 @@ class Federation:
             plan = trainer.Plan(
                 TRAINING.steps, TRAINING.batch, TRAINING.batch, 64, TRAINING.learning_rate_at(begin)
             )
-            adapter = self._trainer.train(start, data[device], plan).adapter
+            adapter = self._trainer.train(start, data[device], plan, on_step=_go_on).adapter
             begun = {n: published.module(begin, n, s) for n, s in self._shapes.items()}
             if hostile:
                 adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
@@ -171,8 +171,14 @@ class Federation:
                 n: rule.serve(f, live_rank(f), "balanced", n).leading(live_rank(f)) for n, f in stored.items()
             }
             return trainer.Start(None, held, rank, seed)
-        served = {n: rule.serve(f, min(rank, *f.shape), "balanced", f"{begin}/{n}") for n, f in stored.items()}
+        served = {
+            n: rule.serve(f, min(rank, *f.shape), "balanced", f"{begin}/{n}") for n, f in stored.items()
+        }
         return trainer.Start(served, None, rank, seed)
+
+
+def _go_on(_: trainer.StepReport) -> Literal["continue"]:
+    return "continue"
 
 
 def _poisoned(rule: RuleName, adapter: Adapter, begun: Adapter, times: float) -> Adapter:

@@ -44,7 +44,7 @@ MIGRATIONS = [
     CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
     CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
     """,
-    # norm: of what the device changed, as it is merged; NULL for updates from before. factor: what is merged of it.
+    # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
     """
     ALTER TABLE updates ADD COLUMN norm REAL;
     ALTER TABLE updates ADD COLUMN factor REAL NOT NULL DEFAULT 1.0;

@@ -21,6 +21,7 @@ EdgeError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -126,6 +127,17 @@ class BadUpdates(OurFault):
     """
 
     title = "bad updates"
+
+    @classmethod
+    def of(cls, reasons: Mapping[str, str]) -> BadUpdates:
+        """The error for these updates."""
+        shown = "; ".join(f"update {update}: {reason}" for update, reason in reasons.items())
+        return cls(shown, reasons=dict(reasons))
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Update -> what is wrong with it."""
+        return dict(self.details["reasons"])
 
 
 class WorkerDied(OurFault):

@@ -105,7 +105,7 @@ REASONS = {
     "not finite": f"module {UP} holds values that are not finite",
     "a flipped bit": "not what was acknowledged",
     "cut short": "not a safetensors file|does not lie within the file",
-    "a wrong module": "o_proj.* belongs to no target module",
+    "a wrong module": f"module {Q} is missing",
     "another base": r"has shape .*, expected",
     "rank 0": rf"{Q}.*has shape \[.*0.*\], expected",
     "gone": "No such file",
@@ -170,10 +170,12 @@ def test_files_that_were_bad_from_the_start_are_all_named_with_their_module(host
     good = codec.encode(random_adapter(RANK, 1), SCALING)
     files = [good, *(content for kind in kinds if (content := spoilt(kind, good)))]
     with pytest.raises(BadUpdates) as refusal:
-        aggregate(host.federation, 1.0, Start(0), [addend(host, n, c) for n, c in enumerate(files)], host.blobs)
+        aggregate(
+            host.federation, 1.0, Start(0), [addend(host, n, c) for n, c in enumerate(files)], host.blobs
+        )
     assert set(refusal.value.reasons) == {"x1", "x2", "x3", "x4"}
     assert UP in refusal.value.reasons["x1"]
-    assert "o_proj" in refusal.value.reasons["x2"]
+    assert Q in refusal.value.reasons["x2"]
     assert Q in refusal.value.reasons["x4"]
 
 
