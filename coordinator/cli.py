@@ -119,9 +119,11 @@ def _status(options: argparse.Namespace) -> int:
     else:
         print("version     0 (nothing merged yet)")
     print(f"buffered    {len(store.unmerged())} updates")
-    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}")
+    print(f"clipped     {store.clipped()} updates")
+    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
     for device in store.devices():
-        print(f"{device.name[:23]:<24}{device.rank:>6}{device.updates:>8}{device.mean_staleness:>11.2f}")
+        shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
+        print(f"{device.name[:23]:<24}{device.rank:>6}{shown}")
     return 0
 
 

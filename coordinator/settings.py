@@ -10,6 +10,8 @@ scaling = 2.0
 steps = 20
 [policy]                     # may change from one start to the next
 buffer_size = 4
+[admission]                  # likewise
+over_norm = "clip"
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coordinator.admission import Admission
 from coordinator.engine import Policy
+from coordinator.rules import RULES, SumRule
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
@@ -53,6 +57,7 @@ class Settings:
     federation: FederationSettings
     training: Training
     policy: Policy
+    admission: Admission
 
     def build(self, id: str) -> Federation:
         """The federation that these settings describe."""
@@ -69,7 +74,7 @@ def load_settings(path: Path | None) -> Settings:
     """
     where = str(path) if path else "defaults"
     table = _read_toml(path) if path else {}
-    known = {"base", "federation", "training", "policy"}
+    known = {"base", "federation", "training", "policy", "admission"}
     _refuse_unknown(table, known, where)
     base_name = table.get("base", "tiny")
     if not isinstance(base_name, str):
@@ -80,6 +85,7 @@ def load_settings(path: Path | None) -> Settings:
             _section(FederationSettings, table, "federation", where),
             _section(Training, table, "training", where),
             _section(Policy, table, "policy", where),
+            _section(Admission, table, "admission", where),
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
@@ -148,6 +154,7 @@ def _check(settings: Settings, where: str) -> None:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
     _check_mixed_ranks(chosen, where)
     _check_rule(chosen, widest, where)
+    _check_admission(settings, where)
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),
@@ -176,6 +183,16 @@ def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
         raise InputError(
             f"{where}: rule flora never truncates; set federation.rank_cap to {widest}, the most that a "
             "module of this base can hold, or choose carry"
+        )
+
+
+def _check_admission(settings: Settings, where: str) -> None:
+    """Robust rules want a merge that sums products."""
+    robust, rule = settings.admission.robust, settings.federation.rule
+    if robust != "none" and not isinstance(RULES[rule], SumRule):
+        raise InputError(
+            f'{where}: admission.robust is "{robust}", but rule {rule} averages factors, of which distances '
+            'between products say nothing; set it to "none" or choose another rule'
         )
 
 

@@ -10,7 +10,7 @@ from coordinator.rules.flexlora import FlexLora
 from coordinator.rules.flora import Flora
 from coordinator.rules.hetlora import HetLora
 from coordinator.rules.innovation import Innovation
-from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule
+from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule, SumRule
 from edge_sdk.core.messages import RuleName
 
 RULES: Mapping[RuleName, Rule] = {
@@ -22,4 +22,4 @@ RULES: Mapping[RuleName, Rule] = {
     "flora": Flora(),
 }
 
-__all__ = ["RULES", "Change", "Merged", "Merging", "Ranks", "Rule"]
+__all__ = ["RULES", "Change", "Merged", "Merging", "Ranks", "Rule", "SumRule"]
