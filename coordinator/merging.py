@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator import aggregation
-from coordinator.admission import Admission
+from coordinator.admission import Admission, bound
 from coordinator.blobs import Blobs
 from coordinator.engine import Merge
-from coordinator.rules import RULES
+from coordinator.rules import RULES, SumRule
 from coordinator.store import Store, StoredUpdate, Version
 from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
 from edge_sdk.core.messages import Federation
@@ -33,7 +34,10 @@ class Merger:
             InternalError: the file of a published version is damaged.
         """
         records = {stored.id: stored for stored in self._store.unmerged()}
-        addends = [self._addend(records[b.update], weight) for b, weight, _ in effect.weights]
+        limit = bound(self._store.recent_norms(self._admission.history), self._admission)
+        addends = [
+            self._addend(self._clipped(records[b.update], limit), weight) for b, weight, _ in effect.weights
+        ]
         base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
         outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, self._admission)
@@ -65,6 +69,20 @@ class Merger:
             found = aggregation.faults(self._federation, changed)
             plain = "its file is not what was acknowledged"
             raise BadUpdates.of({a.update: found.get(a.update, plain) for a in changed})
+
+    def _clipped(self, stored: StoredUpdate, limit: float | None) -> StoredUpdate:
+        """The update with what is left of its change where a bound that it came before is exceeded.
+
+        The first updates of a federation are let in without one; by the time that they are merged they may be
+        enough to learn it from.
+        """
+        if limit is None or stored.norm is None or stored.norm <= limit:
+            return stored
+        if not isinstance(RULES[self._federation.rule], SumRule):
+            return stored
+        shorter = replace(stored, factor=stored.factor * limit / stored.norm, norm=limit)
+        self._store.clip(shorter)
+        return shorter
 
     def _addend(self, stored: StoredUpdate, weight: float) -> aggregation.Addend:
         """An update on disk; with what it was trained from where the rule cannot do without."""

@@ -277,6 +277,14 @@ class Store:
             count,
         )
 
+    def clip(self, shorter: StoredUpdate) -> None:
+        """Merge less of an update's change than was stored with it."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE updates SET factor = ?, norm = ? WHERE assignment = ? AND merged_version IS NULL",
+                (shorter.factor, shorter.norm, shorter.id),
+            )
+
     def clipped(self) -> int:
         """How many updates are or were merged by less than the whole."""
         ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE factor < 1.0")

@@ -172,6 +172,10 @@ def test_a_clipped_update_keeps_its_factor(path: Path, store: Store) -> None:
     measured(store, "b", "e", 6.0, 2.0)
     assert [(u.id, u.factor, u.norm) for u in store.unmerged()] == [("a", 0.25, 2.0), ("b", 1.0, 2.0)]
     assert store.clipped() == 1
+    (_, whole) = store.unmerged()
+    store.clip(replace(whole, factor=0.5, norm=1.0))
+    assert [(u.id, u.factor, u.norm) for u in store.unmerged()] == [("a", 0.25, 2.0), ("b", 0.5, 1.0)]
+    assert store.clipped() == 2
 
 
 def test_a_refusal_is_counted_and_ends_the_assignment(store: Store) -> None:
