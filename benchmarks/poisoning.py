@@ -34,7 +34,7 @@ from coordinator.admission import Admission, admit, bound, measure
 from coordinator.aggregation import Addend, Start, aggregate
 from coordinator.blobs import Blobs
 from coordinator.robust import RobustName
-from coordinator.rules import RULES
+from coordinator.rules import RULES, served
 from edge_sdk import base_model, trainer
 from edge_sdk.core import messages
 from edge_sdk.core.codec import encode, open_own
@@ -143,12 +143,14 @@ class Federation:
     ) -> None:
         """Train and merge version `at[1] + 1`."""
         addends = self._updates(case, at, data, published)
-        federation = messages.Federation(
-            "poisoned", self._base, case.rule, (2, 4, 8), RANK_CAP, SCALING, "balanced", TRAINING
-        )
-        current, blobs = published.starts[at[1]], published.blobs
-        outcome = aggregate(federation, 1.0, current, addends, blobs, case.admission)
+        current, blobs, eta = published.starts[at[1]], published.blobs, 1.0
+        outcome = aggregate(self._federation(case.rule), eta, current, addends, blobs, case.admission)
         published.starts.append(Start(at[1] + 1, blobs.path(outcome.digest)))
+
+    def _federation(self, rule: RuleName) -> messages.Federation:
+        return messages.Federation(
+            "poisoned", self._base, rule, (2, 4, 8), RANK_CAP, SCALING, "balanced", TRAINING
+        )
 
     def _updates(
         self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published
@@ -166,7 +168,7 @@ class Federation:
                 TRAINING.steps, TRAINING.batch, TRAINING.batch, 64, TRAINING.learning_rate_at(begin)
             )
             adapter = self._trainer.train(start, data[device], plan, on_step=_go_on).adapter
-            begun = {n: published.module(begin, n, s) for n, s in self._shapes.items()}
+            begun = start.adapter or {n: LoraFactors.empty(*s) for n, s in self._shapes.items()}
             if hostile:
                 adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
             changes = {n: RULES[case.rule].change(f, begun[n]) for n, f in adapter.items()}
@@ -191,10 +193,11 @@ class Federation:
                 n: rule.serve(f, live_rank(f), "balanced", n).leading(live_rank(f)) for n, f in stored.items()
             }
             return trainer.Start(None, held, rank, seed)
-        served = {
-            n: rule.serve(f, min(rank, *f.shape), "balanced", f"{begin}/{n}") for n, f in stored.items()
+        given = {
+            n: served(self._federation(case.rule), begin, n, f, min(rank, *f.shape))
+            for n, f in stored.items()
         }
-        return trainer.Start(served, None, rank, seed)
+        return trainer.Start(given, None, rank, seed)
 
 
 def _go_on(_: trainer.StepReport) -> Literal["continue"]:
@@ -206,7 +209,7 @@ def _poisoned(rule: RuleName, adapter: Adapter, begun: Adapter, times: float) ->
     if RULES[rule].carries:
         return {n: LoraFactors(np.float32(times) * f.b, f.a) for n, f in adapter.items()}
     return {
-        name: combine([(times, end), (1.0 - times, begun[name].leading(end.rank))], end.rank).factors
+        name: combine([(times, end), (1.0 - times, begun[name])], end.rank).factors
         for name, end in adapter.items()
     }
 

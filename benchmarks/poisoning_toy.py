@@ -75,7 +75,8 @@ def merged(
     """The next global factors, as the coordinator makes them of its files; adds to the norms in `recent`."""
     rule, choices = RULES[case.rule], case.admission
     assert isinstance(rule, SumRule)
-    norms = [measure([("w", rule.change(update, start))]) for _, update in sent]
+    begun = rule.serve(start, RANK, "balanced", "") if start.rank and not rule.carries else start
+    norms = [measure([("w", rule.change(update, begun))]) for _, update in sent]
     recent += [(str(device), norm.total) for (device, _), norm in zip(sent, norms, strict=True)]
     limit = bound(recent[-choices.history :], choices)
     factors = [admit(norm, limit, refuse=False) for norm in norms]
@@ -83,11 +84,11 @@ def merged(
         (str(device), factor * norm.total)
         for (device, _), factor, norm in zip(sent, factors, norms, strict=True)
     ]
-    inner = gram([rule.change(update, start) for _, update in sent]) * np.outer(factors, factors)
+    inner = gram([rule.change(update, begun) for _, update in sent]) * np.outer(factors, factors)
     weights = np.full(len(sent), 1 / len(sent))
     found = reweight(choices.robust, inner, weights, choices.trimmed_share)
     changes = [
-        rule.shorter(Change(float(w), update, version, RANK_CAP), float(f * g), start)
+        rule.shorter(Change(float(w), update, version, RANK_CAP), float(f * g), begun)
         for (_, update), w, f, g in zip(sent, found.weights, factors, found.factors, strict=True)
     ]
     starts = {version: start} if start.rank and not rule.carries else {}

@@ -14,7 +14,7 @@ import numpy as np
 from coordinator.admission import Admission
 from coordinator.blobs import Blobs
 from coordinator.robust import gram, reweight
-from coordinator.rules import RULES, Change, Merging, Ranks, Rule, SumRule
+from coordinator.rules import RULES, Change, Merging, Ranks, Rule, SumRule, served
 from edge_sdk.core.codec import AdapterFile, Shapes, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, BadUpdates, EdgeError
 from edge_sdk.core.lora import LoraFactors
@@ -63,6 +63,7 @@ class Outcome:
 class Sources:
     """The files of a merge, open: the newest version, the updates, the versions that the rule asked for."""
 
+    federation: Federation
     rule: Rule
     current: Start
     own: AdapterFile | None
@@ -91,7 +92,7 @@ class Sources:
             version = addend.start.version
             change = Change(addend.weight, file.module(name), version, addend.carry_rank)
             if addend.factor < 1.0 and isinstance(self.rule, SumRule):
-                change = self.rule.shorter(change, addend.factor, starts.get(version, nothing))
+                change = self.rule.shorter(change, addend.factor, self._begun(name, change, starts))
             changes.append(change)
         current = self.own.module(name) if self.own else nothing
         return Merging(current, changes, self.current.version, starts, eta)
@@ -101,8 +102,18 @@ class Sources:
         rank = file.ranks[name]
         if addend.factor == 1.0 or not isinstance(self.rule, SumRule):
             return rank
-        start = self.starts.get(addend.start.version)
-        return self.rule.shorter_rank(rank, start.ranks[name] if start else 0)
+        return self.rule.shorter_rank(rank, rank if addend.start.version in self.starts else 0)
+
+    def _begun(self, name: str, change: Change, starts: Mapping[int, LoraFactors]) -> LoraFactors:
+        """What an update's device was served and trained; of rank 0 where that is nothing."""
+        start = starts.get(change.version)
+        if start is None or self.rule.carries:
+            return LoraFactors.empty(*change.factors.shape)
+        return served(self.federation, change.version, name, start, change.factors.rank)
+
+    def _whole(self) -> list[tuple[Addend, AdapterFile]]:
+        """The updates as they were sent."""
+        return [(replace(addend, factor=1.0), file) for addend, file in self.updates]
 
     def reweighted(self, shapes: Shapes, admission: Admission) -> Sources:
         """The updates with robust weights and factors: a pass of its own over the files, before the merge.
@@ -111,13 +122,9 @@ class Sources:
         """
         inner = np.zeros((len(self.updates), len(self.updates)))
         for name, shape in sorted(shapes.items()):
-            starts = {version: file.module(name) for version, file in self.starts.items()}
-            nothing = LoraFactors.empty(*shape)
+            merging = replace(self, updates=self._whole()).merging(name, shape, 1.0)
             inner += gram(
-                [
-                    self.rule.change(file.module(name), starts.get(addend.start.version, nothing))
-                    for addend, file in self.updates
-                ]
+                [self.rule.change(c.factors, self._begun(name, c, merging.starts)) for c in merging.changes]
             )
         factors = np.array([addend.factor for addend, _ in self.updates])
         weights = np.array([addend.weight for addend, _ in self.updates])
@@ -186,6 +193,7 @@ def _open(federation: Federation, current: Start, addends: Sequence[Addend]) -> 
     """All files that a merge needs."""
     scaling = federation.scaling
     return Sources(
+        federation,
         RULES[federation.rule],
         current,
         open_own(current.path, scaling) if current.path else None,

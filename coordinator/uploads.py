@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from coordinator.admission import Admission, admit, bound, measure
 from coordinator.blobs import Blobs
-from coordinator.rules import RULES, SumRule
+from coordinator.rules import RULES, SumRule, served
 from coordinator.store import Store, StoredUpdate
 from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError, ProtocolError, TooLarge
@@ -73,15 +73,13 @@ class Uploads:
 
     def _changes(self, file: codec.AdapterFile, version: int) -> Iterator[tuple[str, LoraFactors]]:
         """What the device changed, module by module."""
-        rule, stored = RULES[self._federation.rule], self._store.version(version)
-        needed = stored is not None and not rule.carries
-        start = (
-            codec.open_own(self._blobs.path(stored.digest), self._federation.scaling)
-            if stored and needed
-            else None
-        )
+        federation, rule = self._federation, RULES[self._federation.rule]
+        stored = None if rule.carries else self._store.version(version)
+        start = codec.open_own(self._blobs.path(stored.digest), federation.scaling) if stored else None
         for name, factors in file.modules():
-            begun = start.module(name) if start else LoraFactors.empty(*factors.shape)
+            begun = LoraFactors.empty(*factors.shape)
+            if start:
+                begun = served(federation, version, name, start.module(name), factors.rank)
             yield name, rule.change(factors, begun)
 
     def norm_bound(self) -> float | None:

@@ -26,11 +26,10 @@ class FlexLora(SumRule):
         """All updates; the old global adapter where some of it stays."""
         return sum(ranks.updates) + (ranks.current if eta != 1.0 else 0)
 
-    def shorter(self, change: Change, factor: float, start: LoraFactors) -> Change:
-        """Start + factor · (state − start): a smaller weight would shrink what everybody knows as well."""
-        begun = start.leading(change.factors.rank)
+    def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
+        """Begun + factor · (state − begun): a smaller weight would shrink what everybody knows as well."""
         return replace(change, factors=stacked([(factor, change.factors), (1.0 - factor, begun)]))
 
-    def shorter_rank(self, rank: int, start: int) -> int:
+    def shorter_rank(self, rank: int, begun: int) -> int:
         """The state beside what it began as."""
-        return rank + min(rank, start)
+        return rank + begun

@@ -98,14 +98,13 @@ class Rule(ABC):
     def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
         """The rank of what `merge` returns, from ranks alone: a file says it before any factors come."""
 
-    def change(self, factors: LoraFactors, start: LoraFactors) -> LoraFactors:
-        """What a device changed: what it trained on top, or its state less the components that it began with.
+    def change(self, factors: LoraFactors, begun: LoraFactors) -> LoraFactors:
+        """What a device changed: what it trained on top, or its state less the one that it began with.
 
         Args:
             factors: as it sent them.
-            start: the stored factors of the version that it trained from; of rank 0 for version 0.
+            begun: as they were served to it; of rank 0 for version 0.
         """
-        begun = start.leading(factors.rank)
         return factors if self.carries or not begun.rank else stacked([(1.0, factors), (-1.0, begun)])
 
     def next(self, merging: Merging, rank_cap: int) -> Merged:
@@ -124,15 +123,15 @@ class SumRule(Rule):
     What is stored is canonical: `b = U·S` with falling S, `a = Vᵀ`.
     """
 
-    def shorter(self, change: Change, factor: float, start: LoraFactors) -> Change:
-        """The same update with `factor` of its change; `start` as for `change`.
+    def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
+        """The same update with `factor` of its change; `begun` as for `change`.
 
         A rule that sums changes weighs it less. The weights then no longer sum to 1: nobody else counts more.
         """
         return replace(change, weight=factor * change.weight)
 
-    def shorter_rank(self, rank: int, start: int) -> int:
-        """The rank of that, from those of the factors and of `start`."""
+    def shorter_rank(self, rank: int, begun: int) -> int:
+        """The rank of that, from those of the factors and of `begun`."""
         return rank
 
     @abstractmethod
