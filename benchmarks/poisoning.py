@@ -4,7 +4,7 @@
     python -m benchmarks.poisoning --json FILE         # an hour a seed; goes on where it was stopped
 
 Ten smart-home households (examples/smart_home.py) of ranks 2, 4 and 8 train the embedded base; a version
-merges five updates, half of them from the version before. The first four versions are honest and merged
+merges five updates, half of them from the version before. The first three versions are honest and merged
 without a defence, the same for all lines. From then on two households of ten are hostile: `flipped` sends −D
 in place of what it learnt, D; `reversed` −10·D; `scaled` 100·D. Updates are files, and are measured, bounded
 and merged by the coordinator's own code. "without them" is the federation in which the two hand in nothing
@@ -49,7 +49,7 @@ from examples import smart_home
 SCALING, RANK_CAP = 2.0, 32
 RANKS = (2, 4, 8, 2, 4, 2, 4, 8, 2, 4)  # of the ten households
 HOSTILE = (1, 6)
-HONEST_VERSIONS = 4  # before the attack: 20 updates, a history to learn a bound from
+HONEST_VERSIONS = 3  # before the attack: 15 updates, a history to learn a bound from
 BUFFER_SIZE = 5
 TRAINING = Training(steps=10, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.96)
 TEST_PER_INTENT = 6
@@ -86,7 +86,7 @@ class Case:
 
 @dataclass
 class Published:
-    """The versions so far, as files, the norms of accepted updates, and the loss of each version."""
+    """The versions so far, as files, the norms of accepted updates, and losses by version."""
 
     blobs: Blobs
     starts: list[Start] = field(default_factory=lambda: [Start(0)])
@@ -115,28 +115,32 @@ class Federation:
         return [tokenise(parse_record(dict(r)), tokenizer, TRAINING.sequence_len) for r in records]
 
     def run(self, case: Case, seed: int, versions: int) -> dict[str, float]:
-        """Train `versions` versions; held-out loss (nats a token, all intents) of each from the attack on."""
+        """Train `versions` versions; held-out loss (nats a token, all intents) before the attack and last."""
         homes = smart_home.households(len(RANKS), seed)
         data = [self._rows(home.train) for home in homes]
         held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
         published = self._honest(case.rule, seed, data)
+        if not published.losses:
+            published.losses[str(HONEST_VERSIONS)] = self._loss(published, held_out)
+        attacked = Published(published.blobs, list(published.starts), list(published.norms))
         for version in range(HONEST_VERSIONS, versions):
-            self._publish(case, (seed, version), data, published)
-            path = published.starts[-1].path
-            assert path is not None
-            newest = dict(open_own(path, SCALING).modules())
-            published.losses[str(version + 1)] = self._trainer.evaluate(newest, held_out).loss
-        return published.losses
+            self._publish(case, (seed, version), data, attacked)
+        return published.losses | {str(versions): self._loss(attacked, held_out)}
+
+    def _loss(self, published: Published, held_out: list[Tokenised]) -> float:
+        """Of the newest version."""
+        path = published.starts[-1].path
+        assert path is not None
+        return self._trainer.evaluate(dict(open_own(path, SCALING).modules()), held_out).loss
 
     def _honest(self, rule: RuleName, seed: int, data: list[list[Tokenised]]) -> Published:
-        """A copy of the versions before the attack, trained at the first call for them."""
+        """The versions before the attack, trained at the first call for them."""
         if (rule, seed) not in self._before:
             made = Published(Blobs(self._folder / f"{rule}-{seed}"))
             for version in range(HONEST_VERSIONS):
                 self._publish(Case(rule, "nobody", "none"), (seed, version), data, made)
             self._before[rule, seed] = made
-        before = self._before[rule, seed]
-        return Published(before.blobs, list(before.starts), list(before.norms))
+        return self._before[rule, seed]
 
     def _publish(
         self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published
