@@ -1,64 +1,37 @@
-"""What poisoned updates do to a federation, and what each defence keeps of it: real training, the real merge.
+"""What poisoned updates do to a federation, and what each defence keeps of it.
 
     python -m benchmarks.poisoning --quick             # a few minutes; noise, not a result
     python -m benchmarks.poisoning --json FILE         # an hour a seed; goes on where it was stopped
 
-Ten smart-home households (examples/smart_home.py) of ranks 2, 4 and 8 train the embedded base; a version
-merges five updates, half of them from the version before. The first three versions are honest and merged
-without a defence, the same for all lines. From then on two households of ten are hostile: `flipped` sends −D
-in place of what it learnt, D; `reversed` −10·D; `scaled` 100·D. Updates are files, and are measured, bounded
-and merged by the coordinator's own code. "without them" is the federation in which the two hand in nothing
-from then on: what a perfect defence would give.
+A fifth of the devices is hostile: `flipped` sends −D in place of what it learnt, D; `reversed` −10·D;
+`scaled` 100·D. "without them" is the federation in which they hand in nothing: what a perfect defence would
+give. Two parts: a target whose answer is known (poisoning_toy.py), and the embedded base on smart-home
+commands (poisoning_training.py).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import poisoning_toy
 from benchmarks.carry_trade import Results, spread
-from coordinator.admission import Admission, admit, bound, measure
-from coordinator.aggregation import Addend, Start, aggregate
-from coordinator.blobs import Blobs
-from coordinator.robust import RobustName
-from coordinator.rules import RULES, served
-from edge_sdk import base_model, trainer
-from edge_sdk.core import messages
-from edge_sdk.core.codec import encode, open_own
-from edge_sdk.core.flexlora import combine, live_rank
-from edge_sdk.core.lora import Adapter, LoraFactors
-from edge_sdk.core.messages import RuleName, Training
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
+from benchmarks.poisoning_toy import Attack, Case, Defence
+from benchmarks.poisoning_training import HONEST_VERSIONS, Federation
+from edge_sdk.core.messages import RuleName
 from edge_sdk.processor import cpu_name
-from examples import smart_home
 
-SCALING, RANK_CAP = 2.0, 32
-RANKS = (2, 4, 8, 2, 4, 2, 4, 8, 2, 4)  # of the ten households
-HOSTILE = (1, 6)
-HONEST_VERSIONS = 3  # before the attack: 15 updates, a history to learn a bound from
-BUFFER_SIZE = 5
-TRAINING = Training(steps=10, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.96)
-TEST_PER_INTENT = 6
-
-Attack = Literal["nobody", "flipped", "reversed", "scaled", "absent"]
-TIMES: Mapping[Attack, float] = {"nobody": 1.0, "flipped": -1.0, "reversed": -10.0, "scaled": 100.0}
-ATTACKS: tuple[Attack, ...] = ("scaled", "flipped", "reversed", "nobody")
-
-Defence = Literal["none", "bound", "norm_median", "geometric_median", "trimmed"]
+ATTACKS: tuple[Attack, ...] = ("scaled", "reversed", "flipped", "nobody")
 DEFENCES: dict[Defence, str] = {
     "none": "none",
     "bound": "the learnt bound, clipped",
@@ -66,179 +39,8 @@ DEFENCES: dict[Defence, str] = {
     "geometric_median": "geometric median",
     "trimmed": "trimmed by norm",
 }
-RULE_NAMES: tuple[RuleName, ...] = ("carry", "flexlora")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A merge rule, what the hostile households send, and what is done about it."""
-
-    rule: RuleName
-    attack: Attack
-    defence: Defence
-
-    @property
-    def admission(self) -> Admission:
-        """The host's settings. Without the bound no update is ever long."""
-        robust: RobustName = "none" if self.defence == "bound" else self.defence
-        return Admission(norm_factor=5.0 if self.defence == "bound" else 1e30, robust=robust)
-
-
-@dataclass
-class Published:
-    """The versions so far, as files, the norms of accepted updates, and losses by version."""
-
-    blobs: Blobs
-    starts: list[Start] = field(default_factory=lambda: [Start(0)])
-    norms: list[tuple[str, float]] = field(default_factory=list)
-    losses: dict[str, float] = field(default_factory=dict)
-
-    def module(self, version: int, name: str, shape: tuple[int, int]) -> LoraFactors:
-        """The stored factors of a version; empty for version 0."""
-        path = self.starts[version].path
-        return open_own(path, SCALING).module(name) if path else LoraFactors.empty(*shape)
-
-
-class Federation:
-    """One base, loaded once; `run` trains a federation on it. Its files lie in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._before: dict[tuple[RuleName, int], Published] = {}
-        base = base_model.load("tiny", device="cpu")
-        self._base = base_model.describe("tiny")
-        self._shapes = self._base.modules
-        self._trainer = trainer.Trainer(base, self._shapes, SCALING, progress=False)
-
-    def _rows(self, records: Sequence[Mapping[str, str]]) -> list[Tokenised]:
-        tokenizer = self._trainer.base.tokenizer
-        return [tokenise(parse_record(dict(r)), tokenizer, TRAINING.sequence_len) for r in records]
-
-    def run(self, case: Case, seed: int, versions: int) -> dict[str, float]:
-        """Train `versions` versions; held-out loss (nats a token, all intents) before the attack and last."""
-        homes = smart_home.households(len(RANKS), seed)
-        data = [self._rows(home.train) for home in homes]
-        held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
-        published = self._honest(case.rule, seed, data)
-        if not published.losses:
-            published.losses[str(HONEST_VERSIONS)] = self._loss(published, held_out)
-        attacked = Published(published.blobs, list(published.starts), list(published.norms))
-        for version in range(HONEST_VERSIONS, versions):
-            self._publish(case, (seed, version), data, attacked)
-        return published.losses | {str(versions): self._loss(attacked, held_out)}
-
-    def _loss(self, published: Published, held_out: list[Tokenised]) -> float:
-        """Of the newest version."""
-        path = published.starts[-1].path
-        assert path is not None
-        return self._trainer.evaluate(dict(open_own(path, SCALING).modules()), held_out).loss
-
-    def _honest(self, rule: RuleName, seed: int, data: list[list[Tokenised]]) -> Published:
-        """The versions before the attack, trained at the first call for them."""
-        if (rule, seed) not in self._before:
-            made = Published(Blobs(self._folder / f"{rule}-{seed}"))
-            for version in range(HONEST_VERSIONS):
-                self._publish(Case(rule, "nobody", "none"), (seed, version), data, made)
-            self._before[rule, seed] = made
-        return self._before[rule, seed]
-
-    def _publish(
-        self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published
-    ) -> None:
-        """Train and merge version `at[1] + 1`."""
-        addends = self._updates(case, at, data, published)
-        current, blobs, eta = published.starts[at[1]], published.blobs, 1.0
-        outcome = aggregate(self._federation(case.rule), eta, current, addends, blobs, case.admission)
-        published.starts.append(Start(at[1] + 1, blobs.path(outcome.digest)))
-
-    def _federation(self, rule: RuleName) -> messages.Federation:
-        return messages.Federation(
-            "poisoned", self._base, rule, (2, 4, 8), RANK_CAP, SCALING, "balanced", TRAINING
-        )
-
-    def _updates(
-        self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published
-    ) -> list[Addend]:
-        """What is handed in for one version: trained, poisoned, measured, bounded; weights by staleness."""
-        seed, version = at
-        drawn = np.random.default_rng([seed, version]).permutation(len(RANKS))[:BUFFER_SIZE]
-        found = []
-        for place, device in enumerate(int(d) for d in drawn):
-            begin, hostile = max(0, version - place % 2), device in HOSTILE and version >= HONEST_VERSIONS
-            if hostile and case.attack == "absent":
-                continue
-            start = self._start(case, device, begin, (seed, version), published)
-            plan = trainer.Plan(
-                TRAINING.steps, TRAINING.batch, TRAINING.batch, 64, TRAINING.learning_rate_at(begin)
-            )
-            adapter = self._trainer.train(start, data[device], plan, on_step=_go_on).adapter
-            begun = start.adapter or {n: LoraFactors.empty(*s) for n, s in self._shapes.items()}
-            if hostile:
-                adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
-            changes = {n: RULES[case.rule].change(f, begun[n]) for n, f in adapter.items()}
-            norms, choices = measure(changes.items()), case.admission
-            factor = admit(norms, bound(published.norms[-choices.history :], choices), refuse=False)
-            published.norms.append((str(device), factor * norms.total))
-            path = published.blobs.path(published.blobs.write([encode(adapter, SCALING)]))
-            carried = RANK_CAP if RULES[case.rule].carries else 0
-            weight = (1.0 + version - begin) ** -0.5
-            found.append((str(device), weight, path, RANKS[device], published.starts[begin], carried, factor))
-        total = sum(weight for _, weight, *_ in found)
-        return [Addend(u, w / total, p, r, s, c, factor=f) for u, w, p, r, s, c, f in found]
-
-    def _start(
-        self, case: Case, device: int, begin: int, at: tuple[int, int], published: Published
-    ) -> trainer.Start:
-        """What the household begins with, as the coordinator serves it. Under `carry` all of G is held."""
-        rule, rank, seed = RULES[case.rule], RANKS[device], at[0] * 10_000 + at[1] * 10 + device
-        stored = {n: published.module(begin, n, s) for n, s in self._shapes.items()}
-        if rule.carries:
-            held = {
-                n: rule.serve(f, live_rank(f), "balanced", n).leading(live_rank(f)) for n, f in stored.items()
-            }
-            return trainer.Start(None, held, rank, seed)
-        given = {
-            n: served(self._federation(case.rule), begin, n, f, min(rank, *f.shape))
-            for n, f in stored.items()
-        }
-        return trainer.Start(given, None, rank, seed)
-
-
-def _go_on(_: trainer.StepReport) -> Literal["continue"]:
-    return "continue"
-
-
-def _poisoned(rule: RuleName, adapter: Adapter, begun: Adapter, times: float) -> Adapter:
-    """`times` the change, in an adapter of the rank that was assigned: all that a hostile device may send."""
-    if RULES[rule].carries:
-        return {n: LoraFactors(np.float32(times) * f.b, f.a) for n, f in adapter.items()}
-    return {
-        name: combine([(times, end), (1.0 - times, begun[name])], end.rank).factors
-        for name, end in adapter.items()
-    }
-
-
-def table(rule: RuleName, results: Results, seeds: Sequence[int], versions: int) -> Table:
-    """The last held-out loss of each attack (columns) under each defence."""
-    shown = Table(title=f"Rule {rule}: held-out loss after {versions} versions", title_justify="left")
-    shown.add_column("defence")
-    for attack in ATTACKS:
-        shown.add_column(attack, justify="right")
-    rows: dict[Defence, list[str]] = {defence: [] for defence in DEFENCES}
-    for defence, cells in rows.items():
-        for attack in ATTACKS:
-            found = [results.rows.get(_key(Case(rule, attack, defence), s, versions)) for s in seeds]
-            last = [losses[str(versions)] for losses in found if losses is not None]
-            cells.append(spread(last) if last else "–")
-        shown.add_row(DEFENCES[defence], *cells)
-    absent = [results.rows.get(_key(Case(rule, "absent", "none"), s, versions)) for s in seeds]
-    last = [losses[str(versions)] for losses in absent if losses is not None]
-    shown.add_row("without them", spread(last) if last else "–")
-    return shown
-
-
-def _key(case: Case, seed: int, versions: int) -> str:
-    return f"{versions}/{case.rule}/{case.attack}/{case.defence}/{seed}"
+TOY_RULES: tuple[RuleName, ...] = ("carry", "innovation", "flexlora")
+TRAINING_RULES: tuple[RuleName, ...] = ("carry", "flexlora")
 
 
 def cases(rule: RuleName, quick: bool) -> list[Case]:
@@ -251,33 +53,85 @@ def cases(rule: RuleName, quick: bool) -> list[Case]:
     ]
 
 
+def table(title: str, rule: RuleName, found: Callable[[Case], list[float]]) -> Table:
+    """What each attack (columns) does under each defence; a dash for what was not run."""
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("defence")
+    for attack in ATTACKS:
+        shown.add_column(attack, justify="right")
+
+    def cell(case: Case) -> str:
+        values = found(case)
+        return spread(values) if values else "–"
+
+    for defence, name in DEFENCES.items():
+        shown.add_row(name, *(cell(Case(rule, attack, defence)) for attack in ATTACKS))
+    shown.add_row("without them", cell(Case(rule, "absent", "none")))
+    return shown
+
+
+def toy(results: Results, seeds: Sequence[int], rules: Sequence[RuleName], quick: bool) -> list[Table]:
+    """Relative errors on the known target."""
+
+    def key(case: Case, seed: int) -> str:
+        return f"toy/{case.rule}/{case.attack}/{case.defence}/{seed}"
+
+    for case in [case for rule in rules for case in cases(rule, quick)]:
+        for seed in seeds:
+            results.get(key(case, seed), lambda c=case, s=seed: poisoning_toy.federate(c, s))
+
+    def found(case: Case) -> list[float]:
+        return [results.rows[key(case, seed)] for seed in seeds if key(case, seed) in results.rows]
+
+    return [table(f"Known target, rule {rule}: relative error", rule, found) for rule in rules]
+
+
+def training(
+    results: Results, seeds: Sequence[int], rules: Sequence[RuleName], versions: int, quick: bool
+) -> list[Table]:
+    """Held-out losses of the embedded base after `versions` versions."""
+
+    def key(case: Case, seed: int) -> str:
+        return f"training/{versions}/{case.rule}/{case.attack}/{case.defence}/{seed}"
+
+    with tempfile.TemporaryDirectory() as folder:
+        federation = Federation(Path(folder))
+        for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
+            for case in [case for rule in rules for case in cases(rule, quick)]:
+                run: Callable[[], Any] = lambda c=case, s=seed: federation.run(c, s, versions)  # noqa: E731
+                losses = results.get(key(case, seed), run)
+                print(key(case, seed), f"{losses[str(versions)]:.3f}", flush=True)
+
+    def found(case: Case) -> list[float]:
+        rows = [results.rows.get(key(case, seed)) for seed in seeds]
+        return [row[str(versions)] for row in rows if row]
+
+    return [table(f"Embedded base, rule {r}: held-out loss, version {versions}", r, found) for r in rules]
+
+
 def main() -> int:
     """Measure, print the tables, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one rule, one seed and few versions")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--versions", type=int, default=12)
+    parser.add_argument("--part", choices=("toy", "training"), help="only this part")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--versions", type=int, default=12, help="of the training (default %(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console()
+    console, quick = Console(), options.quick
     cpu = cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")) or platform.processor()
     results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
-    versions = HONEST_VERSIONS + 1 if options.quick else options.versions
-    seeds = range(1 if options.quick else options.seeds)
-    rules = RULE_NAMES[:1] if options.quick else RULE_NAMES
-    with tempfile.TemporaryDirectory() as folder:
-        federation = Federation(Path(folder))
-        for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
-            for case in [case for rule in rules for case in cases(rule, options.quick)]:
-                losses: Any = results.get(
-                    _key(case, seed, versions), lambda c=case, s=seed: federation.run(c, s, versions)
-                )
-                last = losses[str(versions)]
-                shown = f"{last:.3f}" if math.isfinite(last) else "lost"
-                console.print(f"seed {seed}  {case.rule:<9} {case.attack:<9} {case.defence:<17} {shown}")
-    for rule in rules:
-        console.print(table(rule, results, list(seeds), versions))
+    seeds = range(1 if quick else options.seeds)
+    console.print(f"{cpu}, one thread")
+    if options.part != "training":
+        for shown in toy(results, seeds, TOY_RULES[: 1 if quick else None], quick):
+            console.print(shown)
+    if options.part != "toy":
+        versions = HONEST_VERSIONS + 1 if quick else options.versions
+        rules = TRAINING_RULES[: 1 if quick else None]
+        for shown in training(results, seeds, rules, versions, quick):
+            console.print(shown)
     return 0
 
 

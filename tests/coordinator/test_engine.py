@@ -416,6 +416,7 @@ class Federation(RuleBasedStateMachine):
         self.pending: Merge | None = None
         self.counted_in: dict[str, int] = {}
         self.rejected: set[str] = set()
+        self.refused_until: dict[str, float] = {}
 
     def send(self, event: Any) -> list[Effect]:
         effects = self.engine.handle(event, self.now)
@@ -455,7 +456,9 @@ class Federation(RuleBasedStateMachine):
             assert self.work[lease.assignment] == (device, lease.version)
         else:
             assert isinstance(answer, Wait)
-            assert self.waits(device) or self.engine.policy.mode == "synchronous"
+            refused = self.now < self.refused_until.get(device, 0.0)
+            assert self.waits(device) or refused or self.engine.policy.mode == "synchronous"
+            assert answer.retry_after_s > 0
         return answer
 
     @precondition(lambda self: self.work)
@@ -483,6 +486,19 @@ class Federation(RuleBasedStateMachine):
         assert self.version - version <= self.limit
         self.acknowledged[assignment] = (device, version)
         self.send(stored(assignment, device, version, examples))
+
+    @precondition(lambda self: self.work)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        """Something unusable was handed in for some assignment, old or new."""
+        assignment = data.draw(st.sampled_from(sorted(self.work)))
+        device, _ = self.work[assignment]
+        if assignment in self.acknowledged:
+            return
+        self.send(Refused(device, assignment))
+        self.refused_until[device] = self.now + 3600.0
+        lease = self.engine.state.leases.get(device)
+        assert lease is None or lease.assignment != assignment
 
     @rule(seconds=st.sampled_from([0.5, 6.0, 25.0]))
     def tick(self, seconds: float) -> None:
@@ -522,9 +538,10 @@ class Federation(RuleBasedStateMachine):
         assert len(state.leases) <= len(DEVICES)
 
     def teardown(self) -> None:
-        """Whatever happened: in three timely rounds that succeed, every device gets work."""
+        """Whatever happened: after the longest pause, in three timely rounds that succeed, all get work."""
         if not hasattr(self, "engine"):
             return
+        self.now += 3600.0
         waiting = list(DEVICES)
         for _ in range(3 * len(DEVICES)):
             self.settle()
