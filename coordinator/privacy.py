@@ -77,7 +77,7 @@ class Privacy:
 
 @dataclass(frozen=True)
 class Noise:
-    """How one merge is made private: z, the longest change, σ of the noise in the sum, where it comes from."""
+    """How one merge is made private: z, the longest change, σ of the noise, and where it comes from."""
 
     multiplier: float
     clip_norm: float
