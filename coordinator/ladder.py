@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.blobs import Blobs
-from coordinator.rules import RULES
+from coordinator.rules import served
 from edge_sdk.core.carried import splits
 from edge_sdk.core.codec import header_bytes, open_own, packed_module
 from edge_sdk.core.lora import LoraFactors
@@ -79,8 +79,7 @@ def _served(
     federation: Federation, version: int, current: Path | None, rank: int
 ) -> Iterator[tuple[str, LoraFactors]]:
     """What devices of the largest rank are given, in name order, one module in memory at a time."""
-    shapes, rule = federation.base.modules, RULES[federation.rule]
+    shapes = federation.base.modules
     empty = ((name, LoraFactors.empty(*shapes[name])) for name in sorted(shapes))
     for name, factors in open_own(current, federation.scaling).modules() if current else empty:
-        seed = f"{federation.id}/{version}/{name}"
-        yield name, rule.serve(factors, min(rank, *shapes[name]), federation.split, seed)
+        yield name, served(federation, version, name, factors, min(rank, *shapes[name]))
