@@ -123,9 +123,12 @@ def _status(options: argparse.Namespace) -> int:
     print(f"buffered    {len(store.unmerged())} updates")
     if chosen := ledger.choices(store):
         print(f"privacy     {ledger.worst(store, chosen.delta)}")
-    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}")
+    else:
+        print(f"clipped     {store.clipped()} updates")
+    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
     for device in store.devices():
-        print(f"{device.name[:23]:<24}{device.rank:>6}{device.updates:>8}{device.mean_staleness:>11.2f}")
+        shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
+        print(f"{device.name[:23]:<24}{device.rank:>6}{shown}")
     return 0
 
 

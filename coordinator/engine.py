@@ -22,6 +22,8 @@ from edge_sdk.core.messages import Directive
 
 SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
 SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
+MERGE_RETRY_S, MOST_MERGE_RETRY_S = 1.0, 60.0  # after a merge that failed; doubled each time, up to this
+MOST_REFUSED_S = 3600.0  # a device whose updates are refused one after another trains at least this often
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class State:
     merging: tuple[Buffered, ...] = ()
     contributed: dict[str, int] = field(default_factory=dict)  # device -> version it last trained from
     granted: set[str] = field(default_factory=set)  # devices with work from the current version
+    failures: int = 0  # merges in a row that failed for our own reasons
+    merge_at: float | None = None  # no merge before this
+    refusals: dict[str, tuple[int, float]] = field(default_factory=dict)  # device -> (in a row, work from)
 
 
 # --- events ---
@@ -126,6 +131,14 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """What a device handed in for an assignment is no adapter that can be merged."""
+
+    device: str
+    assignment: str
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
@@ -140,12 +153,15 @@ class Merged:
 
 @dataclass(frozen=True)
 class MergeFailed:
-    """The merge could not be done now; `rejected` updates are to be left out of the next try."""
+    """The merge could not be done now; `rejected` updates are to be left out of the next try.
+
+    With none rejected the fault is ours, a full disk say, and the next try waits longer each time.
+    """
 
     rejected: tuple[str, ...]
 
 
-Event = Asked | Beat | Stored | Tick | Merged | MergeFailed
+Event = Asked | Beat | Stored | Refused | Tick | Merged | MergeFailed
 
 # --- effects ---
 
@@ -204,6 +220,7 @@ class Engine:
             Asked: self._asked,
             Beat: self._beat,
             Stored: self._stored,
+            Refused: self._refused,
             Tick: self._tick,
             Merged: self._merged,
             MergeFailed: self._merge_failed,
@@ -262,6 +279,9 @@ class Engine:
             return [
                 Wait(policy.retry_s, f"your update of version {state.version} is in; the next is not due")
             ]
+        _, work_from = state.refusals.get(event.device, (0, now))
+        if now < work_from:
+            return [Wait(work_from - now, "your last update was refused; there is new work after a pause")]
         if policy.mode == "synchronous" and len(state.granted - {event.device}) >= policy.buffer_size:
             return [Wait(policy.retry_s, f"round {state.version} has its {policy.buffer_size} devices")]
         expires_at = now + policy.lease_s
@@ -293,10 +313,27 @@ class Engine:
         state.buffer.append(update)
         state.first_at = now if state.first_at is None else state.first_at
         state.contributed[update.device] = max(update.version, state.contributed.get(update.device, 0))
+        state.refusals.pop(update.device, None)
         lease = state.leases.get(update.device)
         if lease and lease.assignment == update.update:
             del state.leases[update.device]
         return self._merge_if_due(now)
+
+    def _refused(self, event: Refused, now: float) -> list[Effect]:
+        """End the lease, because the same work again would be refused again; the next waits longer each time.
+
+        A device that mends its upload may still hand it in for the assignment, as after any expired lease.
+        """
+        state = self.state
+        in_a_row = state.refusals.get(event.device, (0, now))[0] + 1
+        pause_s = min(MOST_REFUSED_S, self.policy.retry_s * 2.0 ** min(in_a_row - 1, 32))
+        state.refusals[event.device] = (in_a_row, now + pause_s)
+        lease = state.leases.get(event.device)
+        if lease is None or lease.assignment != event.assignment:
+            return []
+        del state.leases[event.device]
+        state.granted.discard(event.device)
+        return [Expired(lease)]
 
     def _tick(self, event: Tick, now: float) -> list[Effect]:
         """Expire leases, and merge what a time-out made due."""
@@ -313,13 +350,16 @@ class Engine:
             self.ration.spend(update.device for update in state.merging)
         state.version, state.version_rank, state.merging = event.version, event.rank, ()
         state.granted = set()
+        state.failures, state.merge_at = 0, None
         state.first_at = now if state.buffer else None
         return self._merge_if_due(now)
 
     def _merge_failed(self, event: MergeFailed, now: float) -> list[Effect]:
-        """Put the innocent updates back in front of the buffer; the next tick tries again.
+        """Put the innocent updates back in front of the buffer.
 
-        A device whose update is out may work from this version again: nobody else may be there to end it.
+        Where some were rejected the next tick merges the others. Otherwise it waits: what failed for our own
+        reasons would fail again at once, and read every update for it. A device whose update is out may work
+        from this version again: nobody else may be there to end it.
         """
         state = self.state
         kept = [update for update in state.merging if update.update not in event.rejected]
@@ -329,12 +369,17 @@ class Engine:
         for update in state.buffer:
             state.contributed[update.device] = max(update.version, state.contributed.get(update.device, 0))
         state.first_at = now if state.buffer else None
+        state.failures = 0 if event.rejected else state.failures + 1
+        pause_s = min(MOST_MERGE_RETRY_S, MERGE_RETRY_S * 2.0 ** min(state.failures - 1, 32))
+        state.merge_at = None if event.rejected else now + pause_s
         return []
 
     def _merge_if_due(self, now: float) -> list[Effect]:
         """Start a merge if none runs and K updates, or a quorum and the time-out, are reached."""
         state, policy = self.state, self.policy
         if state.merging or not state.buffer or state.first_at is None:
+            return []
+        if state.merge_at is not None and now < state.merge_at:
             return []
         waited = now - state.first_at >= policy.timeout_s
         ready = self._ready()

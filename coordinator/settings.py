@@ -11,6 +11,8 @@ download_dtype = "int8"      # float32, float16 or int8; likewise upload_dtype
 steps = 20
 [policy]                     # may change from one start to the next
 buffer_size = 4
+[admission]                  # likewise
+over_norm = "clip"
 [privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
 noise_multiplier = 1.0
 clip_norm = 5.0
@@ -28,8 +30,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coordinator import accountant, privacy
+from coordinator.admission import Admission
 from coordinator.engine import Policy
 from coordinator.privacy import Privacy
+from coordinator.rules import RULES, SumRule
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
@@ -66,6 +70,7 @@ class Settings:
     federation: FederationSettings
     training: Training
     policy: Policy
+    admission: Admission
     privacy: Privacy | None = None
 
     def build(self, id: str, stored: Federation | None = None) -> Federation:
@@ -85,7 +90,7 @@ def load_settings(path: Path | None) -> Settings:
     """
     where = str(path) if path else "defaults"
     table = _read_toml(path) if path else {}
-    known = {"base", "federation", "training", "policy", "privacy"}
+    known = {"base", "federation", "training", "policy", "admission", "privacy"}
     _refuse_unknown(table, known, where)
     base_name = table.get("base", "tiny")
     if not isinstance(base_name, str):
@@ -96,6 +101,7 @@ def load_settings(path: Path | None) -> Settings:
             _section(FederationSettings, table, "federation", where),
             _section(Training, table, "training", where),
             _section(Policy, table, "policy", where),
+            _section(Admission, table, "admission", where),
             _section(Privacy, table, "privacy", where) if "privacy" in table else None,
         )
     except InputError as error:
@@ -166,6 +172,7 @@ def _check(settings: Settings, where: str) -> None:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
     _check_mixed_ranks(chosen, where)
     _check_rule(chosen, widest, where)
+    _check_admission(settings, where)
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),
@@ -198,6 +205,11 @@ def _check_privacy(settings: Settings, where: str) -> None:
     rule = settings.federation.rule
     if settings.privacy is None:
         return
+    if settings.admission != Admission():
+        raise InputError(
+            f"{where}: [admission] goes by the updates of other devices, which [privacy] must not; leave it "
+            "out: privacy.clip_norm is the bound"
+        )
     accountant.library()
     if rule not in privacy.RULES:
         raise InputError(
@@ -217,6 +229,16 @@ def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
         raise InputError(
             f"{where}: rule flora never truncates; set federation.rank_cap to {widest}, the most that a "
             "module of this base can hold, or choose carry"
+        )
+
+
+def _check_admission(settings: Settings, where: str) -> None:
+    """Robust rules want a merge that sums products."""
+    robust, rule = settings.admission.robust, settings.federation.rule
+    if robust != "none" and not isinstance(RULES[rule], SumRule):
+        raise InputError(
+            f'{where}: admission.robust is "{robust}", but rule {rule} averages factors, of which distances '
+            'between products say nothing; set it to "none" or choose another rule'
         )
 
 

@@ -45,6 +45,13 @@ MIGRATIONS = [
     CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
     CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
     """,
+    # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
+    """
+    ALTER TABLE updates ADD COLUMN norm REAL;
+    ALTER TABLE updates ADD COLUMN factor REAL NOT NULL DEFAULT 1.0;
+    ALTER TABLE devices ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX updates_norms ON updates(received_at) WHERE norm IS NOT NULL AND rejected IS NULL;
+    """,
     # What differential privacy a version was published with; 0 without.
     """
     ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
@@ -55,12 +62,18 @@ MIGRATIONS = [
 
 @dataclass(frozen=True)
 class StoredUpdate:
-    """An acknowledged update: id (that of its assignment), device, version it started from, and record."""
+    """An acknowledged update: id (that of its assignment), device, version it started from, and record.
+
+    `factor`: by which the device's change is merged, below 1 where it was clipped. `norm`: of that; None for
+    an update from before norms were kept.
+    """
 
     id: str
     device: str
     version: int
     update: Update
+    factor: float = 1.0
+    norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,7 @@ class Device:
     rank: int
     updates: int
     mean_staleness: float
+    refused: int
 
 
 class Store:
@@ -172,7 +186,7 @@ class Store:
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
         rows = self._rows(
-            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0) "
+            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0), d.refused "
             "FROM devices d LEFT JOIN updates u ON u.device = d.id GROUP BY d.id ORDER BY d.joined_at"
         )
         return [Device(*row) for row in rows]
@@ -206,6 +220,12 @@ class Store:
         rows = self._rows("SELECT device, record FROM assignments WHERE open = 1")
         return [(str(device), from_json(Assignment, json.loads(record))) for device, record in rows]
 
+    def refuse(self, device: str, assignment: str) -> None:
+        """Count a refused adapter, and end its assignment: the device gets other work."""
+        with self._transaction() as db:
+            db.execute("UPDATE devices SET refused = refused + 1 WHERE id = ?", (device,))
+            db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (assignment,))
+
     def close_assignment(self, id: str) -> None:
         """A lease that expired. Its update may still come."""
         with self._transaction() as db:
@@ -231,8 +251,8 @@ class Store:
                     )
                 return False
             db.execute(
-                "INSERT INTO updates(assignment, device, version, record, digest, received_at) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO updates(assignment, device, version, record, digest, received_at, factor, norm) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     stored.id,
                     stored.device,
@@ -240,6 +260,8 @@ class Store:
                     json.dumps(to_json(stored.update)),
                     stored.update.digest,
                     now,
+                    stored.factor,
+                    stored.norm,
                 ),
             )
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (stored.id,))
@@ -253,10 +275,34 @@ class Store:
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
         rows = self._rows(
-            "SELECT assignment, device, version, record FROM updates "
+            "SELECT assignment, device, version, record, factor, norm FROM updates "
             "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY received_at"
         )
-        return [StoredUpdate(i, d, v, from_json(Update, json.loads(record))) for i, d, v, record in rows]
+        return [
+            StoredUpdate(i, d, v, from_json(Update, json.loads(record)), factor, norm)
+            for i, d, v, record, factor, norm in rows
+        ]
+
+    def recent_norms(self, count: int) -> list[tuple[str, float]]:
+        """(device, norm as merged) of the newest `count` updates that were accepted, newest first."""
+        return self._rows(
+            "SELECT device, norm FROM updates WHERE norm IS NOT NULL AND rejected IS NULL "
+            "ORDER BY received_at DESC LIMIT ?",
+            count,
+        )
+
+    def clip(self, shorter: StoredUpdate) -> None:
+        """Merge less of an update's change than was stored with it."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE updates SET factor = ?, norm = ? WHERE assignment = ? AND merged_version IS NULL",
+                (shorter.factor, shorter.norm, shorter.id),
+            )
+
+    def clipped(self) -> int:
+        """How many updates are or were merged by less than the whole."""
+        ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE factor < 1.0")
+        return int(count)
 
     def last_contributions(self) -> dict[str, int]:
         """Device -> newest version that an update of it was trained from; rejected ones aside."""
@@ -264,10 +310,11 @@ class Store:
             self._rows("SELECT device, MAX(version) FROM updates WHERE rejected IS NULL GROUP BY device")
         )
 
-    def reject_update(self, id: str, reason: str) -> None:
-        """Leave an acknowledged update out for good, with the reason (a blob that rotted on disk, say)."""
+    def reject_updates(self, reasons: Mapping[str, str]) -> None:
+        """Leave acknowledged updates out for good: id -> reason (a blob that rotted on disk, say)."""
         with self._transaction() as db:
-            db.execute("UPDATE updates SET rejected = ? WHERE assignment = ?", (reason, id))
+            for id, reason in reasons.items():
+                db.execute("UPDATE updates SET rejected = ? WHERE assignment = ?", (reason, id))
 
     # --- versions ---
 

@@ -39,15 +39,6 @@ class Innovation(SumRule):
                 older.append((-merging.eta, LoraFactors(start.b * shares, start.a)))
         return [*kept, *states, *older]
 
-    def changed(self, factors: LoraFactors, start: LoraFactors | None) -> LoraFactors:
-        """The state less as many components of its start."""
-        if start is None:
-            return factors
-        begun = start.leading(factors.rank)
-        return LoraFactors(
-            np.concatenate([factors.b, -begun.b], axis=1), np.concatenate([factors.a, begun.a], axis=0)
-        )
-
     def stacked_rank(self, ranks: Ranks, eta: float) -> int:
         """All updates, the global adapter, and each older version once."""
         older = sum(rank for version, rank in ranks.starts.items() if version != ranks.version)
