@@ -24,7 +24,7 @@ from edge_sdk.adapter_places import CARRIED, AdapterPlaces
 from edge_sdk.agent import Agent
 from edge_sdk.core import memory
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.messages import Base, Rule
+from edge_sdk.core.messages import Base, RuleName
 from edge_sdk.core.records import to_json
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.options import Event, Options
@@ -45,7 +45,7 @@ pytestmark = [
 
 
 def configuration(
-    folder: Path, base: Base, rule: Rule, training: dict[str, object], policy: dict[str, object]
+    folder: Path, base: Base, rule: RuleName, training: dict[str, object], policy: dict[str, object]
 ) -> str:
     record = folder / "base.json"
     record.write_text(json.dumps(to_json(base)))
@@ -75,7 +75,7 @@ def write_data(path: Path, colour: str) -> Path:
     return path
 
 
-def budget_for(rank: int, base: Base, rule: Rule) -> int:
+def budget_for(rank: int, base: Base, rule: RuleName) -> int:
     """Memory in which this rank fits and the next larger one does not."""
     facts = facts_from_config(base_model.read_config(Path(base.model)), base.modules)
     carried, dtype = (CAP, "int8") if rule == "carry" else (0, "float32")
@@ -110,7 +110,7 @@ def exported_logits(directory: Path, adapter: Path) -> torch.Tensor:
     ("architecture", "rule"),
     [("llama", "carry"), ("llama", "flexlora"), ("gpt2", "carry"), ("qwen", "flexlora")],
 )
-def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: Rule) -> None:
+def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: RuleName) -> None:
     directory = build_model(tmp_path / "base", architecture)
     base = base_model.describe(str(directory))
     config = configuration(tmp_path, base, rule, {"steps": 3}, {"buffer_size": 2})
