@@ -39,6 +39,19 @@ class Clients:
     unseen: Mapping[str, tuple[Task, ...]]
 
 
+def check_there(path: Path) -> None:
+    """Say what is needed before anything is loaded.
+
+    Raises:
+        InputError: no such file.
+    """
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such file; the comparison on real text needs Natural Instructions as "
+            "xz-compressed JSON lines, one client a line; or choose --data smart-home"
+        )
+
+
 class NaturalInstructions:
     """The clients of the file that pass the filter, read once.
 
@@ -48,11 +61,6 @@ class NaturalInstructions:
     """
 
     def __init__(self, path: Path, tokens: Callable[[str], int]) -> None:
-        if not path.exists():
-            raise InputError(
-                f"{path}: no such file; the comparison on real text needs Natural Instructions as "
-                "xz-compressed JSON lines, one client a line; or choose --data smart-home"
-            )
         self.filter = Filter(median_tokens=MEDIAN_TOKENS)
         self._usable = eligible(read_clients(path), self.filter, tokens)
 
@@ -81,7 +89,7 @@ def _tasks(clients: Sequence[Client]) -> tuple[Task, ...]:
 
 
 class SmartHome:
-    """The households of the demonstration, which are always there; unseen are intents that none of them has."""
+    """The households of the demonstration, which are always there; unseen: intents that none of them has."""
 
     def clients(self, seed: int) -> Clients:
         """Households drawn by `seed`."""
@@ -89,4 +97,6 @@ class SmartHome:
         known = {intent for home in homes for intent in home.intents}
         others = tuple(intent for intent in smart_home.INTENTS if intent not in known)
         tasks = tuple(Task(intent, (), smart_home.test_set((intent,), TEST_ROWS, seed)) for intent in others)
-        return Clients(tuple(Task(home.name, home.train, home.test) for home in homes), {"other intent": tasks})
+        return Clients(
+            tuple(Task(home.name, home.train, home.test) for home in homes), {"other intent": tasks}
+        )

@@ -1,4 +1,4 @@
-"""The rules on the target whose answer is known (`carry_toy`): every rule, federations of equal and unequal ranks.
+"""Every rule on the target whose answer is known (`carry_toy`), in federations of equal and unequal ranks.
 
 What is measured is the relative error of the global matrix, and what devices sent and held for it.
 """
@@ -64,7 +64,11 @@ def upload_values(mix: str) -> float:
 
 
 def measure(
-    ways: Sequence[str], mixes: Sequence[str], seeds: Sequence[int], versions: int, said: Callable[[Row], None]
+    ways: Sequence[str],
+    mixes: Sequence[str],
+    seeds: Sequence[int],
+    versions: int,
+    said: Callable[[Row], None],
 ) -> list[Row]:
     """A row for each way, mix and mode, with the error of every seed; `said` is told of each."""
     rows = []

@@ -1,9 +1,9 @@
 """The rules on real training: the embedded base in NF4, the real trainer, in one process, with no clock.
 
-A version merges updates of `BUFFER_SIZE` devices, half of them begun one version before (staleness 1), as in a
+A version merges updates of four devices, half of them begun one version before (staleness 1), as in a
 buffered federation. Every device takes part once before any does a second time. Who takes part when, whose
-update is stale, each device's rank, the order of its rows and its fresh factors follow from the seed alone, so
-that the rules of a seed can be compared pair by pair.
+update is stale, each device's rank, the order of its rows and its fresh factors follow from the seed alone,
+so that the rules of a seed can be compared pair by pair.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.rules_clients import Clients, Task
+from coordinator.rules import RULES, Change, Merging
 from edge_sdk import base_model
 from edge_sdk.core.carried import held_bytes
-from edge_sdk.core.flexlora import combine, fresh_row, live_rank, serve, split
+from edge_sdk.core.flexlora import fresh_row, live_rank, split
 from edge_sdk.core.lora import Adapter, LoraFactors
+from edge_sdk.core.messages import RuleName
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
 from edge_sdk.trainer import FRESH_ROWS, Plan, Start, StepReport, Trainer
@@ -42,7 +44,7 @@ class Way:
     random are trained themselves, the others are frozen in int8.
     """
 
-    rule: str
+    rule: RuleName
     begins: Begins
     rate: float
 
@@ -52,16 +54,8 @@ class Way:
         return f"{self.rule} some" if self.begins == "some" else self.rule
 
 
-@dataclass(frozen=True)
-class Update:
-    """What a device began with and sent. `start`: the version that it began from."""
-
-    start: int
-    begun: LoraFactors | None
-    sent: LoraFactors
-
-
 Updates = list[tuple[int, Start, Adapter]]
+"""The version that each device began from, what it began with and what it sent."""
 
 
 class Federation:
@@ -102,7 +96,7 @@ class Federation:
                 adapter, step_s = self._train(way, start, data[device], start_version)
                 updates.append((start_version, start, adapter))
                 sizes.append({**_sizes(start, received, adapter), "step_s": step_s})
-            merged, discarded = self._merged(way.rule, history, updates)
+            merged, discarded = self._merged(way, history, updates)
             history.append(merged)
             if version + 1 in marks:
                 losses[str(version + 1)] = {g: self._loss(merged, tasks) for g, tasks in groups.items()}
@@ -145,7 +139,8 @@ class Federation:
         """What a device begins with, and what it was sent for that."""
         whole = current or {name: LoraFactors.empty(*shape) for name, shape in self._shapes.items()}
         if way.begins == "given":
-            served = {n: serve(f, min(rank, *f.shape), "balanced", n) for n, f in whole.items()}
+            rule = RULES[way.rule]
+            served = {n: rule.serve(f, min(rank, *f.shape), "balanced", n) for n, f in whole.items()}
             return Start(served, None, rank, seed), served
         live = {n: split(f.leading(live_rank(f)), "balanced") for n, f in whole.items()}
         if way.begins == "fresh":
@@ -157,26 +152,35 @@ class Federation:
             others[name] = _picked(factors, order[rank:])
         return Start(own, others, rank, seed, "int8"), live
 
-    def _merged(
-        self, rule: str, history: Sequence[Adapter | None], updates: Updates
-    ) -> tuple[Adapter, float]:
+    def _merged(self, way: Way, history: Sequence[Adapter | None], updates: Updates) -> tuple[Adapter, float]:
         """The next version, with polynomial staleness weights as in the engine; share of energy discarded."""
-        now = len(history) - 1
+        now, rule = len(history) - 1, RULES[way.rule]
         raw = [(1.0 + now - start) ** -0.5 for start, _, _ in updates]
         weights = [w / sum(raw) for w in raw]
         merged, energy, discarded = {}, 0.0, 0.0
-        for name in self._shapes:
-            addends = []
-            if rule != "flexlora" and (newest := history[-1]) is not None:
-                addends.append((1.0, newest[name]))
-            for weight, (_, start, adapter) in zip(weights, updates, strict=True):
-                addends.append((weight, adapter[name]))
-                if rule != "flexlora" and start.adapter is not None:
-                    addends.append((-weight, start.adapter[name]))
-            done = combine(addends, RANK_CAP)
+        for name, shape in self._shapes.items():
+            own = {v: a[name] for v, a in enumerate(history) if a is not None and v >= now - 1}
+            changes = [
+                Change(weight, _change(way, start, sent, name), version, carry_rank=min(shape))
+                for weight, (version, start, sent) in zip(weights, updates, strict=True)
+            ]
+            needed = {
+                c.version for c in changes if rule.needs_start(c.factors.rank, c.carry_rank, min(shape))
+            }
+            starts = {v: own[v] for v in needed if v in own}
+            current = own.get(now, LoraFactors.empty(*shape))
+            done = rule.next(Merging(current, changes, now, starts), RANK_CAP)
             merged[name] = done.factors
             energy, discarded = energy + done.energy, discarded + done.discarded_energy
         return merged, discarded / energy
+
+
+def _change(way: Way, start: Start, sent: Adapter, name: str) -> LoraFactors:
+    """What a device sends; with `some`, less the components that it began with."""
+    if way.begins != "some" or start.adapter is None:
+        return sent[name]
+    before, after = start.adapter[name], sent[name]
+    return LoraFactors(np.concatenate([after.b, -before.b], axis=1), np.concatenate([after.a, before.a]))
 
 
 def turns(devices: int, seed: int, version: int) -> list[int]:
