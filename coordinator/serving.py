@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from coordinator.blobs import Blobs
-from coordinator.rules import RULES
+from coordinator.rules import served
 from coordinator.store import Store
 from edge_sdk.core import codec
 from edge_sdk.core.errors import NotFound
@@ -56,15 +56,14 @@ def write_served(federation: Federation, version: int, current: Path | None, ran
 
     `current` is that version's global adapter, None for version 0.
     """
-    shapes, rule = federation.base.modules, RULES[federation.rule]
+    shapes = federation.base.modules
     ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
 
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         own = codec.open_own(current, federation.scaling) if current else None
         for name in sorted(shapes):
             stored = own.module(name) if own else LoraFactors.empty(*shapes[name])
-            seed = f"{federation.id}/{version}/{name}"
-            yield name, rule.serve(stored, ranks[name], federation.split, seed)
+            yield name, served(federation, version, name, stored, ranks[name])
 
     chunks = codec.encode_chunks(shapes, ranks, federation.scaling, modules())
     return blobs.write_cached(served_name(federation, version, rank), chunks)

@@ -154,12 +154,22 @@ def _check(settings: Settings, where: str) -> None:
     ):
         if not value > 0:
             raise InputError(f"{where}: {name} is {value}; it must be above 0")
+    _check_training(training, chosen.rule, where)
+
+
+def _check_training(training: Training, rule: RuleName, where: str) -> None:
+    """Signs and sizes of what devices do, and what a rule makes of it."""
     if training.learning_rate_decay > 1:
         raise InputError(
             f"{where}: training.learning_rate_decay is {training.learning_rate_decay}; at most 1"
         )
+    if training.sparse_versions < 0 or (training.sparse_versions and rule != "flexlora"):
+        raise InputError(
+            f"{where}: training.sparse_versions is {training.sparse_versions}; it must be 0 or more, and 0 "
+            f"under any rule but flexlora, not {rule}"
+        )
     for field in dataclasses.fields(training):
-        if not getattr(training, field.name) > 0:
+        if field.name != "sparse_versions" and not getattr(training, field.name) > 0:
             raise InputError(
                 f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0"
             )

@@ -88,6 +88,7 @@ class AssignmentRun:
             checkpoint_s=training.checkpoint_s,
             checkpointing=setting.checkpointing,
             optimizer=setting.optimizer,
+            only_b=work.version < training.sparse_versions,
         )
         adapter, carried = files
         return Job(

@@ -11,7 +11,9 @@ from coordinator.rules.flora import Flora
 from coordinator.rules.hetlora import HetLora
 from coordinator.rules.innovation import Innovation
 from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule
-from edge_sdk.core.messages import RuleName
+from edge_sdk.core.columns import serve_columns
+from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.messages import Federation, RuleName
 
 RULES: Mapping[RuleName, Rule] = {
     "flexlora": FlexLora(),
@@ -22,4 +24,17 @@ RULES: Mapping[RuleName, Rule] = {
     "flora": Flora(),
 }
 
-__all__ = ["RULES", "Change", "Merged", "Merging", "Ranks", "Rule"]
+
+def served(federation: Federation, version: int, module: str, stored: LoraFactors, rank: int) -> LoraFactors:
+    """What a device of `rank` starts one module of `version` from, given its global factors.
+
+    In the sparse warm-up these are columns that all devices share; then what the rule says. Either way all
+    that was learnt is there at the rank cap.
+    """
+    if version < federation.training.sparse_versions:
+        return serve_columns(stored, rank, f"{federation.id}/{module}")
+    seed = f"{federation.id}/{version}/{module}"
+    return RULES[federation.rule].serve(stored, rank, federation.split, seed)
+
+
+__all__ = ["RULES", "Change", "Merged", "Merging", "Ranks", "Rule", "served"]

@@ -60,6 +60,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
             "[federation]\nrule = 'flora'\nladder = [2]\nrank_cap = 2",
             "rule flora never truncates; set federation.rank_cap to",
         ),
+        ("[training]\nsparse_versions = 2", "0 under any rule but flexlora, not carry"),
         ("[training]\nsteps = 0", "training.steps is 0"),
         ("[training]\nlearning_rate = '2e-3'", "training.learning_rate: expected float, got str"),
         ("[policy", "not TOML"),
