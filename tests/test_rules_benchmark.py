@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import rules, rules_toy
-from benchmarks.rules_clients import SmartHome
+from benchmarks import rules, rules_grid, rules_toy, rules_training
+from benchmarks.rules_clients import Clients, SmartHome, Task
 from benchmarks.rules_grid import MIXES, Case, Log, dealt
 from benchmarks.rules_report import BASELINE, difference, differences_table, loss, toy_table
 from benchmarks.rules_training import BUFFER_SIZE, Way, turns
@@ -70,6 +70,19 @@ def test_nobody_trains_an_unseen_intent() -> None:
     assert len(trained) + len(unseen) == len(smart_home.INTENTS)
     assert unseen
     assert not unseen & trained
+
+
+def test_from_version_0_a_state_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules_training, "STEPS", 2)
+    homes = SmartHome().clients(0).participants[:BUFFER_SIZE]
+    few = Clients(tuple(Task(home.name, home.train[:8], home.test[:1]) for home in homes), {})
+    federation = rules_training.Federation()
+    published, innovation, carry = (
+        federation.run(way, [2, 4, 8, 2], few, 0, [1]) for way in rules_grid.MAIN[:3]
+    )
+    assert innovation["losses"]["1"] == pytest.approx(published["losses"]["1"], rel=1e-4)
+    assert carry["losses"]["1"] != pytest.approx(published["losses"]["1"], rel=1e-4)
+    assert carry["upload_bytes"] == published["upload_bytes"] > carry["download_bytes"] == 0
 
 
 def intent(record: Mapping[str, str]) -> str:
