@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from coordinator.rules import merge_module, relearnt
+from coordinator.rules import RULES, Change, Merging
 from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.flexlora import fresh_row, live_rank, serve
 from edge_sdk.core.lora import LoraFactors, Matrix
-from edge_sdk.core.messages import Rule
+from edge_sdk.core.messages import RuleName
 from edge_sdk.frozen_factors import FrozenFactor
 
 WIDTH, TRUE_RANK, RANK_CAP = 64, 16, 32
@@ -44,7 +44,7 @@ class Split:
 class Rules:
     """How the federation merges, and how factors to train begin under `carry`. See `carry_training`."""
 
-    rule: Rule = "carry"
+    rule: RuleName = "carry"
     corrected: bool = True
     fresh: Fresh = "random"
     wide: float = 1.0  # factor on the rows of a random A
@@ -76,14 +76,10 @@ def federate(splits: Sequence[Split], rules: Rules, seed: int, versions: int = V
             changes |= zip(group, _trained(history[start], split, rules, copies[group], at), strict=True)
         raw = {d: (1.0 + version - begun[d]) ** -0.5 for d in devices}
         weights = {d: w / sum(raw.values()) for d, w in raw.items()}
-        again = []
-        for start in sorted(set(begun.values())) if rules.rule == "carry" and rules.corrected else []:
-            members = [d for d in devices if begun[d] == start]
-            parts = [(weights[d], splits[d].carry_rank, changes[d]) for d in members]
-            again += [relearnt(history[start], parts)] if history[start].rank else []
-        current = history[-1] if history[-1].rank else None
-        updates = [(weights[d], changes[d]) for d in devices]
-        history.append(merge_module(rules.rule, current, updates, 1.0, RANK_CAP, again).factors)
+        starts = {v: history[v] for v in set(begun.values()) if history[v].rank} if rules.corrected else {}
+        updates = [Change(weights[d], changes[d], begun[d], splits[d].carry_rank) for d in devices]
+        merging = Merging(history[-1], updates, version, starts)
+        history.append(RULES[rules.rule].next(merging, RANK_CAP).factors)
         if history[-1].norm() > DIVERGED:
             return float("inf")
     return float(np.linalg.norm(history[-1].product() - wanted) / np.linalg.norm(wanted))

@@ -15,12 +15,12 @@ from typing import Literal
 
 import numpy as np
 
-from coordinator.rules import merge_module, relearnt
+from coordinator.rules import RULES, Change, Merging
 from edge_sdk import base_model
 from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.flexlora import live_rank, pad, serve, split
 from edge_sdk.core.lora import Adapter, LoraFactors
-from edge_sdk.core.messages import Rule, Training
+from edge_sdk.core.messages import RuleName, Training
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
 from edge_sdk.trainer import Plan, Start, StepReport, Trainer
@@ -43,7 +43,7 @@ class Choice:
     are trained themselves, and the others carried. `some`: likewise, but a random subset of them.
     """
 
-    rule: Rule
+    rule: RuleName
     rank: int
     carry_rank: int = 0
     dtype: CarriedDtype = "float32"
@@ -156,17 +156,16 @@ class Federation:
         weights = [w / sum(raw) for w in raw]
         newest, merged = history[-1], {}
         for name in self._shapes:
-            changes = [_change(choice, start, adapter, name) for _, choice, start, adapter in updates]
-            unseen: dict[int, list[tuple[float, int, LoraFactors]]] = {}
-            for weight, factors, (begin, choice, _, _) in zip(weights, changes, updates, strict=True):
+            changes, starts = [], {}
+            for weight, (begin, choice, start, adapter) in zip(weights, updates, strict=True):
+                factors = _change(choice, start, adapter, name)
+                changes.append(Change(weight, factors, begin, choice.carry_rank))
                 before = history[begin]
                 if choice.rule == "carry" and before is not None and choice.carry_rank < before[name].rank:
-                    unseen.setdefault(begin, []).append((weight, choice.carry_rank, factors))
-            again = [relearnt((history[begin] or {})[name], parts) for begin, parts in unseen.items()]
-            current = newest[name] if newest is not None else None
-            together = list(zip(weights, changes, strict=True))
-            rule = updates[0][1].rule
-            merged[name] = merge_module(rule, current, together, 1.0, RANK_CAP, again).factors
+                    starts[begin] = before[name]
+            current = newest[name] if newest is not None else LoraFactors.empty(*self._shapes[name])
+            rule = RULES[updates[0][1].rule]
+            merged[name] = rule.next(Merging(current, changes, now, starts), RANK_CAP).factors
         return merged
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.blobs import Blobs
-from coordinator.rules import merge_module, relearnt
+from coordinator.rules import RULES, Change, Merging, Ranks
 from edge_sdk.core.codec import AdapterFile, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, EdgeError
-from edge_sdk.core.flexlora import live_rank, serve
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
 
@@ -28,18 +27,22 @@ class BadUpdate(Exception):
 
 
 @dataclass(frozen=True)
-class Addend:
-    """An update on disk: its id, weight, file and the rank that it was trained at.
+class Start:
+    """A version and its global adapter; no file for version 0, and where the rule needs none."""
 
-    `start`: the version that it was trained from, where its device carried only `carry_rank` components of
-    that; None where there is nothing that it did not see.
-    """
+    version: int
+    path: Path | None = None
+
+
+@dataclass(frozen=True)
+class Addend:
+    """An update on disk: its id, weight, file, the rank that it was trained at, and what it started from."""
 
     update: str
     weight: float
     path: Path
     rank: int
-    start: Path | None = None
+    start: Start = Start(0)
     carry_rank: int = 0
 
 
@@ -53,29 +56,71 @@ class Outcome:
     discarded_energy: float = 0.0
 
 
+@dataclass(frozen=True)
+class Sources:
+    """The files of a merge, open: the newest version, the updates, the versions that the rule asked for."""
+
+    current: Start
+    own: AdapterFile | None
+    updates: Sequence[tuple[Addend, AdapterFile]]
+    starts: Mapping[int, AdapterFile]
+
+    def ranks(self, name: str) -> Ranks:
+        """The ranks that meet in one module."""
+        return Ranks(
+            updates=[file.ranks[name] for _, file in self.updates],
+            current=self.own.ranks[name] if self.own else 0,
+            version=self.current.version,
+            starts={version: file.ranks[name] for version, file in self.starts.items()},
+        )
+
+    def merging(self, name: str, shape: tuple[int, int], eta: float) -> Merging:
+        """One module, read.
+
+        Raises:
+            BadUpdate: a value of an update is not finite.
+        """
+        return Merging(
+            current=self.own.module(name) if self.own else LoraFactors.empty(*shape),
+            changes=[_change(addend, file, name) for addend, file in self.updates],
+            version=self.current.version,
+            starts={version: file.module(name) for version, file in self.starts.items()},
+            eta=eta,
+        )
+
+
 def aggregate(
-    federation: Federation, eta: float, current: Path | None, addends: Sequence[Addend], blobs: Blobs
+    federation: Federation, eta: float, current: Start, addends: Sequence[Addend], blobs: Blobs
 ) -> Outcome:
-    """Merge `addends` into the global adapter `current` (None for version 0) and store the result as a blob.
+    """Merge `addends` into the global adapter `current` and store the result as a blob.
 
     Raises:
         BadUpdate: an update's file is broken; nothing is stored.
     """
-    shapes = federation.base.modules
-    files = [(addend, _open(addend, federation)) for addend in addends]
-    own = open_own(current, federation.scaling) if current else None
-    # Versions of which some devices did not see all: one block more in the stack for each.
-    partly = {addend.start: open_own(addend.start, federation.scaling) for addend in addends if addend.start}
-    ranks = {}
-    for name, shape in shapes.items():
-        stacked = sum(file.ranks[name] for _, file in files)
-        stacked += sum(file.ranks[name] for file in partly.values())
-        keeps_old = own is not None and not (federation.rule == "flexlora" and eta == 1.0)
-        stacked += own.ranks[name] if own and keeps_old else 0
-        ranks[name] = min(federation.rank_cap, stacked, *shape)
+    shapes, rule = federation.base.modules, RULES[federation.rule]
+    scaling = federation.scaling
+    sources = Sources(
+        current,
+        open_own(current.path, scaling) if current.path else None,
+        [(addend, _open(addend, federation)) for addend in addends],
+        {a.start.version: open_own(a.start.path, scaling) for a in addends if a.start.path},
+    )
+    ranks = {
+        name: rule.stored_rank(sources.ranks(name), shape, federation.rank_cap, eta)
+        for name, shape in shapes.items()
+    }
     outcome = Outcome()
-    modules = _merged_modules(federation, eta, own, (files, partly), outcome)
-    outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules))
+
+    def modules() -> Iterator[tuple[str, LoraFactors]]:
+        """The merged factors in name order; adds up what the outcome reports on the way."""
+        for name in sorted(shapes):
+            merged = rule.merge(sources.merging(name, shapes[name], eta), ranks[name])
+            outcome.rank = max(outcome.rank, merged.rank)
+            outcome.energy += merged.energy
+            outcome.discarded_energy += merged.discarded_energy
+            yield name, merged.factors
+
+    outcome.digest = blobs.write(encode_chunks(shapes, ranks, scaling, modules()))
     return outcome
 
 
@@ -87,50 +132,9 @@ def _open(addend: Addend, federation: Federation) -> AdapterFile:
         raise BadUpdate(addend.update, str(error)) from error
 
 
-def _merged_modules(
-    federation: Federation,
-    eta: float,
-    own: AdapterFile | None,
-    sources: tuple[Sequence[tuple[Addend, AdapterFile]], Mapping[Path, AdapterFile]],
-    outcome: Outcome,
-) -> Iterator[tuple[str, LoraFactors]]:
-    """The merged factors in name order; adds up what the outcome reports on the way.
-
-    `sources`: the updates' files, and those of the versions that devices carried only a part of.
-    """
-    files, partly = sources
-    for name in sorted(federation.base.modules):
-        updates: list[tuple[float, LoraFactors]] = []
-        unseen: dict[Path, list[tuple[float, int, LoraFactors]]] = {start: [] for start in partly}
-        for addend, file in files:
-            try:
-                factors = file.module(name)
-            except AdapterError as error:
-                raise BadUpdate(addend.update, str(error)) from error
-            updates.append((addend.weight, factors))
-            if addend.start:
-                unseen[addend.start].append((addend.weight, addend.carry_rank, factors))
-        current = own.module(name) if own else None
-        again = [relearnt(partly[start].module(name), parts) for start, parts in unseen.items()]
-        merged = merge_module(federation.rule, current, updates, eta, federation.rank_cap, again)
-        outcome.rank = max(outcome.rank, live_rank(merged.factors))
-        outcome.energy += merged.energy
-        outcome.discarded_energy += merged.discarded_energy
-        yield name, merged.factors
-
-
-def write_served(
-    federation: Federation, version: int, current: Path | None, rank: int, path: str, blobs: Blobs
-) -> Path:
-    """Make the file that devices of `rank` start version `version` from; the same bytes for everyone."""
-    shapes = federation.base.modules
-    ranks = {name: min(rank, *shape) for name, shape in shapes.items()}
-
-    def modules() -> Iterator[tuple[str, LoraFactors]]:
-        own = open_own(current, federation.scaling) if current else None
-        for name in sorted(shapes):
-            canonical = own.module(name) if own else LoraFactors.empty(*shapes[name])
-            seed = f"{federation.id}/{version}/{name}"
-            yield name, serve(canonical, ranks[name], federation.split, seed)
-
-    return blobs.write_cached(path, encode_chunks(shapes, ranks, federation.scaling, modules()))
+def _change(addend: Addend, file: AdapterFile, name: str) -> Change:
+    try:
+        factors = file.module(name)
+    except AdapterError as error:
+        raise BadUpdate(addend.update, str(error)) from error
+    return Change(addend.weight, factors, addend.start.version, addend.carry_rank)

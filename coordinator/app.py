@@ -169,7 +169,7 @@ async def upload(request: web.Request) -> web.Response:
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
-    offset, cap = int(text), coordinator.upload_cap(assignment)
+    offset, cap = int(text), coordinator.uploads.cap(assignment)
     if (request.content_length or 0) > cap:
         raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
     while True:

@@ -15,7 +15,8 @@ from aiohttp import web
 from coordinator import __version__
 from coordinator.app import build_app
 from coordinator.blobs import Blobs
-from coordinator.service import Coordinator, export
+from coordinator.service import Coordinator
+from coordinator.serving import export
 from coordinator.settings import load_settings
 from coordinator.store import Store
 from edge_sdk.core.errors import EdgeError, InputError

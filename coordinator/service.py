@@ -14,13 +14,16 @@ import secrets
 import time
 from pathlib import Path
 
-from coordinator import aggregation, engine
+from coordinator import engine
+from coordinator.aggregation import BadUpdate
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine, Policy
+from coordinator.merging import Merger
+from coordinator.serving import Serving
 from coordinator.settings import Settings
-from coordinator.store import Store, StoredUpdate, Version
-from edge_sdk.core import codec
-from edge_sdk.core.errors import AdapterError, InputError, NotFound, ProtocolError, TooLarge, Unauthorised
+from coordinator.store import Store, StoredUpdate
+from coordinator.uploads import Uploads
+from edge_sdk.core.errors import InputError, NotFound, ProtocolError, Unauthorised
 from edge_sdk.core.messages import (
     PROTOCOL_VERSION,
     Ask,
@@ -41,10 +44,6 @@ from edge_sdk.core.records import from_json, to_json
 log = logging.getLogger("coordinator")
 TICK_S = 0.5
 
-# Of the product B̃·A of one module. No training comes near it; a sum of many such still fits in float32, so
-# that nobody can make the global adapter overflow.
-MAX_NORM = 1e6
-
 
 class Coordinator:
     """One federation on one data folder. Create it in the event loop that will use it."""
@@ -61,7 +60,9 @@ class Coordinator:
         self.engine = Engine(settings.policy, self._restored_state(settings.policy))
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._making: dict[str, asyncio.Lock] = {}
+        self.uploads = Uploads(self.federation, self.store, self.blobs)
+        self.serving = Serving(self.federation, self.store, self.blobs)
+        self.merger = Merger(self.federation, self.store, self.blobs)
 
     # --- life ---
 
@@ -168,7 +169,7 @@ class Coordinator:
             raise ProtocolError(f"Ask.rank: {ask.rank} is not on the ladder {list(self.federation.ladder)}")
         if ask.carry_rank < 0:
             raise ProtocolError(f"Ask.carry_rank: {ask.carry_rank} is below 0")
-        carry_rank = ask.carry_rank if self.federation.rule == "carry" else 0
+        carry_rank = ask.carry_rank if self.federation.carries else 0
         effects = self._apply(engine.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
         answer = effects[-1]
         if isinstance(answer, engine.Wait):
@@ -208,91 +209,38 @@ class Coordinator:
 
     # --- uploads ---
 
-    def upload_cap(self, assignment: Assignment) -> int:
-        """The most bytes that the adapter of this assignment can have."""
-        return codec.max_adapter_bytes(self.federation.base.modules, assignment.rank)
-
     async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once."""
         assignment = self.require_assignment(device, id)
-        if self.store.update_digest(id) == update.digest:
-            self.blobs.discard(id)  # a device that heard no answer has sent it all again
+        if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)
-        self._check_claims(assignment, update)
+        self.uploads.check_claims(assignment, update)
         self.engine.require_mergeable(assignment.version)
-        await asyncio.to_thread(self._check_adapter, assignment, update)
-        await asyncio.to_thread(self.blobs.finish, id, update.digest)
+        await asyncio.to_thread(self.uploads.check_adapter, assignment, update)
         stored = StoredUpdate(id, device, assignment.version, update)
-        if await asyncio.to_thread(self.store.add_update, stored, time.time()):
+        if await asyncio.to_thread(self.uploads.keep, stored):
             self._apply(engine.Stored(_buffered(stored)))
         return UpdateReply(id, self.engine.state.version)
-
-    def _check_claims(self, assignment: Assignment, update: Update) -> None:
-        if not 1 <= update.rank <= assignment.rank:  # lower where the device's memory did not suffice
-            raise ProtocolError(f"Update.rank: {update.rank}, but rank {assignment.rank} was assigned")
-        if update.examples < 1 or update.steps < 1:
-            raise ProtocolError("Update.examples and Update.steps must be 1 or more")
-        cap = self.upload_cap(assignment)
-        if update.size_bytes > cap:
-            raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
-
-    def _check_adapter(self, assignment: Assignment, update: Update) -> None:
-        """Shapes, dtypes and values of the whole upload. A bad one is dropped and never becomes a blob:
-
-        blobs are shared by content, so that none may be deleted for the sake of one device.
-        """
-        federation = self.federation
-        path = self.blobs.whole(assignment.id, update.digest)
-        try:
-            cap = self.upload_cap(assignment)
-            file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
-            if not any(
-                r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()
-            ):
-                raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
-            for name, factors in file.modules():
-                if not factors.norm() <= MAX_NORM:
-                    raise AdapterError(f"module {name} has norm {factors.norm():.3g}, above {MAX_NORM:g}")
-        except (AdapterError, TooLarge):
-            self.blobs.discard(assignment.id)
-            raise
 
     # --- versions ---
 
     async def adapter(self, version: int, rank: int) -> Path:
-        """The file that a device of `rank` starts `version` from, made at the first request for it."""
+        """The file that a device of `rank` starts `version` from."""
         self.require_version(version, rank)
-        name = f"{self.federation.id}-{version}-{rank}.safetensors"
-        lock = self._making.setdefault(name, asyncio.Lock())
-        async with lock:
-            path = self.blobs.cached(name)
-            if not path.exists():
-                current = self._version_path(version)
-                path = await asyncio.to_thread(
-                    aggregation.write_served, self.federation, version, current, rank, name, self.blobs
-                )
-        self._making.pop(name, None)
-        return path
+        return await self.serving.adapter(version, rank)
 
     def require_version(self, version: int, rank: int) -> None:
         """Raise NotFound for a version or rank that is not served."""
-        if not 0 <= version <= self.engine.state.version:
-            raise NotFound(
-                f"version {version} does not exist; the current one is {self.engine.state.version}"
-            )
-        if not 1 <= rank <= self.federation.rank_cap:
-            raise NotFound(f"rank {rank} is not served; 1 to {self.federation.rank_cap} are")
-
-    def _version_path(self, version: int) -> Path | None:
-        stored = self.store.version(version)
-        return self.blobs.path(stored.digest) if stored else None
+        self.serving.require(version, rank, self.engine.state.version)
 
     async def _merge(self, effect: engine.Merge) -> None:
         """Do a merge off the event loop, publish it, and tell the engine how it went."""
         started = time.monotonic()
         try:
-            version = await asyncio.to_thread(self._merge_on_disk, effect)
-        except aggregation.BadUpdate as error:
+            version = await asyncio.to_thread(
+                self.merger.merge, effect, self.engine.policy.server_learning_rate
+            )
+        except BadUpdate as error:
             log.error("%s; it is left out", error)
             self.store.reject_update(error.update, error.reason)
             self._apply(engine.MergeFailed((error.update,)))
@@ -308,34 +256,6 @@ class Coordinator:
                 time.monotonic() - started,
             )
             self._apply(engine.Merged(version.version, version.rank))
-
-    def _merge_on_disk(self, effect: engine.Merge) -> Version:
-        """Aggregate and publish; after this returns the version is durable. Runs in a worker thread."""
-        records = {stored.id: stored for stored in self.store.unmerged()}
-        addends = [self._addend(records[b.update], weight) for b, weight, _ in effect.weights]
-        current = self._version_path(effect.version - 1)
-        eta = self.engine.policy.server_learning_rate
-        outcome = aggregation.aggregate(self.federation, eta, current, addends, self.blobs)
-        version = Version(
-            effect.version,
-            outcome.digest,
-            outcome.rank,
-            outcome.energy,
-            outcome.discarded_energy,
-            time.time(),
-        )
-        self.store.publish(version, [(b.update, weight, tau) for b, weight, tau in effect.weights])
-        return version
-
-    def _addend(self, stored: StoredUpdate, weight: float) -> aggregation.Addend:
-        """An update on disk; with what it was trained from, if its device carried less than all of that."""
-        path, rank = self.blobs.path(stored.update.digest), stored.update.rank
-        carry_rank = self.require_assignment(stored.device, stored.id).carry_rank
-        version = self.store.version(stored.version)
-        if self.federation.rule != "carry" or version is None or carry_rank >= version.rank:
-            return aggregation.Addend(stored.id, weight, path, rank)
-        start = self.blobs.path(version.digest)
-        return aggregation.Addend(stored.id, weight, path, rank, start, carry_rank)
 
     # --- views ---
 
@@ -370,18 +290,6 @@ class Coordinator:
             discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
             devices=tuple(devices),
         )
-
-
-def export(
-    federation: Federation, blobs: Blobs, version: int, current: Path | None, rank: int, out: Path
-) -> None:
-    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads."""
-    name = f"{federation.id}-{version}-{rank}.safetensors"
-    source = aggregation.write_served(federation, version, current, rank, name, blobs)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "adapter_model.safetensors").write_bytes(source.read_bytes())
-    config = codec.peft_config(federation.base.model, federation.base.modules, rank, federation.scaling)
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def _buffered(stored: StoredUpdate) -> engine.Buffered:

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from coordinator.engine import Policy
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
-from edge_sdk.core.messages import Base, Federation, Rule, Training
+from edge_sdk.core.messages import Base, Federation, RuleName, Training
 from edge_sdk.core.records import from_json
 
 Record = TypeVar("Record")
@@ -36,7 +36,7 @@ Record = TypeVar("Record")
 class FederationSettings:
     """What the host chooses of a Federation record."""
 
-    rule: Rule = "carry"
+    rule: RuleName = "carry"
     ladder: tuple[int, ...] = (2, 4, 8, 16)
     rank_cap: int = 32
     scaling: float = 2.0
@@ -147,21 +147,46 @@ def _check(settings: Settings, where: str) -> None:
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
     _check_mixed_ranks(chosen, where)
+    _check_rule(chosen, widest, where)
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),
     ):
         if not value > 0:
             raise InputError(f"{where}: {name} is {value}; it must be above 0")
+    _check_training(training, chosen.rule, where)
+
+
+def _check_training(training: Training, rule: RuleName, where: str) -> None:
+    """Signs and sizes of what devices do, and what a rule makes of it."""
     if training.learning_rate_decay > 1:
         raise InputError(
             f"{where}: training.learning_rate_decay is {training.learning_rate_decay}; at most 1"
         )
+    if training.sparse_versions < 0 or (training.sparse_versions and rule != "flexlora"):
+        raise InputError(
+            f"{where}: training.sparse_versions is {training.sparse_versions}; it must be 0 or more, and 0 "
+            f"under any rule but flexlora, not {rule}"
+        )
     for field in dataclasses.fields(training):
-        if not getattr(training, field.name) > 0:
+        if field.name != "sparse_versions" and not getattr(training, field.name) > 0:
             raise InputError(
                 f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0"
             )
+
+
+def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
+    """What a rule can do with ranks."""
+    if chosen.rule == "fedit" and (len(chosen.ladder) > 1 or chosen.mixed_ranks):
+        raise InputError(
+            f"{where}: rule fedit averages factors of one rank; give federation.ladder one rank and no "
+            "mixed_ranks, or choose another rule"
+        )
+    if chosen.rule == "flora" and chosen.rank_cap < widest:
+        raise InputError(
+            f"{where}: rule flora never truncates; set federation.rank_cap to {widest}, the most that a "
+            "module of this base can hold, or choose carry"
+        )
 
 
 def _check_mixed_ranks(chosen: FederationSettings, where: str) -> None:

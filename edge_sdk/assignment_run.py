@@ -47,7 +47,7 @@ class AssignmentRun:
             TransferStopped: left off in the middle; the next attempt goes on from there.
         """
         work = self._membership.session.current()
-        if self._membership.federation.rule == "carry":
+        if self._membership.federation.carries:
             rank = work.carry_rank
             return None, self._published.have(work.version, rank, "work", self._interrupted) if rank else None
         return self._published.have(work.version, work.rank, "work", self._interrupted), None
@@ -88,6 +88,7 @@ class AssignmentRun:
             checkpoint_s=training.checkpoint_s,
             checkpointing=setting.checkpointing,
             optimizer=setting.optimizer,
+            only_b=work.version < training.sparse_versions,
         )
         adapter, carried = files
         return Job(

@@ -138,7 +138,7 @@ def choose_rank(
     Raises:
         InputError: not even the smallest fits; says what it needs and what would help.
     """
-    to_carry = federation.rank_cap if federation.rule == "carry" else 0
+    to_carry = federation.rank_cap if federation.carries else 0
     return choice.choose(
         facts_of(federation, options),
         federation.training,

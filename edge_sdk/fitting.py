@@ -99,7 +99,7 @@ class Fitting:
         config = resolve(enrolment.model_of(self._federation, options)) / "config.json"
         ladder = enrolment.ladder_of(self._federation, options)
         way = options.device, quantise, options.threads
-        wanted = step_times.trial(config, training, ladder, self._federation.rule == "carry", way)
+        wanted = step_times.trial(config, training, ladder, self._federation.carries, way)
         return Known(framework_bytes=libraries, times=step_times.measured(wanted, cache_dir()))
 
     def _decide(self, ladder: list[Ranks] | None = None, carried: int | None = None) -> Decision:

@@ -16,7 +16,7 @@ from edge_sdk.core import choice
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import ModelFacts, Shapes, facts_from_config
 from edge_sdk.core.memory import ACCELERATOR, CPU, Estimate, Placement, estimate, human_bytes
-from edge_sdk.core.messages import Rule, Training
+from edge_sdk.core.messages import CARRYING, RuleName, Training
 from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.core.timing import StepTime
@@ -36,7 +36,7 @@ class Question:
     options: Options
     ladder: tuple[int, ...]
     training: Training = field(default_factory=Training)
-    rule: Rule = "flexlora"
+    rule: RuleName = "flexlora"
     rank_cap: int = 32  # of the global adapter: what there is to carry under the rule `carry`
     deadline_s: float | None = None
     calibrate: bool = True
@@ -215,7 +215,7 @@ def _times(config: Mapping[str, Any], question: Question, ladder: list[Ranks], q
     base_model.use_threads(question.options.threads)
     training = question.training
     lesson = calibrate.Lesson(
-        training.batch, training.sequence_len, tuple(ladder), carries=question.rule == "carry"
+        training.batch, training.sequence_len, tuple(ladder), carries=question.rule in CARRYING
     )
     return calibrate.step_times(config, lesson, question.options.device, quantised)
 
@@ -228,7 +228,7 @@ def _choose(
     device: choice.Device,
 ) -> tuple[tuple[choice.Candidate, ...], choice.Candidate | None, str]:
     """(candidates, the chosen one or None, why)."""
-    carry = choice.Carry(question.rank_cap if question.rule == "carry" else 0)
+    carry = choice.Carry(question.rank_cap if question.rule in CARRYING else 0)
     asked = (facts, question.training, ladder, carry, limits, device)
     try:
         chosen = choice.choose(*asked)

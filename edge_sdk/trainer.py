@@ -307,6 +307,10 @@ class _Run:
 
     def clip(self) -> float:
         """Clip the gradient to MAX_GRADIENT_NORM; the norm before."""
+        if self.plan.only_b:
+            for name, parameter in self._parameters.items():
+                if name.endswith(".a"):
+                    parameter.grad = None  # which the optimiser takes as: leave it alone
         return float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), MAX_GRADIENT_NORM))
 
     def update(self) -> None:

@@ -69,6 +69,7 @@ class Plan:
     checkpoint_s: float = 30.0
     checkpointing: bool = False  # see core.setting.Setting
     optimizer: Optimizer = "adamw"
+    only_b: bool = False  # A stays as it is; see core.columns
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.micro_batch) < 1 or not 0 < self.duty <= 1:

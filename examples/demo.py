@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,7 @@ from edge_sdk import base_model
 from edge_sdk.core import memory
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.messages import Status, Training
+from edge_sdk.core.messages import CARRYING, RuleName, Status, Training
 from edge_sdk.core.profile import load_profile
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.model_files import read_config, resolve
@@ -82,7 +82,7 @@ def budget_bytes(profile: str, rule: str) -> int:
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     placement = base_model.placement("auto")
-    carried = RANK_CAP if rule == "carry" else 0
+    carried = RANK_CAP if rule in CARRYING else 0
 
     def peak(rank: int) -> int:
         ranks = Ranks.uniform(rank)
@@ -246,7 +246,7 @@ def main() -> int:
     """Run the demonstration: 0 if it learnt, 1 if it did not, 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--rule", choices=["carry", "flexlora"], default="carry")
+    parser.add_argument("--rule", choices=get_args(RuleName), default="carry")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--versions", type=int, default=60, help="stop after this many (default %(default)s)")
     parser.add_argument(

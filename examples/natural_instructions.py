@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ from edge_sdk.core import codec, memory
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.lora import Adapter
-from edge_sdk.core.messages import Base, Rule, Status, Training
+from edge_sdk.core.messages import CARRYING, Base, RuleName, Status, Training
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
@@ -69,17 +70,17 @@ class Settings:
     devices: int
     versions: int
     minutes: float
-    rule: Rule
+    rule: RuleName
     seed: int
 
 
-def budget_bytes(base: Base, rule: Rule, rank: int) -> int:
+def budget_bytes(base: Base, rule: RuleName, rank: int) -> int:
     """A memory budget that carries `rank` and not the next of the ladder: a quarter of the way to that.
 
     The frameworks are left out. What is carried is reckoned in 4 bits, which the next rank would take too.
     """
     facts = facts_from_config(read_config(resolve(base.model)), base.modules)
-    carried = RANK_CAP if rule == "carry" else 0
+    carried = RANK_CAP if rule in CARRYING else 0
     placement = base_model.placement("auto")
 
     def peak(of: int) -> int:
@@ -91,7 +92,7 @@ def budget_bytes(base: Base, rule: Rule, rank: int) -> int:
     return peak(rank) + (peak(larger) - peak(rank)) // 4
 
 
-def federation_toml(rule: Rule) -> str:
+def federation_toml(rule: RuleName) -> str:
     """The coordinator's configuration."""
     sections = {
         "federation": {"rule": rule, "ladder": list(LADDER), "rank_cap": RANK_CAP, "scaling": SCALING}
@@ -288,7 +289,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, bool]:
     parser.add_argument("--data", type=Path, required=True, help="clients.jsonl.xz of Natural Instructions")
     parser.add_argument("--devices", type=int, default=8, help="device processes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the clients (default %(default)s)")
-    parser.add_argument("--rule", choices=["carry", "flexlora"], default="carry")
+    parser.add_argument("--rule", choices=typing.get_args(RuleName), default="carry")
     parser.add_argument("--versions", type=int, default=20, help="stop at this one (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=8.0, help="or after this long (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/natural_instructions"))

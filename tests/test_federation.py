@@ -22,9 +22,10 @@ from coordinator.cli import main as host
 from edge_sdk import base_model
 from edge_sdk.adapter_places import CARRIED, AdapterPlaces
 from edge_sdk.agent import Agent
-from edge_sdk.core import memory
+from edge_sdk.core import codec, memory
+from edge_sdk.core.columns import drawn_columns
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.messages import Base, Rule
+from edge_sdk.core.messages import CARRYING, Base, RuleName
 from edge_sdk.core.records import to_json
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.options import Event, Options
@@ -34,6 +35,7 @@ from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
 
 LADDER = (2, 8)
 CAP = 12
+RANKS: dict[RuleName, tuple[int, int]] = {"fedit": (8, 8)}  # which averages factors of one rank
 BATCH, SEQUENCE_LEN = 2, 48
 IDS = torch.tensor([[1, 30, 40, 50, 60, 70, 80, 2]])
 
@@ -45,14 +47,14 @@ pytestmark = [
 
 
 def configuration(
-    folder: Path, base: Base, rule: Rule, training: dict[str, object], policy: dict[str, object]
+    folder: Path, base: Base, rule: RuleName, training: dict[str, object], policy: dict[str, object]
 ) -> str:
     record = folder / "base.json"
     record.write_text(json.dumps(to_json(base)))
     federation: dict[str, object] = {
         "rule": rule,
-        "ladder": list(LADDER),
-        "rank_cap": CAP,
+        "ladder": sorted(set(RANKS.get(rule, LADDER))),
+        "rank_cap": cap_of(rule, base),
         "heartbeat_s": 0.01,
     }
     sections: dict[str, dict[str, object]] = {
@@ -61,6 +63,11 @@ def configuration(
         "policy": {"retry_s": 0.05} | policy,
     }
     return toml(sections, record)
+
+
+def cap_of(rule: RuleName, base: Base) -> int:
+    """FLoRA truncates nothing."""
+    return max(min(shape) for shape in base.modules.values()) if rule == "flora" else CAP
 
 
 def write_data(path: Path, colour: str) -> Path:
@@ -75,10 +82,10 @@ def write_data(path: Path, colour: str) -> Path:
     return path
 
 
-def budget_for(rank: int, base: Base, rule: Rule) -> int:
+def budget_for(rank: int, base: Base, rule: RuleName) -> int:
     """Memory in which this rank fits and the next larger one does not."""
     facts = facts_from_config(base_model.read_config(Path(base.model)), base.modules)
-    carried, dtype = (CAP, "int8") if rule == "carry" else (0, "float32")
+    carried, dtype = (cap_of(rule, base), "int8") if rule in CARRYING else (0, "float32")
     way = Setting(Ranks.uniform(rank), carried, SEQUENCE_LEN, BATCH, carried_dtype=dtype)
     return memory.estimate(facts, way, base_model.placement("cpu", True)).peak_bytes
 
@@ -108,15 +115,25 @@ def exported_logits(directory: Path, adapter: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "rule"),
-    [("llama", "carry"), ("llama", "flexlora"), ("gpt2", "carry"), ("qwen", "flexlora")],
+    [
+        ("llama", "carry"),
+        ("llama", "flexlora"),
+        ("gpt2", "carry"),
+        ("qwen", "flexlora"),
+        ("llama", "innovation"),
+        ("qwen", "fedit"),
+        ("gpt2", "hetlora"),
+        ("llama", "flora"),
+    ],
 )
-def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: Rule) -> None:
+def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architecture, rule: RuleName) -> None:
     directory = build_model(tmp_path / "base", architecture)
     base = base_model.describe(str(directory))
     config = configuration(tmp_path, base, rule, {"steps": 3}, {"buffer_size": 2})
     with CoordinatorProcess(tmp_path, config) as coordinator, contextlib.ExitStack() as ending:
         agents = []
-        for rank, colour in zip(LADDER, ("red", "blue"), strict=True):
+        ranks = RANKS.get(rule, LADDER)
+        for rank, colour in zip(ranks, ("red", "blue"), strict=True):
             options = Options(
                 name=colour,
                 state_dir=tmp_path / colour,
@@ -135,7 +152,7 @@ def test_a_round_from_training_to_loading(tmp_path: Path, architecture: Architec
         for agent in agents:  # and once more, now from a version that holds something
             assert agent.run(updates=1) == 1
         wait_for_version(agents[0], 2)
-        assert {device.rank for device in agents[0].transport.status().devices} == set(LADDER)
+        assert {device.rank for device in agents[0].transport.status().devices} == set(ranks)
 
         version, adapter = agents[1].newest()
         assert version == 2
@@ -276,3 +293,39 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
         "delivered",
     ]
     assert "upload again" in next(event.text for event in events if event.kind == "refused")
+
+
+def test_a_sparse_warm_up_trains_the_drawn_columns_and_then_all(tmp_path: Path) -> None:
+    base = base_model.describe(str(build_model(tmp_path / "base", "llama")))
+    training: dict[str, object] = {"steps": 3, "sparse_versions": 2}
+    config = configuration(tmp_path, base, "flexlora", training, {"buffer_size": 1})
+    with CoordinatorProcess(tmp_path, config) as coordinator:
+        agent = Agent(
+            coordinator.url,
+            data=write_data(tmp_path / "data.jsonl", "red"),
+            join_token=coordinator.join_token,
+            options=Options(
+                state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9, isolate=False
+            ),
+        )
+        rank = LADDER[-1]
+        for version in (1, 2, 3):
+            assert agent.run(updates=1) == 1
+            wait_for_version(agent, version)
+        federation = agent.transport.federation()
+        agent.close()
+        with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as database:
+            digests = [d for (d,) in database.execute("SELECT digest FROM versions ORDER BY version")]
+        versions = [
+            dict(codec.open_own(coordinator.data / "blobs" / d[:2] / d, federation.scaling).modules())
+            for d in digests
+        ]
+    for name, (_, width) in base.modules.items():
+        drawn = drawn_columns(width, rank, f"{federation.id}/{name}")
+        others = np.setdiff1d(np.arange(width), drawn)
+        first, second, third = (np.abs(version[name].product()) for version in versions)
+        size = first.max()
+        assert size > 0
+        assert max(first[:, others].max(), second[:, others].max()) <= 1e-5 * max(size, second.max())
+        assert np.abs(second - first).max() > 1e-3 * size  # and it went on there
+        assert third[:, others].max() > 1e-3 * size

@@ -16,7 +16,7 @@ from edge_sdk import base_model
 from edge_sdk.core import choice
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.messages import Rule
+from edge_sdk.core.messages import RuleName
 from edge_sdk.core.setting import Ranks
 from edge_sdk.model_files import read_config, resolve
 from examples import natural_instructions
@@ -180,7 +180,7 @@ def test_as_many_devices_as_categories_with_two_clients(devices: int) -> None:
 
 
 @pytest.mark.parametrize("rule", ["carry", "flexlora"])
-def test_each_budget_gives_its_rank(rule: Rule) -> None:
+def test_each_budget_gives_its_rank(rule: RuleName) -> None:
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     carried = natural_instructions.RANK_CAP if rule == "carry" else 0

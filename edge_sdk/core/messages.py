@@ -40,7 +40,10 @@ UPLOAD_OFFSET = "Upload-Offset"  # of tus 1.0, with its meaning: bytes stored so
 OFFSET_CONTENT_TYPE = "application/offset+octet-stream"
 PROBLEM_CONTENT_TYPE = "application/problem+json"
 
-Rule = Literal["flexlora", "carry"]
+RuleName = Literal["flexlora", "innovation", "carry", "fedit", "hetlora", "flora"]
+CARRYING: frozenset[RuleName] = frozenset({"carry", "flora"})
+"""Rules under which a device holds the global adapter frozen and trains fresh factors on top of it."""
+
 Directive = Literal["continue", "finish", "abandon"]
 
 
@@ -71,6 +74,7 @@ class Training:
     learning_rate: float = 2e-3  # of version 0
     learning_rate_decay: float = 1.0  # factor from one version to the next; see `learning_rate_at`
     checkpoint_s: float = 30.0  # at most this much work is done again after a crash
+    sparse_versions: int = 0  # versions before this one train whole input columns; see columns.py
 
     def learning_rate_at(self, version: int) -> float:
         """The rate for an assignment from `version`: falling geometrically where devices' texts differ.
@@ -87,7 +91,7 @@ class Federation:
 
     id: str
     base: Base
-    rule: Rule
+    rule: RuleName
     ladder: tuple[int, ...]  # ranks that a device may train, rising
     rank_cap: int  # rank R of the stored global adapter
     scaling: float  # s = lora_alpha / r, the same at every rank
@@ -98,6 +102,11 @@ class Federation:
     mixed_ranks: tuple[tuple[int, int], ...] = ()
     lease_s: float = field(default=600.0, compare=False)  # time for an assignment; the host may change it
     protocol: int = PROTOCOL_VERSION
+
+    @property
+    def carries(self) -> bool:
+        """Whether devices hold the global adapter frozen; else they train a part of it themselves."""
+        return self.rule in CARRYING
 
     def __post_init__(self) -> None:
         if self.protocol != PROTOCOL_VERSION:

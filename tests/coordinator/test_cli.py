@@ -51,7 +51,16 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
         ("[federation]\nladder = ['2']", "federation.ladder[0]: expected int, got str"),
         ("[federation]\nrank_cap = 4", "federation.rank_cap 4 is below the ladder's 16"),
         ("[federation]\nscaling = 0.0", "federation.scaling is 0.0"),
-        ("[federation]\nrule = 'average'", "federation.rule: 'average' is not one of 'flexlora', 'carry'"),
+        (
+            "[federation]\nrule = 'average'",
+            "federation.rule: 'average' is not one of 'flexlora', 'innovation',",
+        ),
+        ("[federation]\nrule = 'fedit'", "give federation.ladder one rank"),
+        (
+            "[federation]\nrule = 'flora'\nladder = [2]\nrank_cap = 2",
+            "rule flora never truncates; set federation.rank_cap to",
+        ),
+        ("[training]\nsparse_versions = 2", "0 under any rule but flexlora, not carry"),
         ("[training]\nsteps = 0", "training.steps is 0"),
         ("[training]\nlearning_rate = '2e-3'", "training.learning_rate: expected float, got str"),
         ("[policy", "not TOML"),

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rules import merge_module, relearnt
+from coordinator.rules import RULES, Change, Merging
+from coordinator.rules.carry import relearnt
 from edge_sdk.core import codec
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.flexlora import combine, live_rank
@@ -91,26 +92,24 @@ def test_a_merge_of_two_versions_is_the_dense_sum(seed: int, carry_ranks: list[i
     starts = [version(seed), version(seed + 1, 3)]
     weight = 1 / len(carry_ranks)
     rows = [(int(draw.integers(2)), c, factors(draw, OUT, IN, 2)) for c in carry_ranks]
-    blocks = [
-        relearnt(start, [(weight, c, f) for at, c, f in rows if at == i]) for i, start in enumerate(starts)
-    ]
-    updates = [(weight, f) for _, _, f in rows]
-    found = merge_module("carry", starts[0], updates, eta, min(OUT, IN), blocks).factors.product()
+    updates = [Change(weight, f, 2 - at, c) for at, c, f in rows]
+    begun = {2: starts[0], 1: starts[1]}
+    merging = Merging(starts[0], updates, 2, begun, eta)
+    found = RULES["carry"].next(merging, min(OUT, IN)).factors.product()
     expected = starts[0].product().astype(np.float64)
     for at, c, f in rows:
         change = f.product().astype(np.float64)
         expected += eta * weight * (change - tail_of(starts[at], change, c))
-    close(found, expected, np.abs(expected) + np.abs(dense(updates)))
+    close(found, expected, np.abs(expected) + np.abs(dense([(weight, f) for _, _, f in rows])))
 
 
 def test_without_the_correction_the_tail_counts_twice() -> None:
     """A device that carries nothing and learns the whole truth again must leave it as it is."""
     truth = version(3)
-    again = LoraFactors(truth.b, truth.a)
-    naive = merge_module("carry", truth, [(1.0, again)], 1.0, RANK).factors.product()
+    change = Change(1.0, LoraFactors(truth.b, truth.a), 1, 0)
+    naive = RULES["carry"].next(Merging(truth, [change], 1), RANK).factors.product()
     close(naive, 2 * truth.product(), truth.product())
-    block = relearnt(truth, [(1.0, 0, again)])
-    mended = merge_module("carry", truth, [(1.0, again)], 1.0, RANK, [block]).factors.product()
+    mended = RULES["carry"].next(Merging(truth, [change], 1, {1: truth}), RANK).factors.product()
     close(mended, truth.product(), truth.product())
 
 

@@ -1,0 +1,133 @@
+"""What a rule is: how the updates of a buffer become the next global adapter, one module at a time.
+
+`w_k` are the engine's weights, which sum to 1; η is the server's learning rate; `G_v` is the global update of
+version v, and `D_k` what device k changed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from edge_sdk.core.flexlora import Split, combine, live_rank, serve
+from edge_sdk.core.lora import LoraFactors
+
+Addends = list[tuple[float, LoraFactors]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One update of one module.
+
+    `factors`: as the device trained them, a state or a change, as the rule has it. `version`: the one that
+    they were trained from, of which the device held `carry_rank` components frozen.
+    """
+
+    weight: float
+    factors: LoraFactors
+    version: int = 0
+    carry_rank: int = 0
+
+
+@dataclass(frozen=True)
+class Merging:
+    """All that decides the next global factors of one module.
+
+    `current`: those of `version`, of rank 0 while nothing has been merged. `starts`: those of each version
+    for which `Rule.needs_start` said yes, `version` not excepted; version 0 is zero and never among them.
+    """
+
+    current: LoraFactors
+    changes: Sequence[Change]
+    version: int = 0
+    starts: Mapping[int, LoraFactors] = field(default_factory=dict)
+    eta: float = 1.0
+
+    def ranks(self) -> Ranks:
+        """The ranks that meet."""
+        return Ranks(
+            [change.factors.rank for change in self.changes],
+            self.current.rank,
+            self.version,
+            {version: start.rank for version, start in self.starts.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The next global factors of one module, their live rank, and ‖·‖² of the sum and of what was dropped."""
+
+    factors: LoraFactors
+    rank: int
+    energy: float
+    discarded_energy: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that meet in one module: of its updates, of `current`, of `starts`. As in `Merging`."""
+
+    updates: Sequence[int]
+    current: int = 0
+    version: int = 0
+    starts: Mapping[int, int] = field(default_factory=dict)
+
+
+class Rule(ABC):
+    """A merge rule. Stateless: the same merging gives the same factors."""
+
+    carries = False
+    """Devices hold the global adapter frozen and train fresh factors on top; else they train a part of it."""
+
+    def needs_start(self, rank: int, carry_rank: int, live: int) -> bool:
+        """Whether an update must be merged together with the version that it was trained from.
+
+        Args:
+            rank: that the device trained.
+            carry_rank: components that it held frozen.
+            live: the live rank of that version, 1 or more.
+        """
+        return False
+
+    @abstractmethod
+    def merge(self, merging: Merging, rank: int) -> Merged:
+        """The next global factors, of rank `rank`, which is what `stored_rank` said."""
+
+    @abstractmethod
+    def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
+        """The rank of what `merge` returns, from ranks alone: a file says it before any factors come."""
+
+    def next(self, merging: Merging, rank_cap: int) -> Merged:
+        """The next global factors of a module that is in memory."""
+        shape = merging.changes[0].factors.shape
+        return self.merge(merging, self.stored_rank(merging.ranks(), shape, rank_cap, merging.eta))
+
+    def serve(self, stored: LoraFactors, rank: int, how: Split, seed: str) -> LoraFactors:
+        """What a device of `rank` gets of stored factors: its start, or what it is to hold frozen."""
+        return serve(stored, rank, how, seed)
+
+
+class SumRule(Rule):
+    """A rule whose result is a weighted sum of products: each says its addends, all share one SVD.
+
+    What is stored is canonical: `b = U·S` with falling S, `a = Vᵀ`.
+    """
+
+    @abstractmethod
+    def addends(self, merging: Merging) -> Addends:
+        """The stack: one weighted block of factors after the other."""
+
+    @abstractmethod
+    def stacked_rank(self, ranks: Ranks, eta: float) -> int:
+        """Columns of that stack."""
+
+    def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
+        """As many as the stack holds, at most the cap."""
+        return min(rank_cap, self.stacked_rank(ranks, eta), *shape)
+
+    def merge(self, merging: Merging, rank: int) -> Merged:
+        """The best approximation of the sum with `rank` components."""
+        combined = combine(self.addends(merging), rank)
+        live = live_rank(combined.factors)
+        return Merged(combined.factors, live, combined.energy, combined.discarded_energy)
