@@ -1,6 +1,6 @@
-"""One published version from its updates: streamed module by module, so that memory holds one module's stack.
+"""One published version from its updates: streamed, so that memory holds a few modules' stacks, one a core.
 
-Runs in a worker thread; touches only the blobs it is given.
+Runs in a worker thread and starts others; touches only the blobs it is given.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.blobs import Blobs
-from coordinator.rules import RULES, Change, Merging, Ranks
+from coordinator.parallel import cores, in_order
+from coordinator.rules import RULES, Change, Merged, Merging, Ranks
 from edge_sdk.core.codec import AdapterFile, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, EdgeError
 from edge_sdk.core.lora import LoraFactors
@@ -111,10 +112,13 @@ def aggregate(
     }
     outcome = Outcome()
 
+    def merged_module(name: str) -> Merged:
+        return rule.merge(sources.merging(name, shapes[name], eta), ranks[name])
+
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         """The merged factors in name order; adds up what the outcome reports on the way."""
-        for name in sorted(shapes):
-            merged = rule.merge(sources.merging(name, shapes[name], eta), ranks[name])
+        names = sorted(shapes)
+        for name, merged in zip(names, in_order(merged_module, names, cores()), strict=True):
             outcome.rank = max(outcome.rank, merged.rank)
             outcome.energy += merged.energy
             outcome.discarded_energy += merged.discarded_energy

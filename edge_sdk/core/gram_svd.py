@@ -127,8 +127,7 @@ def solve_upper(upper: Wide, right: Wide) -> Wide:
     """X with `upper @ X = right`, for an upper triangular matrix: by halves, so that products do the work."""
     size = len(upper)
     if size <= 64:
-        solved: Wide = np.linalg.solve(upper, right)
-        return solved
+        return np.linalg.solve(upper, right).astype(np.float64, copy=False)
     half = size // 2
     below = solve_upper(upper[half:, half:], right[half:])
     above = solve_upper(upper[:half, :half], right[:half] - upper[:half, half:].dot(below))
