@@ -1,6 +1,6 @@
-"""One published version from its updates: streamed module by module, so that memory holds one module's stack.
+"""One published version from its updates: streamed, so that memory holds a few modules' stacks, one a core.
 
-Runs in a worker thread; touches only the blobs it is given.
+Runs in a worker thread and starts others; touches only the blobs it is given.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from coordinator.admission import Admission
 from coordinator.blobs import Blobs
+from coordinator.parallel import cores, in_order
 from coordinator.privacy import Noise, clip_factor, noised, squared_norm_bound
 from coordinator.robust import gram, reweight
 from coordinator.rules import RULES, Change, Merged, Merging, Ranks, Rule, SumRule, served
@@ -202,10 +203,13 @@ def _aggregate(
     }
     outcome = Outcome(weights=[addend.weight for addend, _ in sources.updates])
 
+    def merged_module(name: str) -> Merged:
+        return _merged(rule, sources.merging(name, shapes[name], eta), ranks[name], noise)
+
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         """The merged factors in name order; adds up what the outcome reports on the way."""
-        for name in sorted(shapes):
-            merged = _merged(rule, sources.merging(name, shapes[name], eta), ranks[name], noise)
+        names, workers = sorted(shapes), 1 if noise else cores()  # a noised module is dense
+        for name, merged in zip(names, in_order(merged_module, names, workers), strict=True):
             outcome.rank = max(outcome.rank, merged.rank)
             outcome.energy += merged.energy
             outcome.discarded_energy += merged.discarded_energy

@@ -300,7 +300,6 @@ class Coordinator:
         """The federation at a glance."""
         state, now = self.engine.state, self.now()
         versions = self.store.versions(20)
-        newest = versions[0] if versions else None
         devices, enrolled = [], self.store.devices()
         for d in enrolled:
             lease = state.leases.get(d.id)
@@ -325,7 +324,7 @@ class Coordinator:
             buffer_size=self.engine.policy.buffer_size,
             aggregating=bool(state.merging),
             version_ranks={str(v.version): v.rank for v in versions},
-            discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
+            discarded_shares={str(v.version): v.discarded_share for v in versions},
             devices=tuple(devices),
             refused=sum(d.refused for d in enrolled),
             clipped=self.store.clipped(),
