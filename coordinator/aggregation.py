@@ -13,8 +13,9 @@ import numpy as np
 
 from coordinator.admission import Admission
 from coordinator.blobs import Blobs
+from coordinator.privacy import Noise, clip_factor, noised, squared_norm_bound
 from coordinator.robust import gram, reweight
-from coordinator.rules import RULES, Change, Merging, Ranks, Rule, SumRule, served
+from coordinator.rules import RULES, Change, Merged, Merging, Ranks, Rule, SumRule, served
 from edge_sdk.core.codec import AdapterFile, Shapes, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, BadUpdates, EdgeError
 from edge_sdk.core.lora import LoraFactors
@@ -124,7 +125,7 @@ class Sources:
         for name, shape in sorted(shapes.items()):
             merging = replace(self, updates=self._whole()).merging(name, shape, 1.0)
             inner += gram(
-                [self.rule.change(c.factors, self._begun(name, c, merging.starts)) for c in merging.changes]
+                [self.rule.changed(c.factors, self._begun(name, c, merging.starts)) for c in merging.changes]
             )
         factors = np.array([addend.factor for addend, _ in self.updates])
         weights = np.array([addend.weight for addend, _ in self.updates])
@@ -142,11 +143,12 @@ def aggregate(
     current: Start,
     addends: Sequence[Addend],
     blobs: Blobs,
-    admission: Admission | None = None,
+    guard: Noise | Admission | None = None,
 ) -> Outcome:
     """Merge `addends` into the global adapter `current` and store the result as a blob.
 
-    `admission` says by which weights; by default by those of the addends.
+    `guard`: with Noise, each update is clipped before, and the sum noised (privacy.py); with Admission, its
+    robust rule says by which weights (robust.py). Not both: privacy needs weights that no update decides.
 
     Raises:
         AdapterError: there is nothing to merge.
@@ -155,7 +157,9 @@ def aggregate(
     if not addends:
         raise AdapterError("nothing to merge: the buffer is empty")
     try:
-        return _aggregate(federation, eta, _open(federation, current, addends), blobs, admission)
+        return _aggregate(federation, eta, _open(federation, current, addends), blobs, guard)
+    except BadUpdates:
+        raise
     except (OSError, EdgeError) as error:
         found = faults(federation, addends)
         if not found:
@@ -164,22 +168,28 @@ def aggregate(
 
 
 def _aggregate(
-    federation: Federation, eta: float, sources: Sources, blobs: Blobs, admission: Admission | None
+    federation: Federation, eta: float, sources: Sources, blobs: Blobs, guard: Noise | Admission | None
 ) -> Outcome:
     """Weigh the updates, and merge them module by module while the result is written."""
     shapes, rule = federation.base.modules, sources.rule
-    if admission and admission.robust != "none":
-        sources = sources.reweighted(shapes, admission)
+    if isinstance(guard, Admission) and guard.robust != "none":
+        sources = sources.reweighted(shapes, guard)
+    weights = [addend.weight for addend, _ in sources.updates]
+    noise = guard if isinstance(guard, Noise) else None
+    if noise:
+        sources = replace(sources, updates=_clipped(rule, sources, noise.clip_norm))
     ranks = {
-        name: rule.stored_rank(sources.ranks(name), shape, federation.rank_cap, eta)
+        name: min(federation.rank_cap, *shape)  # noise has every direction
+        if noise
+        else rule.stored_rank(sources.ranks(name), shape, federation.rank_cap, eta)
         for name, shape in shapes.items()
     }
-    outcome = Outcome(weights=[addend.weight for addend, _ in sources.updates])
+    outcome = Outcome(weights=weights)
 
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         """The merged factors in name order; adds up what the outcome reports on the way."""
         for name in sorted(shapes):
-            merged = rule.merge(sources.merging(name, shapes[name], eta), ranks[name])
+            merged = _merged(rule, sources.merging(name, shapes[name], eta), ranks[name], noise)
             outcome.rank = max(outcome.rank, merged.rank)
             outcome.energy += merged.energy
             outcome.discarded_energy += merged.discarded_energy
@@ -187,6 +197,33 @@ def _aggregate(
 
     outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules()))
     return outcome
+
+
+def _merged(rule: Rule, merging: Merging, rank: int, noise: Noise | None) -> Merged:
+    """The next factors of one module."""
+    if noise is None:
+        return rule.merge(merging, rank)
+    assert isinstance(rule, SumRule)
+    return noised(rule.addends(merging), merging.eta * noise.std, rank, noise.normals)
+
+
+def _clipped(rule: Rule, sources: Sources, clip_norm: float) -> list[tuple[Addend, AdapterFile]]:
+    """The updates, with their weights lowered where a change is longer than `clip_norm` over all modules."""
+    assert isinstance(rule, SumRule)
+    clipped = []
+    for addend, file in sources.updates:
+        start = sources.starts.get(addend.start.version)
+        squared = 0.0
+        for name in file.ranks:
+            factors = file.module(name)
+            begun = start.module(name).leading(factors.rank) if start else LoraFactors.empty(*factors.shape)
+            squared += squared_norm_bound(rule.changed(factors, begun))
+        try:
+            factor = clip_factor(squared, clip_norm)
+        except AdapterError as error:
+            raise BadUpdates.of({addend.update: str(error)}) from error
+        clipped.append((replace(addend, weight=factor * addend.weight), file))
+    return clipped
 
 
 def _open(federation: Federation, current: Start, addends: Sequence[Addend]) -> Sources:

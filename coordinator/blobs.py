@@ -9,13 +9,15 @@ Nothing above this module knows that it is a disk; an object store goes behind t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_sdk.core.codec import sha256_file
 from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
@@ -59,17 +61,17 @@ class Blobs:
         """Where the derived file `name` lies or would lie."""
         return self._cache / name
 
-    def write_cached(self, name: str, chunks: Iterable[bytes]) -> Path:
-        """Write a derived file so that readers see all of it or none."""
+    @contextlib.contextmanager
+    def caching(self, name: str) -> Iterator[BinaryIO]:
+        """Write a derived file so that readers see all of it or none: all, if the block ends well."""
         path = self.cached(name)
         temporary = path.with_name(f".{name}-{os.urandom(6).hex()}")
         try:
             with temporary.open("xb") as file:
-                file.writelines(chunks)
+                yield file
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        return path
 
     # --- uploads ---
 

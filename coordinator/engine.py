@@ -15,10 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from coordinator.ration import Ration
 from edge_sdk.core import staleness
 from edge_sdk.core.errors import InputError, StaleUpdate
 from edge_sdk.core.messages import Directive
 
+SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
+SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
 MERGE_RETRY_S, MOST_MERGE_RETRY_S = 1.0, 60.0  # after a merge that failed; doubled each time, up to this
 MOST_REFUSED_S = 3600.0  # a device whose updates are refused one after another trains at least this often
 
@@ -194,7 +197,10 @@ class Expired:
 
 @dataclass(frozen=True)
 class Merge:
-    """Combine these updates into `version`. Weights are n_k·s(τ_k), normalised to 1; τ beside each."""
+    """Combine these updates into `version`. Weights are n_k·s(τ_k), normalised to 1; τ beside each.
+
+    Under a ration they are s(τ_k)/K instead, whatever the devices say and however many they are.
+    """
 
     version: int
     weights: tuple[tuple[Buffered, float, int], ...]
@@ -206,9 +212,10 @@ Effect = Grant | Wait | Tell | Expired | Merge
 class Engine:
     """The machine. One per federation; not thread-safe, and it needs not be: a call takes microseconds."""
 
-    def __init__(self, policy: Policy, state: State | None = None) -> None:
+    def __init__(self, policy: Policy, state: State | None = None, ration: Ration | None = None) -> None:
         self.policy = policy
         self.state = state or State()
+        self.ration = ration
         self._handlers: dict[type[Any], Callable[[Any, float], list[Effect]]] = {
             Asked: self._asked,
             Beat: self._beat,
@@ -237,9 +244,33 @@ class Engine:
                 current_version=self.state.version,
             )
 
+    def require_ration(self, device: str) -> None:
+        """Raise StaleUpdate if no more updates of this device may be merged: its privacy budget is spent."""
+        if self.ration and self.ration.is_spent(device, self._pending(device)):
+            raise StaleUpdate(
+                f"not taken in: {SPENT}; drop it",
+                current_version=self.state.version,
+            )
+
+    def _pending(self, device: str) -> int:
+        """Updates of a device that are in no version yet."""
+        return sum(update.device == device for update in (*self.state.buffer, *self.state.merging))
+
+    def _ration_wait(self, device: str) -> Wait | None:
+        """Why a device gets no work under differential privacy, if it gets none."""
+        if self.ration is None:
+            return None
+        if self.ration.is_spent(device, self._pending(device)):
+            return Wait(SPENT_RETRY_S, SPENT)
+        if any(update.device == device for update in self.state.buffer):
+            return Wait(self.policy.retry_s, "your update is in; a version takes one of each device")
+        return None
+
     def _asked(self, event: Asked, now: float) -> list[Effect]:
         """Grant work, repeat the grant that a device already holds, or say when to come back."""
         state, policy = self.state, self.policy
+        if wait := self._ration_wait(event.device):
+            return [wait]
         held = state.leases.get(event.device)
         can_count = held and now < held.expires_at and state.version - held.version <= self._limit()
         if held and can_count and held.rank == event.rank and held.carry_rank <= event.carry_rank:
@@ -315,6 +346,8 @@ class Engine:
     def _merged(self, event: Merged, now: float) -> list[Effect]:
         """The new version is the current one."""
         state = self.state
+        if self.ration:
+            self.ration.spend(update.device for update in state.merging)
         state.version, state.version_rank, state.merging = event.version, event.rank, ()
         state.granted = set()
         state.failures, state.merge_at = 0, None
@@ -349,15 +382,31 @@ class Engine:
         if state.merge_at is not None and now < state.merge_at:
             return []
         waited = now - state.first_at >= policy.timeout_s
-        if len(state.buffer) < policy.buffer_size and not (waited and len(state.buffer) >= policy.quorum):
+        ready = self._ready()
+        if len(ready) < policy.buffer_size and not (waited and len(ready) >= policy.quorum):
             return []
-        state.merging, state.buffer, state.first_at = tuple(state.buffer), [], None
+        state.buffer = [update for update in state.buffer if update not in ready]
+        state.merging, state.first_at = tuple(ready), None
         return [Merge(state.version + 1, self._weights(state.merging))]
 
+    def _ready(self) -> list[Buffered]:
+        """What the next version takes: all that is buffered; under a ration the oldest of each device."""
+        if self.ration is None:
+            return self.state.buffer
+        oldest: dict[str, Buffered] = {}
+        for update in self.state.buffer:
+            # Of two that came in at the same moment only one may have been within the budget.
+            if not self.ration.is_spent(update.device):
+                oldest.setdefault(update.device, update)
+        return list(oldest.values())
+
     def _weights(self, updates: tuple[Buffered, ...]) -> tuple[tuple[Buffered, float, int], ...]:
-        """ŵ_k ∝ n_k·s(τ_k), with n_k capped, summing to 1."""
+        """ŵ_k ∝ n_k·s(τ_k), with n_k capped, summing to 1; under a ration s(τ_k)/K."""
         discount = staleness.FUNCTIONS[self.policy.staleness]
         taus = [self.state.version - update.version for update in updates]
+        if self.ration is not None:
+            share = 1.0 / self.policy.buffer_size
+            return tuple((u, share * discount(tau), tau) for u, tau in zip(updates, taus, strict=True))
         raw = [
             min(update.examples, self.policy.max_examples) * discount(tau)
             for update, tau in zip(updates, taus, strict=True)

@@ -11,6 +11,7 @@ from coordinator import aggregation
 from coordinator.admission import Admission, bound
 from coordinator.blobs import Blobs
 from coordinator.engine import Merge
+from coordinator.privacy import Privacy
 from coordinator.rules import RULES, SumRule
 from coordinator.store import Store, StoredUpdate, Version
 from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
@@ -21,12 +22,13 @@ class Merger:
     """Does what the engine's Merge says. For a worker thread."""
 
     def __init__(
-        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None = None
+        self, federation: Federation, store: Store, blobs: Blobs, guard: Privacy | Admission
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
-        self._admission = admission or Admission()
+        self._privacy = guard if isinstance(guard, Privacy) else None
+        self._admission = guard if isinstance(guard, Admission) else Admission(history=0)
 
-    def merge(self, effect: Merge, eta: float) -> Version:
+    def merge(self, effect: Merge, eta: float, buffer_size: int) -> Version:
         """Aggregate and publish; after this returns the version is durable.
 
         Raises:
@@ -40,7 +42,9 @@ class Merger:
         ]
         base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
-        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, self._admission)
+        privacy = self._privacy
+        guard = privacy.noise(buffer_size) if privacy else self._admission
+        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, guard)
         version = Version(
             effect.version,
             outcome.digest,
@@ -48,6 +52,8 @@ class Merger:
             outcome.energy,
             outcome.discarded_energy,
             time.time(),
+            privacy.noise_multiplier if privacy else 0.0,
+            privacy.clip_norm if privacy else 0.0,
         )
         merged = zip(effect.weights, outcome.weights, strict=True)
         self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])

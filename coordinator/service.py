@@ -14,10 +14,13 @@ import secrets
 import time
 from pathlib import Path
 
-from coordinator import engine
+from coordinator import engine, ledger
+from coordinator.admission import Admission
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine, Policy
+from coordinator.ladder import Rung
 from coordinator.merging import Merger
+from coordinator.ration import Ration
 from coordinator.serving import Serving
 from coordinator.settings import Settings
 from coordinator.store import Store, StoredUpdate
@@ -63,13 +66,18 @@ class Coordinator:
             raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
         self.store = Store(folder / "coordinator.sqlite")
         self.federation = self._fixed_federation(settings, folder)
+        self.privacy = settings.privacy
+        ledger.open_ledger(self.store, settings.privacy, folder)
         self.join_token = _join_token(folder / "join-token")
-        self.engine = Engine(settings.policy, self._restored_state(settings.policy))
+        ration = self._restored_ration()
+        self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.uploads = Uploads(self.federation, self.store, self.blobs, settings.admission)
+        # A bound that follows from what others sent has no place beside differential privacy.
+        admission = Admission(history=0) if settings.privacy else settings.admission
+        self.uploads = Uploads(self.federation, self.store, self.blobs, admission)
         self.serving = Serving(self.federation, self.store, self.blobs)
-        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission)
+        self.merger = Merger(self.federation, self.store, self.blobs, settings.privacy or admission)
 
     # --- life ---
 
@@ -81,7 +89,7 @@ class Coordinator:
             self.store.set_meta("federation", json.dumps(to_json(made)))
             return made
         federation = from_json(Federation, json.loads(stored))
-        wanted = to_json(settings.build(federation.id))
+        wanted = to_json(settings.build(federation.id, federation))
         for key, value in to_json(federation).items():
             if wanted[key] != value:
                 raise InputError(
@@ -107,6 +115,16 @@ class Coordinator:
         state.buffer = [_buffered(stored) for stored in self.store.unmerged()]
         state.first_at = now if state.buffer else None
         return state
+
+    def _restored_ration(self) -> Ration | None:
+        """How often each device may still take part; updates beyond a lowered budget are left out."""
+        if self.privacy is None:
+            return None
+        ration = ledger.ration(self.store, self.privacy)
+        for id in ledger.over_ration(self.store, ration):
+            log.warning("update %s is left out: its device has no privacy budget left", id)
+            self.store.reject_updates({id: "its device had no privacy budget left"})
+        return ration
 
     @staticmethod
     def now() -> float:
@@ -228,6 +246,7 @@ class Coordinator:
             return UpdateReply(id, self.engine.state.version)
         self.uploads.check_claims(assignment, update)
         self.engine.require_mergeable(assignment.version)
+        self.engine.require_ration(device)
         try:
             stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
         except (AdapterError, TooLarge) as error:
@@ -243,10 +262,10 @@ class Coordinator:
 
     # --- versions ---
 
-    async def adapter(self, version: int, rank: int) -> Path:
+    async def adapter(self, version: int, rung: Rung) -> Path:
         """The file that a device of `rank` starts `version` from."""
-        self.require_version(version, rank)
-        return await self.serving.adapter(version, rank)
+        self.require_version(version, rung.rank)
+        return await self.serving.adapter(version, rung)
 
     def require_version(self, version: int, rank: int) -> None:
         """Raise NotFound for a version or rank that is not served."""
@@ -254,10 +273,10 @@ class Coordinator:
 
     async def _merge(self, effect: engine.Merge) -> None:
         """Do a merge off the event loop, publish it, and tell the engine how it went."""
-        started = time.monotonic()
+        started, policy = time.monotonic(), self.engine.policy
         try:
             version = await asyncio.to_thread(
-                self.merger.merge, effect, self.engine.policy.server_learning_rate
+                self.merger.merge, effect, policy.server_learning_rate, policy.buffer_size
             )
         except BadUpdates as error:
             for update, reason in error.reasons.items():
@@ -300,6 +319,7 @@ class Coordinator:
                     seen_s_ago=now - self._seen.get(d.id, now),
                 )
             )
+        spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         return Status(
             federation=self.federation.id,
             version=state.version,
@@ -312,6 +332,8 @@ class Coordinator:
             refused=sum(d.refused for d in enrolled),
             clipped=self.store.clipped(),
             norm_bound=self.uploads.norm_bound(),
+            epsilon=spent.epsilon if spent else 0.0,
+            delta=spent.delta if spent else 0.0,
         )
 
 

@@ -7,6 +7,7 @@ module knows that it is SQLite; another database goes behind the same methods.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 import threading
@@ -44,6 +45,11 @@ MIGRATIONS = [
     CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
     CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
     """,
+    # What differential privacy a version was published with; 0 without.
+    """
+    ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
+    ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
+    """,
     # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
     """
     ALTER TABLE updates ADD COLUMN norm REAL;
@@ -72,7 +78,10 @@ class StoredUpdate:
 
 @dataclass(frozen=True)
 class Version:
-    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules."""
+    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
+
+    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it.
+    """
 
     version: int
     digest: str
@@ -80,6 +89,11 @@ class Version:
     energy: float
     discarded_energy: float
     published_at: float
+    noise_multiplier: float = 0.0
+    clip_norm: float = 0.0
+
+
+_VERSION_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Version))
 
 
 @dataclass(frozen=True)
@@ -305,18 +319,15 @@ class Store:
     # --- versions ---
 
     def publish(self, version: Version, merged: list[tuple[str, float, int]]) -> None:
-        """Add a version and mark its updates (id, weight, staleness) as merged, in one transaction."""
+        """Add a version and mark its updates (id, weight, staleness) as merged, in one transaction.
+
+        What a version costs in privacy follows from its row and its updates', so that it is known as long as
+        the version is. Under privacy no device may have two updates in it.
+        """
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    version.version,
-                    version.digest,
-                    version.rank,
-                    version.energy,
-                    version.discarded_energy,
-                    version.published_at,
-                ),
+                f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                dataclasses.astuple(version),
             )
             for id, weight, tau in merged:
                 changed = db.execute(
@@ -328,13 +339,36 @@ class Store:
                     raise sqlite3.IntegrityError(
                         f"update {id} is merged already; version {version.version} dropped"
                     )
+            twice = "SELECT device FROM updates WHERE merged_version = ? GROUP BY device HAVING COUNT(*) > 1"
+            if version.noise_multiplier and (row := db.execute(twice, (version.version,)).fetchone()):
+                raise sqlite3.IntegrityError(
+                    f"device {row[0]} has two updates in private version {version.version}; it is dropped"
+                )
 
     def versions(self, newest: int) -> list[Version]:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
-        rows = self._rows("SELECT * FROM versions ORDER BY version DESC LIMIT ?", newest)
+        rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [Version(*row) for row in rows]
 
     def version(self, number: int) -> Version | None:
         """A published version."""
-        rows = self._rows("SELECT * FROM versions WHERE version = ?", number)
+        rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
         return Version(*rows[0]) if rows else None
+
+    # --- privacy ---
+
+    def entered(self) -> dict[str, dict[float, int]]:
+        """Device -> noise multiplier -> versions published with that which hold an update of the device."""
+        rows = self._rows(
+            "SELECT u.device, v.noise_multiplier, COUNT(*) FROM updates u "
+            "JOIN versions v ON v.version = u.merged_version GROUP BY u.device, v.noise_multiplier"
+        )
+        found: dict[str, dict[float, int]] = {}
+        for device, noise_multiplier, count in rows:
+            found.setdefault(device, {})[noise_multiplier] = count
+        return found
+
+    def versions_with_noise(self, noised: bool) -> int:
+        """How many versions were published with differential privacy, or without."""
+        ((count,),) = self._rows("SELECT COUNT(*) FROM versions WHERE (noise_multiplier > 0) = ?", noised)
+        return int(count)

@@ -23,8 +23,12 @@ class Uploads:
         self._admission = admission
 
     def cap(self, assignment: Assignment) -> int:
-        """The most bytes that the adapter of this assignment can have."""
-        return codec.max_adapter_bytes(self._federation.base.modules, assignment.rank)
+        """The most bytes that the adapter of this assignment can have in the federation's dtype.
+
+        It may come in another that takes no more.
+        """
+        federation = self._federation
+        return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
 
     def is_known(self, id: str, update: Update) -> bool:
         """Whether this very update was acknowledged before; what was sent again of it is dropped."""
@@ -80,7 +84,7 @@ class Uploads:
             begun = LoraFactors.empty(*factors.shape)
             if start:
                 begun = served(federation, version, name, start.module(name), factors.rank)
-            yield name, rule.change(factors, begun)
+            yield name, rule.changed(factors, begun)
 
     def norm_bound(self) -> float | None:
         """The longest change that is merged whole at present; None while there is no history."""

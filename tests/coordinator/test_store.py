@@ -238,3 +238,22 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -
 def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a usable coordinator database"):
         Store(tmp_path)
+
+
+def test_what_a_device_entered_is_counted_from_the_versions(store: Store) -> None:
+    """By noise multiplier; a version without noise counts as 0."""
+    for number, (z, devices) in enumerate(((2.0, "de"), (2.0, "d"), (1.5, "d"), (0.0, "e")), 1):
+        ids = [(deliver(store, f"{device}{number}", device, number - 1).id, 0.5, 0) for device in devices]
+        store.publish(replace(version(number), noise_multiplier=z, clip_norm=1.0), ids)
+    assert store.entered() == {"d": {2.0: 2, 1.5: 1}, "e": {2.0: 1, 0.0: 1}}
+    assert (store.versions_with_noise(True), store.versions_with_noise(False)) == (3, 1)
+    assert store.versions(2)[1].noise_multiplier == 1.5
+
+
+def test_a_private_version_takes_one_update_of_a_device(store: Store) -> None:
+    merged = [(deliver(store, id, "d", 0).id, 0.5, 0) for id in ("a", "b")]
+    with pytest.raises(sqlite3.IntegrityError, match="device d has two updates in private version 1"):
+        store.publish(replace(version(1), noise_multiplier=1.0), merged)
+    assert store.version(1) is None
+    assert len(store.unmerged()) == 2
+    store.publish(version(1), merged)  # without privacy it may
