@@ -76,7 +76,7 @@ def merged(
     rule, choices = RULES[case.rule], case.admission
     assert isinstance(rule, SumRule)
     begun = rule.serve(start, RANK, "balanced", "") if start.rank and not rule.carries else start
-    norms = [measure([("w", rule.changed(update, begun))]) for _, update in sent]
+    norms = [measure([("w", rule.change(update, begun))]) for _, update in sent]
     recent += [(str(device), norm.total) for (device, _), norm in zip(sent, norms, strict=True)]
     limit = bound(recent[-choices.history :], choices)
     factors = [admit(norm, limit, refuse=False) for norm in norms]
@@ -84,7 +84,7 @@ def merged(
         (str(device), factor * norm.total)
         for (device, _), factor, norm in zip(sent, factors, norms, strict=True)
     ]
-    inner = gram([rule.changed(update, begun) for _, update in sent]) * np.outer(factors, factors)
+    inner = gram([rule.change(update, begun) for _, update in sent]) * np.outer(factors, factors)
     weights = np.full(len(sent), 1 / len(sent))
     found = reweight(choices.robust, inner, weights, choices.trimmed_share)
     changes = [

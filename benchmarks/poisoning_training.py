@@ -134,7 +134,7 @@ class Federation:
             begun = start.adapter or {n: LoraFactors.empty(*s) for n, s in self._shapes.items()}
             if hostile:
                 adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
-            changes = {n: RULES[case.rule].changed(f, begun[n]) for n, f in adapter.items()}
+            changes = {n: RULES[case.rule].change(f, begun[n]) for n, f in adapter.items()}
             norms, choices = measure(changes.items()), case.admission
             factor = admit(norms, bound(published.norms[-choices.history :], choices), refuse=False)
             published.norms.append((str(device), factor * norms.total))

@@ -23,11 +23,11 @@ MAX_NORM = 1e6
 
 @dataclass(frozen=True)
 class Admission:
-    """The host's choices on updates that are out of the ordinary. Beside `[privacy]` there are none."""
+    """The host's choices on updates that are out of the ordinary."""
 
     over_norm: Literal["clip", "refuse"] = "clip"  # an update longer than the bound
     norm_factor: float = 5.0  # the bound, as a multiple of the median norm of recent updates
-    history: int = 50  # updates that count as recent; 0: no bound is learnt
+    history: int = 50  # updates that count as recent
     history_least: int = 8  # updates from which on there is a bound; before that MAX_NORM alone
     robust: RobustName = "none"  # how a buffer is merged; see robust.py
     trimmed_share: float = 0.2  # of a buffer, for robust = "trimmed"
@@ -35,10 +35,10 @@ class Admission:
     def __post_init__(self) -> None:
         if not 1.0 <= self.norm_factor < math.inf:
             raise InputError(f"admission.norm_factor is {self.norm_factor}; it must be 1 or more")
-        if self.history != 0 and not 1 <= self.history_least <= self.history:
+        if not 1 <= self.history_least <= self.history:
             raise InputError(
                 f"admission.history_least is {self.history_least}; it must lie between 1 and "
-                f"admission.history, {self.history}, unless that is 0"
+                f"admission.history, {self.history}"
             )
         if not 0.0 < self.trimmed_share < 1.0:
             raise InputError(f"admission.trimmed_share is {self.trimmed_share}; it must lie between 0 and 1")
@@ -88,9 +88,9 @@ def bound(recent: Sequence[tuple[str, float]], choices: Admission) -> float | No
         choices: the host's.
 
     Returns:
-        None while there are fewer than `history_least`, where the median is 0, and where `history` is 0.
+        None while there are fewer than `history_least`, or where the median is 0.
     """
-    if not choices.history or len(recent) < choices.history_least:
+    if len(recent) < choices.history_least:
         return None
     of_device: dict[str, list[float]] = {}
     for device, norm in recent:

@@ -1,6 +1,6 @@
-"""One published version from its updates: streamed module by module, so that memory holds one module's stack.
+"""One published version from its updates: streamed, so that memory holds a few modules' stacks, one a core.
 
-Runs in a worker thread; touches only the blobs it is given.
+Runs in a worker thread and starts others; touches only the blobs it is given.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from coordinator.admission import Admission
 from coordinator.blobs import Blobs
+from coordinator.parallel import cores, in_order
 from coordinator.privacy import Noise, clip_factor, noised, squared_norm_bound
 from coordinator.robust import gram, reweight
 from coordinator.rules import RULES, Change, Merged, Merging, Ranks, Rule, SumRule, served
@@ -116,6 +117,26 @@ class Sources:
         """The updates as they were sent."""
         return [(replace(addend, factor=1.0), file) for addend, file in self.updates]
 
+    def clipped(self, clip_norm: float) -> Sources:
+        """The updates, each with the factor that brings its change down to `clip_norm` over all modules.
+
+        The change is measured as it will be summed: less the components of the stored start, to the last bit.
+
+        Raises:
+            BadUpdates: a norm is not finite.
+        """
+        updates = []
+        for addend, file in self.updates:
+            start, squared = self.starts.get(addend.start.version), 0.0
+            for name, factors in file.modules():
+                stored = start.module(name) if start else LoraFactors.empty(*factors.shape)
+                squared += squared_norm_bound(self.rule.change(factors, stored.leading(factors.rank)))
+            try:
+                updates.append((replace(addend, factor=clip_factor(squared, clip_norm)), file))
+            except AdapterError as error:
+                raise BadUpdates.of({addend.update: str(error)}) from error
+        return replace(self, updates=updates)
+
     def reweighted(self, shapes: Shapes, admission: Admission) -> Sources:
         """The updates with robust weights and factors: a pass of its own over the files, before the merge.
 
@@ -125,7 +146,7 @@ class Sources:
         for name, shape in sorted(shapes.items()):
             merging = replace(self, updates=self._whole()).merging(name, shape, 1.0)
             inner += gram(
-                [self.rule.changed(c.factors, self._begun(name, c, merging.starts)) for c in merging.changes]
+                [self.rule.change(c.factors, self._begun(name, c, merging.starts)) for c in merging.changes]
             )
         factors = np.array([addend.factor for addend, _ in self.updates])
         weights = np.array([addend.weight for addend, _ in self.updates])
@@ -143,12 +164,11 @@ def aggregate(
     current: Start,
     addends: Sequence[Addend],
     blobs: Blobs,
-    guard: Noise | Admission | None = None,
+    how: Admission | Noise | None = None,
 ) -> Outcome:
     """Merge `addends` into the global adapter `current` and store the result as a blob.
 
-    `guard`: with Noise, each update is clipped before, and the sum noised (privacy.py); with Admission, its
-    robust rule says by which weights (robust.py). Not both: privacy needs weights that no update decides.
+    `how` says by which weights, by default by those of the addends; a Noise clips them and noises the sum.
 
     Raises:
         AdapterError: there is nothing to merge.
@@ -157,9 +177,7 @@ def aggregate(
     if not addends:
         raise AdapterError("nothing to merge: the buffer is empty")
     try:
-        return _aggregate(federation, eta, _open(federation, current, addends), blobs, guard)
-    except BadUpdates:
-        raise
+        return _aggregate(federation, eta, _open(federation, current, addends), blobs, how)
     except (OSError, EdgeError) as error:
         found = faults(federation, addends)
         if not found:
@@ -168,28 +186,30 @@ def aggregate(
 
 
 def _aggregate(
-    federation: Federation, eta: float, sources: Sources, blobs: Blobs, guard: Noise | Admission | None
+    federation: Federation, eta: float, sources: Sources, blobs: Blobs, how: Admission | Noise | None
 ) -> Outcome:
     """Weigh the updates, and merge them module by module while the result is written."""
     shapes, rule = federation.base.modules, sources.rule
-    if isinstance(guard, Admission) and guard.robust != "none":
-        sources = sources.reweighted(shapes, guard)
-    weights = [addend.weight for addend, _ in sources.updates]
-    noise = guard if isinstance(guard, Noise) else None
+    noise = how if isinstance(how, Noise) else None
     if noise:
-        sources = replace(sources, updates=_clipped(rule, sources, noise.clip_norm))
+        sources = sources.clipped(noise.clip_norm)
+    elif isinstance(how, Admission) and how.robust != "none":
+        sources = sources.reweighted(shapes, how)
     ranks = {
         name: min(federation.rank_cap, *shape)  # noise has every direction
         if noise
         else rule.stored_rank(sources.ranks(name), shape, federation.rank_cap, eta)
         for name, shape in shapes.items()
     }
-    outcome = Outcome(weights=weights)
+    outcome = Outcome(weights=[addend.weight for addend, _ in sources.updates])
+
+    def merged_module(name: str) -> Merged:
+        return _merged(rule, sources.merging(name, shapes[name], eta), ranks[name], noise)
 
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         """The merged factors in name order; adds up what the outcome reports on the way."""
-        for name in sorted(shapes):
-            merged = _merged(rule, sources.merging(name, shapes[name], eta), ranks[name], noise)
+        names, workers = sorted(shapes), 1 if noise else cores()  # a noised module is dense
+        for name, merged in zip(names, in_order(merged_module, names, workers), strict=True):
             outcome.rank = max(outcome.rank, merged.rank)
             outcome.energy += merged.energy
             outcome.discarded_energy += merged.discarded_energy
@@ -205,25 +225,6 @@ def _merged(rule: Rule, merging: Merging, rank: int, noise: Noise | None) -> Mer
         return rule.merge(merging, rank)
     assert isinstance(rule, SumRule)
     return noised(rule.addends(merging), merging.eta * noise.std, rank, noise.normals)
-
-
-def _clipped(rule: Rule, sources: Sources, clip_norm: float) -> list[tuple[Addend, AdapterFile]]:
-    """The updates, with their weights lowered where a change is longer than `clip_norm` over all modules."""
-    assert isinstance(rule, SumRule)
-    clipped = []
-    for addend, file in sources.updates:
-        start = sources.starts.get(addend.start.version)
-        squared = 0.0
-        for name in file.ranks:
-            factors = file.module(name)
-            begun = start.module(name).leading(factors.rank) if start else LoraFactors.empty(*factors.shape)
-            squared += squared_norm_bound(rule.changed(factors, begun))
-        try:
-            factor = clip_factor(squared, clip_norm)
-        except AdapterError as error:
-            raise BadUpdates.of({addend.update: str(error)}) from error
-        clipped.append((replace(addend, weight=factor * addend.weight), file))
-    return clipped
 
 
 def _open(federation: Federation, current: Start, addends: Sequence[Addend]) -> Sources:

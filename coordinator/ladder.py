@@ -68,7 +68,9 @@ def write_rungs(
             file.write(header_bytes(shapes, ranks, rung.dtype))
             files[rung] = file
         dtypes = {rung.dtype for rung in wanted}
-        for name, factors in _served(federation, version, current, max(rung.rank for rung in wanted)):
+        # At one rank whichever files are wanted: a product of other shapes may differ in its last bits.
+        highest, top = max(rung.rank for rung in wanted), federation.ladder[-1]
+        for name, factors in _served(federation, version, current, top if highest <= top else highest):
             packed = {dtype: packed_module(name, factors, scaling, dtype) for dtype in dtypes}
             for rung, file in files.items():
                 for tensor in packed[rung.dtype].leading(rung.rank).tensors.values():

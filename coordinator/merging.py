@@ -22,11 +22,15 @@ class Merger:
     """Does what the engine's Merge says. For a worker thread."""
 
     def __init__(
-        self, federation: Federation, store: Store, blobs: Blobs, guard: Privacy | Admission
+        self,
+        federation: Federation,
+        store: Store,
+        blobs: Blobs,
+        admission: Admission | None = None,
+        privacy: Privacy | None = None,
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
-        self._privacy = guard if isinstance(guard, Privacy) else None
-        self._admission = guard if isinstance(guard, Admission) else Admission(history=0)
+        self._admission, self._privacy = admission or Admission(), privacy
 
     def merge(self, effect: Merge, eta: float, buffer_size: int) -> Version:
         """Aggregate and publish; after this returns the version is durable.
@@ -36,15 +40,17 @@ class Merger:
             InternalError: the file of a published version is damaged.
         """
         records = {stored.id: stored for stored in self._store.unmerged()}
-        limit = bound(self._store.recent_norms(self._admission.history), self._admission)
+        limit = None
+        if self._privacy is None:  # a bound learnt from other devices' updates would say something of these
+            limit = bound(self._store.recent_norms(self._admission.history), self._admission)
         addends = [
             self._addend(self._clipped(records[b.update], limit), weight) for b, weight, _ in effect.weights
         ]
         base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
         privacy = self._privacy
-        guard = privacy.noise(buffer_size) if privacy else self._admission
-        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, guard)
+        how = privacy.noise(buffer_size) if privacy else self._admission
+        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, how)
         version = Version(
             effect.version,
             outcome.digest,

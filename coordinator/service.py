@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 from coordinator import engine, ledger
-from coordinator.admission import Admission
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine, Policy
 from coordinator.ladder import Rung
@@ -73,11 +72,10 @@ class Coordinator:
         self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        # A bound that follows from what others sent has no place beside differential privacy.
-        admission = Admission(history=0) if settings.privacy else settings.admission
-        self.uploads = Uploads(self.federation, self.store, self.blobs, admission)
+        learnt = None if self.privacy else settings.admission
+        self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs)
-        self.merger = Merger(self.federation, self.store, self.blobs, settings.privacy or admission)
+        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, self.privacy)
 
     # --- life ---
 
@@ -121,9 +119,10 @@ class Coordinator:
         if self.privacy is None:
             return None
         ration = ledger.ration(self.store, self.privacy)
-        for id in ledger.over_ration(self.store, ration):
+        over = ledger.over_ration(self.store, ration)
+        for id in over:
             log.warning("update %s is left out: its device has no privacy budget left", id)
-            self.store.reject_updates({id: "its device had no privacy budget left"})
+        self.store.reject_updates(dict.fromkeys(over, "its device had no privacy budget left"))
         return ration
 
     @staticmethod
@@ -302,7 +301,6 @@ class Coordinator:
         """The federation at a glance."""
         state, now = self.engine.state, self.now()
         versions = self.store.versions(20)
-        newest = versions[0] if versions else None
         devices, enrolled = [], self.store.devices()
         for d in enrolled:
             lease = state.leases.get(d.id)
@@ -327,7 +325,7 @@ class Coordinator:
             buffer_size=self.engine.policy.buffer_size,
             aggregating=bool(state.merging),
             version_ranks={str(v.version): v.rank for v in versions},
-            discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
+            discarded_shares={str(v.version): v.discarded_share for v in versions},
             devices=tuple(devices),
             refused=sum(d.refused for d in enrolled),
             clipped=self.store.clipped(),

@@ -205,16 +205,16 @@ def _check_privacy(settings: Settings, where: str) -> None:
     rule = settings.federation.rule
     if settings.privacy is None:
         return
+    if settings.admission != Admission():
+        raise InputError(
+            f"{where}: [admission] goes by the updates of other devices, which [privacy] must not; leave it "
+            "out: privacy.clip_norm is the bound"
+        )
     accountant.library()
     if rule not in privacy.RULES:
         raise InputError(
             f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not "
             f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"
-        )
-    if settings.admission != Admission():
-        raise InputError(
-            f"{where}: [admission] and [privacy] exclude each other: with privacy nothing that is done to an "
-            "update may follow from what others sent; clip_norm bounds every one. Leave [admission] out"
         )
 
 

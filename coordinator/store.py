@@ -45,17 +45,17 @@ MIGRATIONS = [
     CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
     CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
     """,
-    # What differential privacy a version was published with; 0 without.
-    """
-    ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
-    ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
-    """,
     # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
     """
     ALTER TABLE updates ADD COLUMN norm REAL;
     ALTER TABLE updates ADD COLUMN factor REAL NOT NULL DEFAULT 1.0;
     ALTER TABLE devices ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX updates_norms ON updates(received_at) WHERE norm IS NOT NULL AND rejected IS NULL;
+    """,
+    # What differential privacy a version was published with; 0 without.
+    """
+    ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
+    ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
     """,
 ]
 
@@ -91,6 +91,11 @@ class Version:
     published_at: float
     noise_multiplier: float = 0.0
     clip_norm: float = 0.0
+
+    @property
+    def discarded_share(self) -> float:
+        """What the rank cap dropped, as a share of the energy of the sum."""
+        return self.discarded_energy / self.energy if self.energy else 0.0
 
 
 _VERSION_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Version))
@@ -349,6 +354,11 @@ class Store:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
         rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [Version(*row) for row in rows]
+
+    def merged_updates(self, version: int) -> int:
+        """How many updates a version was made of."""
+        ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE merged_version = ?", version)
+        return int(count)
 
     def version(self, number: int) -> Version | None:
         """A published version."""

@@ -16,9 +16,14 @@ from edge_sdk.core.messages import Assignment, Federation, Update
 
 
 class Uploads:
-    """What devices hand in. Methods that read or write files are for a worker thread."""
+    """What devices hand in. Methods that read or write files are for a worker thread.
 
-    def __init__(self, federation: Federation, store: Store, blobs: Blobs, admission: Admission) -> None:
+    `admission`: None under differential privacy, where no update may tell how another is treated.
+    """
+
+    def __init__(
+        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None
+    ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
         self._admission = admission
 
@@ -84,10 +89,12 @@ class Uploads:
             begun = LoraFactors.empty(*factors.shape)
             if start:
                 begun = served(federation, version, name, start.module(name), factors.rank)
-            yield name, rule.changed(factors, begun)
+            yield name, rule.change(factors, begun)
 
     def norm_bound(self) -> float | None:
         """The longest change that is merged whole at present; None while there is no history."""
+        if self._admission is None:
+            return None
         return bound(self._store.recent_norms(self._admission.history), self._admission)
 
     def _refuses(self) -> bool:
@@ -96,7 +103,8 @@ class Uploads:
         A change can be shortened only where products are summed: between two pairs of factors lie products
         that are longer than both.
         """
-        return self._admission.over_norm == "refuse" or not isinstance(RULES[self._federation.rule], SumRule)
+        refuses = self._admission is not None and self._admission.over_norm == "refuse"
+        return refuses or not isinstance(RULES[self._federation.rule], SumRule)
 
     def keep(self, stored: StoredUpdate) -> bool:
         """Acknowledge a checked update: once this returns it is on disk. False if it was before."""

@@ -98,8 +98,8 @@ class Rule(ABC):
     def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
         """The rank of what `merge` returns, from ranks alone: a file says it before any factors come."""
 
-    def changed(self, factors: LoraFactors, begun: LoraFactors) -> LoraFactors:
-        """What a device changed, `D_k`: what it trained on top, or its state less the one that it began with.
+    def change(self, factors: LoraFactors, begun: LoraFactors) -> LoraFactors:
+        """What a device changed: what it trained on top, or its state less the one that it began with.
 
         Args:
             factors: as it sent them.
@@ -124,7 +124,7 @@ class SumRule(Rule):
     """
 
     def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
-        """The same update with `factor` of its change; `begun` as for `changed`.
+        """The same update with `factor` of its change; `begun` as for `change`.
 
         A rule that sums changes weighs it less. The weights then no longer sum to 1: nobody else counts more.
         """

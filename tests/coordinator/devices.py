@@ -31,8 +31,8 @@ LADDER = [2, 4, 8]
 def configuration(
     folder: Path,
     policy: dict[str, object] | None = None,
-    privacy: dict[str, object] | None = None,
     rule: str = "carry",
+    privacy: dict[str, object] | None = None,
     **admission: object,
 ) -> str:
     """A TOML file for the base of SHAPES, whose record it writes into `folder`."""

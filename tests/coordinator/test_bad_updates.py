@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.admission import Admission
 from coordinator.aggregation import Addend, Start, aggregate
 from coordinator.blobs import Blobs
 from coordinator.engine import Buffered, Merge
@@ -45,9 +44,7 @@ class Host:
         """What the engine asks for, with equal weights."""
         left = [id for id in self.ids if id not in (without or set())]
         weights = tuple((Buffered(id, f"d{id}", 0, 10), 1 / len(left), 0) for id in left)
-        return Merger(self.federation, self.store, self.blobs, Admission()).merge(
-            Merge(version, weights), 1.0, COUNT
-        )
+        return Merger(self.federation, self.store, self.blobs).merge(Merge(version, weights), 1.0)
 
 
 @pytest.fixture

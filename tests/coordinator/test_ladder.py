@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError
 from edge_sdk.core.flexlora import combine, serve
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.messages import Base, Federation
+from edge_sdk.core.messages import Base, Federation, RuleName, Training
 from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from tests.coordinator.devices import FINGERPRINT, SCALING, SHAPES
 from tests.core.draws import factors
@@ -140,6 +141,24 @@ def test_a_module_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
         write_rungs(FEDERATION, 1, spoilt, [Rung(4), Rung(4, "float16")], blobs)
     assert list(files(blobs)) == [Rung(2)]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [file_name(FEDERATION, 1, Rung(2))]
+
+
+@pytest.mark.parametrize("rule", get_args(RuleName))
+@pytest.mark.parametrize("sparse_versions", [0, 2])
+def test_a_file_that_is_made_alone_is_the_one_of_the_ladder(
+    tmp_path: Path, rule: RuleName, sparse_versions: int
+) -> None:
+    """Under every rule, and in the sparse warm-up, where what is served is a product."""
+    training = Training(sparse_versions=sparse_versions)
+    of = dataclasses.replace(FEDERATION, rule=rule, training=training, download_dtype="int8")
+    together, alone = Blobs(tmp_path / "together"), Blobs(tmp_path / "alone")
+    current = stored(together, version(6))
+    wanted = [Rung(rank, "int8") for rank in LADDER]
+    write_rungs(of, 1, current, wanted, together)
+    for rung in wanted:
+        write_rungs(of, 1, current, [rung], alone)
+        name = file_name(of, 1, rung)
+        assert alone.cached(name).read_bytes() == together.cached(name).read_bytes(), rung
 
 
 @pytest.mark.parametrize("dtype", WIRE_DTYPES)

@@ -19,8 +19,7 @@ from coordinator.privacy import (
     noised_sum,
     squared_norm_bound,
 )
-from coordinator.rules import Change, Merging
-from coordinator.rules.rule import SumRule
+from coordinator.rules import Change, Merging, SumRule
 from edge_sdk.core import staleness
 from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.flexlora import combine
@@ -123,17 +122,10 @@ def sums(
     now, weights = 3, []
     for version, _, adapter in parts:
         started = published.get(version)
-        squared = sum(
-            squared_norm_bound(
-                rule.changed(
-                    adapter[name],
-                    started[name].leading(adapter[name].rank)
-                    if started
-                    else LoraFactors.empty(*adapter[name].shape),
-                )
-            )
-            for name in MODULES
-        )
+        squared = 0.0
+        for name, sent in adapter.items():
+            begun = started[name] if started else LoraFactors.empty(*MODULES[name])
+            squared += squared_norm_bound(rule.change(sent, begun.leading(sent.rank)))
         fixed = staleness.FUNCTIONS[how](now - version) / BUFFER_SIZE
         weights.append(clip_factor(squared, LIMIT) * fixed)
     made = {}

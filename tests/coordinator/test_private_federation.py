@@ -58,7 +58,7 @@ def test_a_version_is_the_clipped_sum_with_fixed_weights(tmp_path: Path) -> None
     policy: dict[str, object] = {"buffer_size": 4, "quorum": 3, "timeout_s": 0.2, "staleness": "constant"}
     privacy = {"noise_multiplier": 1e-9, "clip_norm": 3.0}
     with (
-        CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy)) as coordinator,
+        CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy=privacy)) as coordinator,
         member(coordinator, "a") as a,
         member(coordinator, "b") as b,
         member(coordinator, "c") as c,
@@ -93,7 +93,7 @@ def test_the_noise_of_a_version_is_as_large_as_it_says(tmp_path: Path) -> None:
     privacy = {"noise_multiplier": z, "clip_norm": clip_norm}
     with (
         CoordinatorProcess(
-            tmp_path, configuration(tmp_path, {"buffer_size": buffer_size}, privacy)
+            tmp_path, configuration(tmp_path, {"buffer_size": buffer_size}, privacy=privacy)
         ) as coordinator,
         member(coordinator, "a") as a,
         member(coordinator, "b") as b,
@@ -118,7 +118,7 @@ def test_a_budget_ends_outlives_a_restart_and_can_be_raised(
 ) -> None:
     two = accountant.epsilon({1.0: 2}, 1e-5)
     privacy = {"noise_multiplier": 1.0, "clip_norm": 1.0, "max_epsilon": two + 0.01}
-    config = configuration(tmp_path, {"buffer_size": 1}, privacy)
+    config = configuration(tmp_path, {"buffer_size": 1}, privacy=privacy)
     with (
         CoordinatorProcess(tmp_path, config) as coordinator,
         member(coordinator, "a") as a,
@@ -145,7 +145,7 @@ def test_a_budget_ends_outlives_a_restart_and_can_be_raised(
         assert line == f"privacy     ε = {two:.3g} at δ = 1e-05 (worst device, 2 versions)"
 
         privacy["max_epsilon"] = 100.0
-        coordinator.config.write_text(configuration(tmp_path, {"buffer_size": 1}, privacy))
+        coordinator.config.write_text(configuration(tmp_path, {"buffer_size": 1}, privacy=privacy))
         coordinator.start()
         a.work()
 
@@ -155,7 +155,7 @@ def test_an_update_beyond_the_budget_is_refused_or_left_out(tmp_path: Path) -> N
     privacy = {"noise_multiplier": 1.0, "clip_norm": 1.0}
     policy: dict[str, object] = {"buffer_size": 2, "lease_s": 0.05}
     with (
-        CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy)) as coordinator,
+        CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy=privacy)) as coordinator,
         member(coordinator, "a") as a,
         member(coordinator, "b") as b,
     ):
@@ -166,12 +166,12 @@ def test_an_update_beyond_the_budget_is_refused_or_left_out(tmp_path: Path) -> N
         a.hand_in(first)
         coordinator.kill()
         low = {**privacy, "max_epsilon": accountant.epsilon({1.0: 1}, 1e-5) + 0.01}
-        coordinator.config.write_text(configuration(tmp_path, policy, low))
+        coordinator.config.write_text(configuration(tmp_path, policy, privacy=low))
         coordinator.start()
         with pytest.raises(StaleUpdate, match="privacy budget is spent"):
             a.hand_in(second)  # the first is in the buffer, and one is all that is allowed
         coordinator.kill()
-        coordinator.config.write_text(configuration(tmp_path, policy, {**low, "max_epsilon": 0.01}))
+        coordinator.config.write_text(configuration(tmp_path, policy, privacy={**low, "max_epsilon": 0.01}))
         coordinator.start()
         assert b.transport.status().buffered == 0
         assert coordinator.stop() == 0
@@ -182,7 +182,7 @@ def test_two_updates_of_a_device_go_into_two_versions(tmp_path: Path) -> None:
     policy: dict[str, object] = {"buffer_size": 2, "lease_s": 0.05}
     privacy = {"noise_multiplier": 1.0, "clip_norm": 1.0}
     with (
-        CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy)) as coordinator,
+        CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy=privacy)) as coordinator,
         member(coordinator, "a") as a,
         member(coordinator, "b") as b,
     ):
@@ -254,14 +254,16 @@ def test_privacy_is_for_the_life_of_a_folder(tmp_path: Path, capsys: pytest.Capt
         folder = tmp_path / str(privacy is None)
         folder.mkdir()
         with (
-            CoordinatorProcess(folder, configuration(folder, {"buffer_size": 1}, privacy)) as coordinator,
+            CoordinatorProcess(
+                folder, configuration(folder, {"buffer_size": 1}, privacy=privacy)
+            ) as coordinator,
             member(coordinator) as device,
         ):
             device.hand_in(device.work())
             until_version(device, 1)
             assert coordinator.stop() == 0
         other = {"noise_multiplier": 1.0, "clip_norm": 1.0} if privacy is None else None
-        assert said in refused(configuration(folder, {"buffer_size": 1}, other))
+        assert said in refused(configuration(folder, {"buffer_size": 1}, privacy=other))
 
 
 def test_a_folder_without_versions_may_still_choose(tmp_path: Path) -> None:
@@ -283,6 +285,10 @@ def test_settings_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         ("[privacy]\nnoise_multiplier = 1.0", "privacy.clip_norm is missing"),
         ("[privacy]\nnoise_multiplier = 0\nclip_norm = 1.0", "privacy.noise_multiplier is 0.0"),
         ("[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0\nseed = 3", "unknown key 'seed'"),
+        (
+            "[admission]\nrobust = 'trimmed'\n[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0",
+            r"\[admission\] goes by the updates of other devices",
+        ),
         (
             "[federation]\nrule = 'flexlora'\n[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0",
             r"\[privacy\] needs federation.rule 'carry' or 'innovation', not 'flexlora'",
