@@ -75,7 +75,7 @@ class Coordinator:
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs)
-        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, self.privacy)
+        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission)
 
     # --- life ---
 
@@ -274,9 +274,8 @@ class Coordinator:
         """Do a merge off the event loop, publish it, and tell the engine how it went."""
         started, policy = time.monotonic(), self.engine.policy
         try:
-            version = await asyncio.to_thread(
-                self.merger.merge, effect, policy.server_learning_rate, policy.buffer_size
-            )
+            noise = self.privacy.noise(policy.buffer_size) if self.privacy else None
+            version = await asyncio.to_thread(self.merger.merge, effect, policy.server_learning_rate, noise)
         except BadUpdates as error:
             for update, reason in error.reasons.items():
                 log.error("update %s: %s; it is left out", update, reason)
