@@ -117,6 +117,9 @@ def fresh_row(in_features: int, seed: str) -> Matrix:
 
 
 def serve(canonical: LoraFactors, rank: int, how: Split, seed: str) -> LoraFactors:
-    """What a device of rank `rank` starts from: the leading live components, split, then padded."""
-    kept = canonical.leading(min(rank, live_rank(canonical)))
-    return pad(split(kept, how), rank, seed)
+    """What a device of rank `rank` starts from: the leading live components, split, then padded.
+
+    Split before they are cut, so that the first components have the same bits at every rank.
+    """
+    live = split(canonical.leading(live_rank(canonical)), how)
+    return pad(live.leading(rank), rank, seed)
