@@ -60,14 +60,19 @@ def target(seed: int) -> tuple[Matrix, Matrix]:
     return wanted, wanted + NOISE * np.linalg.norm(wanted) * noise
 
 
-def federate(splits: Sequence[Split], rules: Rules, seed: int, versions: int = VERSIONS) -> float:
-    """Relative error after `versions`, where device i does what `splits[i]` says; infinite if it diverged."""
+def federate(
+    splits: Sequence[Split], rules: Rules, seed: int, versions: int = VERSIONS, most_stale: int = MOST_STALE
+) -> float:
+    """Relative error after `versions`, where device i does what `splits[i]` says; infinite if it diverged.
+
+    Updates have a staleness of 0 to `most_stale`; with 0 the federation is synchronous.
+    """
     wanted, copies = target(seed)
     history = [LoraFactors.empty(WIDTH, WIDTH)]
     for version in range(versions):
         drawn = np.random.default_rng([seed, version])
         devices = [int(d) for d in drawn.permutation(DEVICES)[:BUFFER_SIZE]]
-        stale = drawn.integers(0, MOST_STALE + 1, BUFFER_SIZE)
+        stale = drawn.integers(0, most_stale + 1, BUFFER_SIZE)
         begun = dict(zip(devices, np.maximum(0, version - stale).tolist(), strict=True))
         changes: dict[int, LoraFactors] = {}
         for start, split in sorted({(begun[d], splits[d]) for d in devices}, key=str):
@@ -88,23 +93,24 @@ def federate(splits: Sequence[Split], rules: Rules, seed: int, versions: int = V
 def _trained(
     start: LoraFactors, split: Split, rules: Rules, copies: Matrix, at: tuple[int, int, int]
 ) -> list[LoraFactors]:
-    """What devices that share a start and a split send: their changes, or their states under `flexlora`."""
+    """What devices that share a start and a split send: their changes, or states where nothing is carried."""
     held = start.leading(min(split.carry_rank, live_rank(start)))
     begun, targets, subtracted = [], [], []
+    rule = RULES[rules.rule]
     for place, copy in enumerate(copies):
         seed = f"{at}/{place}"
-        if rules.rule == "flexlora":
-            seed = f"{at}"  # one served file for all
-            frozen, first = LoraFactors.empty(WIDTH, WIDTH), start.leading(min(split.rank, live_rank(start)))
-        else:
+        if rule.carries:
             frozen, first = _parted(held, min(split.rank, held.rank), rules, (*at, place))
-        own = serve(first, first.rank, "balanced", seed) if first.rank else first
-        begun.append(_filled(own, start, split.rank, rules, seed))
+            own = serve(first, first.rank, "balanced", seed) if first.rank else first
+            begun.append(_filled(own, start, split.rank, rules, seed))
+        else:  # one served file for all
+            frozen, first = LoraFactors.empty(WIDTH, WIDTH), LoraFactors.empty(WIDTH, WIDTH)
+            begun.append(rule.serve(start, split.rank, "balanced", f"{at}"))
         targets.append(copy - _held(frozen, split.dtype))
         subtracted.append(LoraFactors(-first.b, first.a))
     b, a = _adam(np.stack([f.b for f in begun]), np.stack([f.a for f in begun]), np.stack(targets))
     states = [LoraFactors(*both) for both in zip(b, a, strict=True)]
-    if rules.rule == "flexlora":
+    if not rule.carries:
         return states
     return [
         LoraFactors(np.concatenate([f.b, s.b], axis=1), np.concatenate([f.a, s.a]))

@@ -39,6 +39,11 @@ class Blobs:
             raise ProtocolError(f"{digest[:80]!r} is not a SHA-256 in lower-case hex")
         return self._blobs / digest[:2] / digest
 
+    def is_intact(self, digest: str) -> bool:
+        """Whether the blob is there with the bytes that it was stored with; reads all of it."""
+        path = self.path(digest)
+        return path.exists() and sha256_file(path) == digest
+
     def write(self, chunks: Iterable[bytes]) -> str:
         """Store a blob durably and return its digest."""
         temporary = self._uploads / f".write-{os.getpid()}-{os.urandom(6).hex()}"

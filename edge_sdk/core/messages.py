@@ -236,3 +236,9 @@ class Status:
     version_ranks: dict[str, int]  # version -> live rank of its global adapter, newest 20
     discarded_share: float  # share of the newest version's energy that the rank cap dropped
     devices: tuple[DeviceStatus, ...]
+    refused: int = 0  # adapters that could not be merged, or changed too much
+    clipped: int = 0  # updates of which less than the whole change is merged
+    norm_bound: float | None = None  # the longest change that is merged whole; None while none is learnt
+    # Differential privacy of the device whose updates entered most versions so far; delta is 0 without it.
+    epsilon: float = 0.0
+    delta: float = 0.0
