@@ -8,7 +8,6 @@ the interpreter's lock, which numpy gives back for every product (`python -m ben
 from __future__ import annotations
 
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,9 +21,8 @@ Result = TypeVar("Result")
 
 def cores() -> int:
     """Processors that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    available = getattr(os, "sched_getaffinity", None)  # Linux: what a container or taskset leaves
+    return len(available(0)) if available else os.cpu_count() or 1
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
