@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -30,10 +28,12 @@ from rich.table import Table
 from benchmarks import carry_toy
 from benchmarks.carry_toy import DEVICES, Rules, Split
 from benchmarks.carry_training import RANK_CAP, Choice, Federation
+from benchmarks.kept_results import Results, spread
 from edge_sdk.core.carried import BYTES_PER_VALUE, CarriedDtype
-from edge_sdk.core.memory import TRAINED_BYTES
-from edge_sdk.probe import cpu_name
+from edge_sdk.core.memory import FACTOR_BYTES, MOMENT_BYTES
+from edge_sdk.processor import cpu_name
 
+TRAINED_BYTES = 2 * FACTOR_BYTES + MOMENT_BYTES["adamw"]  # per value: weight, gradient, two moments
 WIDE = 4.0  # of the random rows of A under `carry`; the table of starts says why
 
 # 80 % of the devices have the memory of rank 2, the others of 4, 8 and 16.
@@ -132,33 +132,6 @@ TRAINING_STARTS = [
 ]
 
 
-class Results:
-    """Numbers by key, written after each, so that a run that was stopped goes on where it was."""
-
-    def __init__(self, path: Path | None, machine: dict[str, Any]) -> None:
-        self._path = path
-        self.rows: dict[str, Any] = {}
-        if path and path.exists():
-            self.rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        self._machine = machine
-
-    def get(self, key: str, work: Callable[[], Any]) -> Any:
-        """The number of `key`, worked out if it is not there."""
-        if key not in self.rows:
-            self.rows[key] = work()
-            if self._path:
-                text = json.dumps({"machine": self._machine, "rows": self.rows}, indent=1)
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.write_text(text + "\n", encoding="utf-8")
-        return self.rows[key]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and range: 0.081 (0.079 to 0.084)."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})"
-
-
 def toy(results: Results, seeds: Sequence[int], versions: int, console: Console) -> list[Table]:
     """Both synthetic tables: equal memory, and starts."""
 
@@ -245,7 +218,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console()
-    cpu = cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")) or platform.processor()
+    cpu = cpu_name()
     results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
     seeds = range(1 if options.quick else options.seeds)
     console.print(f"{cpu}, one thread")

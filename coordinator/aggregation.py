@@ -1,29 +1,26 @@
-"""One published version from its updates: streamed module by module, so that memory holds one module's stack.
+"""One published version from its updates: streamed, so that memory holds a few modules' stacks, one a core.
 
-Runs in a worker thread; touches only the blobs it is given.
+Runs in a worker thread and starts others; touches only the blobs it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from coordinator.admission import Admission
 from coordinator.blobs import Blobs
-from coordinator.rules import RULES, Change, Merging, Ranks
-from edge_sdk.core.codec import AdapterFile, encode_chunks, open_adapter, open_own
-from edge_sdk.core.errors import AdapterError, EdgeError
+from coordinator.parallel import cores, in_order
+from coordinator.privacy import Noise, clip_factor, noised, squared_norm_bound
+from coordinator.robust import gram, reweight
+from coordinator.rules import RULES, Change, Merged, Merging, Ranks, Rule, SumRule, served
+from edge_sdk.core.codec import AdapterFile, Shapes, encode_chunks, open_adapter, open_own
+from edge_sdk.core.errors import AdapterError, BadUpdates, EdgeError
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
-
-
-class BadUpdate(Exception):
-    """An acknowledged update cannot be read back; the others still count."""
-
-    def __init__(self, update: str, reason: str) -> None:
-        super().__init__(f"update {update}: {reason}")
-        self.update = update
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Addend:
-    """An update on disk: its id, weight, file, the rank that it was trained at, and what it started from."""
+    """An update on disk: its id, weight, file, the rank that it was trained at, and what it started from.
+
+    `factor`: how much of its change is merged. Below 1 under a rule that merges states, `start` has a file.
+    """
 
     update: str
     weight: float
@@ -44,22 +44,29 @@ class Addend:
     rank: int
     start: Start = Start(0)
     carry_rank: int = 0
+    factor: float = 1.0
 
 
 @dataclass
 class Outcome:
-    """What a merge wrote. Energies sum σ² over modules; `rank` is the largest live rank."""
+    """What a merge wrote. Energies sum σ² over modules; `rank` is the largest live rank.
+
+    `weights`: of the updates, in their order, as they were merged; they sum to 1.
+    """
 
     digest: str = ""
     rank: int = 0
     energy: float = 0.0
     discarded_energy: float = 0.0
+    weights: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class Sources:
     """The files of a merge, open: the newest version, the updates, the versions that the rule asked for."""
 
+    federation: Federation
+    rule: Rule
     current: Start
     own: AdapterFile | None
     updates: Sequence[tuple[Addend, AdapterFile]]
@@ -68,7 +75,7 @@ class Sources:
     def ranks(self, name: str) -> Ranks:
         """The ranks that meet in one module."""
         return Ranks(
-            updates=[file.ranks[name] for _, file in self.updates],
+            updates=[self._rank(addend, file, name) for addend, file in self.updates],
             current=self.own.ranks[name] if self.own else 0,
             version=self.current.version,
             starts={version: file.ranks[name] for version, file in self.starts.items()},
@@ -78,63 +85,176 @@ class Sources:
         """One module, read.
 
         Raises:
-            BadUpdate: a value of an update is not finite.
+            AdapterError: a value of an update is not finite.
         """
-        return Merging(
-            current=self.own.module(name) if self.own else LoraFactors.empty(*shape),
-            changes=[_change(addend, file, name) for addend, file in self.updates],
-            version=self.current.version,
-            starts={version: file.module(name) for version, file in self.starts.items()},
-            eta=eta,
+        starts = {version: file.module(name) for version, file in self.starts.items()}
+        nothing = LoraFactors.empty(*shape)
+        changes = []
+        for addend, file in self.updates:
+            version = addend.start.version
+            change = Change(addend.weight, file.module(name), version, addend.carry_rank)
+            if addend.factor < 1.0 and isinstance(self.rule, SumRule):
+                change = self.rule.shorter(change, addend.factor, self._begun(name, change, starts))
+            changes.append(change)
+        current = self.own.module(name) if self.own else nothing
+        return Merging(current, changes, self.current.version, starts, eta)
+
+    def _rank(self, addend: Addend, file: AdapterFile, name: str) -> int:
+        """Of what `merging` makes of an update."""
+        rank = file.ranks[name]
+        if addend.factor == 1.0 or not isinstance(self.rule, SumRule):
+            return rank
+        return self.rule.shorter_rank(rank, rank if addend.start.version in self.starts else 0)
+
+    def _begun(self, name: str, change: Change, starts: Mapping[int, LoraFactors]) -> LoraFactors:
+        """What an update's device was served and trained; of rank 0 where that is nothing."""
+        start = starts.get(change.version)
+        if start is None or self.rule.carries:
+            return LoraFactors.empty(*change.factors.shape)
+        return served(self.federation, change.version, name, start, change.factors.rank)
+
+    def _whole(self) -> list[tuple[Addend, AdapterFile]]:
+        """The updates as they were sent."""
+        return [(replace(addend, factor=1.0), file) for addend, file in self.updates]
+
+    def clipped(self, clip_norm: float) -> Sources:
+        """The updates, each with the factor that brings its change down to `clip_norm` over all modules.
+
+        The change is measured as it will be summed: less the components of the stored start, to the last bit.
+
+        Raises:
+            BadUpdates: a norm is not finite.
+        """
+        updates = []
+        for addend, file in self.updates:
+            start, squared = self.starts.get(addend.start.version), 0.0
+            for name, factors in file.modules():
+                stored = start.module(name) if start else LoraFactors.empty(*factors.shape)
+                squared += squared_norm_bound(self.rule.change(factors, stored.leading(factors.rank)))
+            try:
+                updates.append((replace(addend, factor=clip_factor(squared, clip_norm)), file))
+            except AdapterError as error:
+                raise BadUpdates.of({addend.update: str(error)}) from error
+        return replace(self, updates=updates)
+
+    def reweighted(self, shapes: Shapes, admission: Admission) -> Sources:
+        """The updates with robust weights and factors: a pass of its own over the files, before the merge.
+
+        Memory holds the changes of one module, and their (K, K) inner products.
+        """
+        inner = np.zeros((len(self.updates), len(self.updates)))
+        for name, shape in sorted(shapes.items()):
+            merging = replace(self, updates=self._whole()).merging(name, shape, 1.0)
+            inner += gram(
+                [self.rule.change(c.factors, self._begun(name, c, merging.starts)) for c in merging.changes]
+            )
+        factors = np.array([addend.factor for addend, _ in self.updates])
+        weights = np.array([addend.weight for addend, _ in self.updates])
+        found = reweight(
+            admission.robust, inner * np.outer(factors, factors), weights, admission.trimmed_share
         )
+        merged = zip(self.updates, found.weights.tolist(), (factors * found.factors).tolist(), strict=True)
+        updates = [(replace(addend, weight=w, factor=f), file) for (addend, file), w, f in merged]
+        return replace(self, updates=updates)
 
 
 def aggregate(
-    federation: Federation, eta: float, current: Start, addends: Sequence[Addend], blobs: Blobs
+    federation: Federation,
+    eta: float,
+    current: Start,
+    addends: Sequence[Addend],
+    blobs: Blobs,
+    how: Admission | Noise | None = None,
 ) -> Outcome:
     """Merge `addends` into the global adapter `current` and store the result as a blob.
 
+    `how` says by which weights, by default by those of the addends; a Noise clips them and noises the sum.
+
     Raises:
-        BadUpdate: an update's file is broken; nothing is stored.
+        AdapterError: there is nothing to merge.
+        BadUpdates: files of updates are broken, all of these; nothing is stored.
     """
-    shapes, rule = federation.base.modules, RULES[federation.rule]
-    scaling = federation.scaling
-    sources = Sources(
-        current,
-        open_own(current.path, scaling) if current.path else None,
-        [(addend, _open(addend, federation)) for addend in addends],
-        {a.start.version: open_own(a.start.path, scaling) for a in addends if a.start.path},
-    )
+    if not addends:
+        raise AdapterError("nothing to merge: the buffer is empty")
+    try:
+        return _aggregate(federation, eta, _open(federation, current, addends), blobs, how)
+    except (OSError, EdgeError) as error:
+        found = faults(federation, addends)
+        if not found:
+            raise
+        raise BadUpdates.of(found) from error
+
+
+def _aggregate(
+    federation: Federation, eta: float, sources: Sources, blobs: Blobs, how: Admission | Noise | None
+) -> Outcome:
+    """Weigh the updates, and merge them module by module while the result is written."""
+    shapes, rule = federation.base.modules, sources.rule
+    noise = how if isinstance(how, Noise) else None
+    if noise:
+        sources = sources.clipped(noise.clip_norm)
+    elif isinstance(how, Admission) and how.robust != "none":
+        sources = sources.reweighted(shapes, how)
     ranks = {
-        name: rule.stored_rank(sources.ranks(name), shape, federation.rank_cap, eta)
+        name: min(federation.rank_cap, *shape)  # noise has every direction
+        if noise
+        else rule.stored_rank(sources.ranks(name), shape, federation.rank_cap, eta)
         for name, shape in shapes.items()
     }
-    outcome = Outcome()
+    outcome = Outcome(weights=[addend.weight for addend, _ in sources.updates])
+
+    def merged_module(name: str) -> Merged:
+        return _merged(rule, sources.merging(name, shapes[name], eta), ranks[name], noise)
 
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         """The merged factors in name order; adds up what the outcome reports on the way."""
-        for name in sorted(shapes):
-            merged = rule.merge(sources.merging(name, shapes[name], eta), ranks[name])
+        names, workers = sorted(shapes), 1 if noise else cores()  # a noised module is dense
+        for name, merged in zip(names, in_order(merged_module, names, workers), strict=True):
             outcome.rank = max(outcome.rank, merged.rank)
             outcome.energy += merged.energy
             outcome.discarded_energy += merged.discarded_energy
             yield name, merged.factors
 
-    outcome.digest = blobs.write(encode_chunks(shapes, ranks, scaling, modules()))
+    outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules()))
     return outcome
 
 
-def _open(addend: Addend, federation: Federation) -> AdapterFile:
-    try:
-        size = addend.path.stat().st_size
-        return open_adapter(addend.path, federation.base.modules, addend.rank, federation.scaling, size)
-    except (OSError, EdgeError) as error:
-        raise BadUpdate(addend.update, str(error)) from error
+def _merged(rule: Rule, merging: Merging, rank: int, noise: Noise | None) -> Merged:
+    """The next factors of one module."""
+    if noise is None:
+        return rule.merge(merging, rank)
+    assert isinstance(rule, SumRule)
+    return noised(rule.addends(merging), merging.eta * noise.std, rank, noise.normals)
 
 
-def _change(addend: Addend, file: AdapterFile, name: str) -> Change:
-    try:
-        factors = file.module(name)
-    except AdapterError as error:
-        raise BadUpdate(addend.update, str(error)) from error
-    return Change(addend.weight, factors, addend.start.version, addend.carry_rank)
+def _open(federation: Federation, current: Start, addends: Sequence[Addend]) -> Sources:
+    """All files that a merge needs."""
+    scaling = federation.scaling
+    return Sources(
+        federation,
+        RULES[federation.rule],
+        current,
+        open_own(current.path, scaling) if current.path else None,
+        [(addend, _file(federation, addend)) for addend in addends],
+        {a.start.version: open_own(a.start.path, scaling) for a in addends if a.start.path},
+    )
+
+
+def _file(federation: Federation, addend: Addend) -> AdapterFile:
+    size = addend.path.stat().st_size
+    return open_adapter(addend.path, federation.base.modules, addend.rank, federation.scaling, size)
+
+
+def faults(federation: Federation, addends: Sequence[Addend]) -> dict[str, str]:
+    """What is wrong with updates' files: update -> reason, with the module. Reads every value of them.
+
+    Asked when a merge has failed, so that all bad ones are found at once: each try reads everything again.
+    """
+    found = {}
+    for addend in addends:
+        try:
+            for _ in _file(federation, addend).modules():
+                pass
+        except (OSError, EdgeError) as error:
+            found[addend.update] = str(error)
+    return found

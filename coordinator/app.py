@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
+from coordinator.ladder import Rung
 from coordinator.service import Coordinator
 from edge_sdk.core import codec, messages
 from edge_sdk.core.errors import EdgeError, InternalError, NotFound, ProtocolError, TooLarge, Unauthorised
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.wire_dtype import WIRE_DTYPES
 
 log = logging.getLogger("coordinator")
 COORDINATOR = web.AppKey("coordinator", Coordinator)
@@ -39,6 +41,7 @@ def build_app(coordinator: Coordinator) -> web.Application:
     app.router.add_patch(messages.UPLOAD, upload)
     app.router.add_post(messages.UPDATE, deliver)
     app.router.add_get(messages.ADAPTER, adapter)
+    app.router.add_get(messages.ADAPTER_IN, adapter)
     app.router.add_get(messages.ADAPTER_CONFIG, adapter_config)
     app.router.add_get(messages.STATUS, status)
     return app
@@ -190,9 +193,13 @@ async def deliver(request: web.Request) -> web.Response:
 
 
 async def adapter(request: web.Request) -> web.StreamResponse:
-    """GET the adapter of a version at a rank: immutable, so any cache may keep it."""
+    """GET the adapter of a version at a rank, in a dtype: immutable, so any cache may keep it."""
     _device(request)
-    path = await request.app[COORDINATOR].adapter(_number(request, "version"), _number(request, "rank"))
+    dtype = request.match_info.get("dtype", "float32")
+    if dtype not in WIRE_DTYPES:
+        raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
+    rung = Rung(_number(request, "rank"), dtype)
+    path = await request.app[COORDINATOR].adapter(_number(request, "version"), rung)
     headers = {
         "Content-Type": "application/octet-stream",
         "Cache-Control": "private, max-age=31536000, immutable",

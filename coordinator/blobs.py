@@ -9,13 +9,15 @@ Nothing above this module knows that it is a disk; an object store goes behind t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from edge_sdk.core.codec import sha256_file
 from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
@@ -37,6 +39,11 @@ class Blobs:
             raise ProtocolError(f"{digest[:80]!r} is not a SHA-256 in lower-case hex")
         return self._blobs / digest[:2] / digest
 
+    def is_intact(self, digest: str) -> bool:
+        """Whether the blob is there with the bytes that it was stored with; reads all of it."""
+        path = self.path(digest)
+        return path.exists() and sha256_file(path) == digest
+
     def write(self, chunks: Iterable[bytes]) -> str:
         """Store a blob durably and return its digest."""
         temporary = self._uploads / f".write-{os.getpid()}-{os.urandom(6).hex()}"
@@ -54,17 +61,17 @@ class Blobs:
         """Where the derived file `name` lies or would lie."""
         return self._cache / name
 
-    def write_cached(self, name: str, chunks: Iterable[bytes]) -> Path:
-        """Write a derived file so that readers see all of it or none."""
+    @contextlib.contextmanager
+    def caching(self, name: str) -> Iterator[BinaryIO]:
+        """Write a derived file so that readers see all of it or none: all, if the block ends well."""
         path = self.cached(name)
         temporary = path.with_name(f".{name}-{os.urandom(6).hex()}")
         try:
             with temporary.open("xb") as file:
-                file.writelines(chunks)
+                yield file
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        return path
 
     # --- uploads ---
 

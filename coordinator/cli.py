@@ -12,7 +12,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from coordinator import __version__
+from coordinator import __version__, ledger
 from coordinator.app import build_app
 from coordinator.blobs import Blobs
 from coordinator.service import Coordinator
@@ -88,6 +88,8 @@ async def _listen(options: argparse.Namespace) -> None:
         port = runner.addresses[0][1]
         federation = coordinator.federation
         print(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}", flush=True)
+        if coordinator.privacy:
+            print(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}", flush=True)
         print(f"listening on http://{options.host}:{port}", flush=True)
         print(f"join token in {options.data / 'join-token'}; on a device:", flush=True)
         print(f"  edge-sdk join http://{options.host}:{port} --token TOKEN --data notes.jsonl", flush=True)
@@ -119,9 +121,14 @@ def _status(options: argparse.Namespace) -> int:
     else:
         print("version     0 (nothing merged yet)")
     print(f"buffered    {len(store.unmerged())} updates")
-    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}")
+    if chosen := ledger.choices(store):
+        print(f"privacy     {ledger.worst(store, chosen.delta)}")
+    else:
+        print(f"clipped     {store.clipped()} updates")
+    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
     for device in store.devices():
-        print(f"{device.name[:23]:<24}{device.rank:>6}{device.updates:>8}{device.mean_staleness:>11.2f}")
+        shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
+        print(f"{device.name[:23]:<24}{device.rank:>6}{shown}")
     return 0
 
 

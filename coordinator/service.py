@@ -14,16 +14,25 @@ import secrets
 import time
 from pathlib import Path
 
-from coordinator import engine
-from coordinator.aggregation import BadUpdate
+from coordinator import engine, ledger
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine, Policy
+from coordinator.ladder import Rung
 from coordinator.merging import Merger
+from coordinator.ration import Ration
 from coordinator.serving import Serving
 from coordinator.settings import Settings
 from coordinator.store import Store, StoredUpdate
 from coordinator.uploads import Uploads
-from edge_sdk.core.errors import InputError, NotFound, ProtocolError, Unauthorised
+from edge_sdk.core.errors import (
+    AdapterError,
+    BadUpdates,
+    InputError,
+    NotFound,
+    ProtocolError,
+    TooLarge,
+    Unauthorised,
+)
 from edge_sdk.core.messages import (
     PROTOCOL_VERSION,
     Ask,
@@ -56,13 +65,17 @@ class Coordinator:
             raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
         self.store = Store(folder / "coordinator.sqlite")
         self.federation = self._fixed_federation(settings, folder)
+        self.privacy = settings.privacy
+        ledger.open_ledger(self.store, settings.privacy, folder)
         self.join_token = _join_token(folder / "join-token")
-        self.engine = Engine(settings.policy, self._restored_state(settings.policy))
+        ration = self._restored_ration()
+        self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self.uploads = Uploads(self.federation, self.store, self.blobs)
+        learnt = None if self.privacy else settings.admission
+        self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs)
-        self.merger = Merger(self.federation, self.store, self.blobs)
+        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, self.privacy)
 
     # --- life ---
 
@@ -74,7 +87,7 @@ class Coordinator:
             self.store.set_meta("federation", json.dumps(to_json(made)))
             return made
         federation = from_json(Federation, json.loads(stored))
-        wanted = to_json(settings.build(federation.id))
+        wanted = to_json(settings.build(federation.id, federation))
         for key, value in to_json(federation).items():
             if wanted[key] != value:
                 raise InputError(
@@ -100,6 +113,17 @@ class Coordinator:
         state.buffer = [_buffered(stored) for stored in self.store.unmerged()]
         state.first_at = now if state.buffer else None
         return state
+
+    def _restored_ration(self) -> Ration | None:
+        """How often each device may still take part; updates beyond a lowered budget are left out."""
+        if self.privacy is None:
+            return None
+        ration = ledger.ration(self.store, self.privacy)
+        over = ledger.over_ration(self.store, ration)
+        for id in over:
+            log.warning("update %s is left out: its device has no privacy budget left", id)
+        self.store.reject_updates(dict.fromkeys(over, "its device had no privacy budget left"))
+        return ration
 
     @staticmethod
     def now() -> float:
@@ -210,24 +234,37 @@ class Coordinator:
     # --- uploads ---
 
     async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
-        """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once."""
+        """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once.
+
+        Raises:
+            AdapterError, TooLarge: it cannot be merged, and its assignment is over. The device gets new work
+                after a pause: the same work again would be refused again.
+        """
         assignment = self.require_assignment(device, id)
         if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)
         self.uploads.check_claims(assignment, update)
         self.engine.require_mergeable(assignment.version)
-        await asyncio.to_thread(self.uploads.check_adapter, assignment, update)
-        stored = StoredUpdate(id, device, assignment.version, update)
+        self.engine.require_ration(device)
+        try:
+            stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
+        except (AdapterError, TooLarge) as error:
+            log.warning("update %s of %s refused: %s", id, device, error)
+            await asyncio.to_thread(self.store.refuse, device, id)
+            self._apply(engine.Refused(device, id))
+            raise
+        if stored.factor < 1.0:
+            log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
         if await asyncio.to_thread(self.uploads.keep, stored):
             self._apply(engine.Stored(_buffered(stored)))
         return UpdateReply(id, self.engine.state.version)
 
     # --- versions ---
 
-    async def adapter(self, version: int, rank: int) -> Path:
+    async def adapter(self, version: int, rung: Rung) -> Path:
         """The file that a device of `rank` starts `version` from."""
-        self.require_version(version, rank)
-        return await self.serving.adapter(version, rank)
+        self.require_version(version, rung.rank)
+        return await self.serving.adapter(version, rung)
 
     def require_version(self, version: int, rank: int) -> None:
         """Raise NotFound for a version or rank that is not served."""
@@ -235,15 +272,16 @@ class Coordinator:
 
     async def _merge(self, effect: engine.Merge) -> None:
         """Do a merge off the event loop, publish it, and tell the engine how it went."""
-        started = time.monotonic()
+        started, policy = time.monotonic(), self.engine.policy
         try:
             version = await asyncio.to_thread(
-                self.merger.merge, effect, self.engine.policy.server_learning_rate
+                self.merger.merge, effect, policy.server_learning_rate, policy.buffer_size
             )
-        except BadUpdate as error:
-            log.error("%s; it is left out", error)
-            self.store.reject_update(error.update, error.reason)
-            self._apply(engine.MergeFailed((error.update,)))
+        except BadUpdates as error:
+            for update, reason in error.reasons.items():
+                log.error("update %s: %s; it is left out", update, reason)
+            self.store.reject_updates(error.reasons)
+            self._apply(engine.MergeFailed(tuple(error.reasons)))
         except Exception:
             log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
             self._apply(engine.MergeFailed(()))
@@ -264,8 +302,8 @@ class Coordinator:
         state, now = self.engine.state, self.now()
         versions = self.store.versions(20)
         newest = versions[0] if versions else None
-        devices = []
-        for d in self.store.devices():
+        devices, enrolled = [], self.store.devices()
+        for d in enrolled:
             lease = state.leases.get(d.id)
             devices.append(
                 DeviceStatus(
@@ -280,6 +318,7 @@ class Coordinator:
                     seen_s_ago=now - self._seen.get(d.id, now),
                 )
             )
+        spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         return Status(
             federation=self.federation.id,
             version=state.version,
@@ -289,6 +328,11 @@ class Coordinator:
             version_ranks={str(v.version): v.rank for v in versions},
             discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
             devices=tuple(devices),
+            refused=sum(d.refused for d in enrolled),
+            clipped=self.store.clipped(),
+            norm_bound=self.uploads.norm_bound(),
+            epsilon=spent.epsilon if spent else 0.0,
+            delta=spent.delta if spent else 0.0,
         )
 
 

@@ -6,10 +6,16 @@ rule = "carry"
 ladder = [2, 4, 8, 16]
 rank_cap = 32
 scaling = 2.0
+download_dtype = "int8"      # float32, float16 or int8; likewise upload_dtype
 [training]                   # what each device does in an assignment; likewise fixed
 steps = 20
 [policy]                     # may change from one start to the next
 buffer_size = 4
+[admission]                  # likewise
+over_norm = "clip"
+[privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
+noise_multiplier = 1.0
+clip_norm = 5.0
 """
 
 from __future__ import annotations
@@ -23,13 +29,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coordinator import accountant, privacy
+from coordinator.admission import Admission
 from coordinator.engine import Policy
+from coordinator.privacy import Privacy
+from coordinator.rules import RULES, SumRule
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
 from edge_sdk.core.records import from_json
+from edge_sdk.core.wire_dtype import WireDtype
 
 Record = TypeVar("Record")
+
+# Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
+NEW_DTYPE: WireDtype = "int8"
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,9 @@ class FederationSettings:
     split: Split = "balanced"
     heartbeat_s: float = 5.0
     mixed_ranks: tuple[tuple[int, int], ...] = ()
+    # None: int8 in a new federation, and in one that began before there was a choice what it began with.
+    download_dtype: WireDtype | None = None
+    upload_dtype: WireDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +70,14 @@ class Settings:
     federation: FederationSettings
     training: Training
     policy: Policy
+    admission: Admission
+    privacy: Privacy | None = None
 
-    def build(self, id: str) -> Federation:
-        """The federation that these settings describe."""
+    def build(self, id: str, stored: Federation | None = None) -> Federation:
+        """The federation that these settings describe; what they leave open is as in `stored`."""
         chosen = {f.name: getattr(self.federation, f.name) for f in dataclasses.fields(self.federation)}
+        for name in ("download_dtype", "upload_dtype"):
+            chosen[name] = chosen[name] or (getattr(stored, name) if stored else NEW_DTYPE)
         lease_s = self.policy.lease_s
         return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 
@@ -69,7 +90,7 @@ def load_settings(path: Path | None) -> Settings:
     """
     where = str(path) if path else "defaults"
     table = _read_toml(path) if path else {}
-    known = {"base", "federation", "training", "policy"}
+    known = {"base", "federation", "training", "policy", "admission", "privacy"}
     _refuse_unknown(table, known, where)
     base_name = table.get("base", "tiny")
     if not isinstance(base_name, str):
@@ -80,10 +101,13 @@ def load_settings(path: Path | None) -> Settings:
             _section(FederationSettings, table, "federation", where),
             _section(Training, table, "training", where),
             _section(Policy, table, "policy", where),
+            _section(Admission, table, "admission", where),
+            _section(Privacy, table, "privacy", where) if "privacy" in table else None,
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     _check(settings, where)
+    _check_privacy(settings, where)
     return settings
 
 
@@ -148,6 +172,7 @@ def _check(settings: Settings, where: str) -> None:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
     _check_mixed_ranks(chosen, where)
     _check_rule(chosen, widest, where)
+    _check_admission(settings, where)
     for name, value in (
         ("federation.scaling", chosen.scaling),
         ("federation.heartbeat_s", chosen.heartbeat_s),
@@ -175,6 +200,24 @@ def _check_training(training: Training, rule: RuleName, where: str) -> None:
             )
 
 
+def _check_privacy(settings: Settings, where: str) -> None:
+    """Differential privacy needs its accountant, and a rule that merges changes."""
+    rule = settings.federation.rule
+    if settings.privacy is None:
+        return
+    if settings.admission != Admission():
+        raise InputError(
+            f"{where}: [admission] goes by the updates of other devices, which [privacy] must not; leave it "
+            "out: privacy.clip_norm is the bound"
+        )
+    accountant.library()
+    if rule not in privacy.RULES:
+        raise InputError(
+            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not "
+            f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"
+        )
+
+
 def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
     """What a rule can do with ranks."""
     if chosen.rule == "fedit" and (len(chosen.ladder) > 1 or chosen.mixed_ranks):
@@ -186,6 +229,16 @@ def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
         raise InputError(
             f"{where}: rule flora never truncates; set federation.rank_cap to {widest}, the most that a "
             "module of this base can hold, or choose carry"
+        )
+
+
+def _check_admission(settings: Settings, where: str) -> None:
+    """Robust rules want a merge that sums products."""
+    robust, rule = settings.admission.robust, settings.federation.rule
+    if robust != "none" and not isinstance(RULES[rule], SumRule):
+        raise InputError(
+            f'{where}: admission.robust is "{robust}", but rule {rule} averages factors, of which distances '
+            'between products say nothing; set it to "none" or choose another rule'
         )
 
 

@@ -7,6 +7,7 @@ module knows that it is SQLite; another database goes behind the same methods.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 import threading
@@ -44,22 +45,43 @@ MIGRATIONS = [
     CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
     CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
     """,
+    # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
+    """
+    ALTER TABLE updates ADD COLUMN norm REAL;
+    ALTER TABLE updates ADD COLUMN factor REAL NOT NULL DEFAULT 1.0;
+    ALTER TABLE devices ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX updates_norms ON updates(received_at) WHERE norm IS NOT NULL AND rejected IS NULL;
+    """,
+    # What differential privacy a version was published with; 0 without.
+    """
+    ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
+    ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
+    """,
 ]
 
 
 @dataclass(frozen=True)
 class StoredUpdate:
-    """An acknowledged update: id (that of its assignment), device, version it started from, and record."""
+    """An acknowledged update: id (that of its assignment), device, version it started from, and record.
+
+    `factor`: by which the device's change is merged, below 1 where it was clipped. `norm`: of that; None for
+    an update from before norms were kept.
+    """
 
     id: str
     device: str
     version: int
     update: Update
+    factor: float = 1.0
+    norm: float | None = None
 
 
 @dataclass(frozen=True)
 class Version:
-    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules."""
+    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
+
+    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it.
+    """
 
     version: int
     digest: str
@@ -67,6 +89,11 @@ class Version:
     energy: float
     discarded_energy: float
     published_at: float
+    noise_multiplier: float = 0.0
+    clip_norm: float = 0.0
+
+
+_VERSION_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Version))
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,7 @@ class Device:
     rank: int
     updates: int
     mean_staleness: float
+    refused: int
 
 
 class Store:
@@ -158,7 +186,7 @@ class Store:
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
         rows = self._rows(
-            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0) "
+            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0), d.refused "
             "FROM devices d LEFT JOIN updates u ON u.device = d.id GROUP BY d.id ORDER BY d.joined_at"
         )
         return [Device(*row) for row in rows]
@@ -192,6 +220,12 @@ class Store:
         rows = self._rows("SELECT device, record FROM assignments WHERE open = 1")
         return [(str(device), from_json(Assignment, json.loads(record))) for device, record in rows]
 
+    def refuse(self, device: str, assignment: str) -> None:
+        """Count a refused adapter, and end its assignment: the device gets other work."""
+        with self._transaction() as db:
+            db.execute("UPDATE devices SET refused = refused + 1 WHERE id = ?", (device,))
+            db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (assignment,))
+
     def close_assignment(self, id: str) -> None:
         """A lease that expired. Its update may still come."""
         with self._transaction() as db:
@@ -217,8 +251,8 @@ class Store:
                     )
                 return False
             db.execute(
-                "INSERT INTO updates(assignment, device, version, record, digest, received_at) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT INTO updates(assignment, device, version, record, digest, received_at, factor, norm) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     stored.id,
                     stored.device,
@@ -226,6 +260,8 @@ class Store:
                     json.dumps(to_json(stored.update)),
                     stored.update.digest,
                     now,
+                    stored.factor,
+                    stored.norm,
                 ),
             )
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (stored.id,))
@@ -239,10 +275,34 @@ class Store:
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
         rows = self._rows(
-            "SELECT assignment, device, version, record FROM updates "
+            "SELECT assignment, device, version, record, factor, norm FROM updates "
             "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY received_at"
         )
-        return [StoredUpdate(i, d, v, from_json(Update, json.loads(record))) for i, d, v, record in rows]
+        return [
+            StoredUpdate(i, d, v, from_json(Update, json.loads(record)), factor, norm)
+            for i, d, v, record, factor, norm in rows
+        ]
+
+    def recent_norms(self, count: int) -> list[tuple[str, float]]:
+        """(device, norm as merged) of the newest `count` updates that were accepted, newest first."""
+        return self._rows(
+            "SELECT device, norm FROM updates WHERE norm IS NOT NULL AND rejected IS NULL "
+            "ORDER BY received_at DESC LIMIT ?",
+            count,
+        )
+
+    def clip(self, shorter: StoredUpdate) -> None:
+        """Merge less of an update's change than was stored with it."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE updates SET factor = ?, norm = ? WHERE assignment = ? AND merged_version IS NULL",
+                (shorter.factor, shorter.norm, shorter.id),
+            )
+
+    def clipped(self) -> int:
+        """How many updates are or were merged by less than the whole."""
+        ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE factor < 1.0")
+        return int(count)
 
     def last_contributions(self) -> dict[str, int]:
         """Device -> newest version that an update of it was trained from; rejected ones aside."""
@@ -250,26 +310,24 @@ class Store:
             self._rows("SELECT device, MAX(version) FROM updates WHERE rejected IS NULL GROUP BY device")
         )
 
-    def reject_update(self, id: str, reason: str) -> None:
-        """Leave an acknowledged update out for good, with the reason (a blob that rotted on disk, say)."""
+    def reject_updates(self, reasons: Mapping[str, str]) -> None:
+        """Leave acknowledged updates out for good: id -> reason (a blob that rotted on disk, say)."""
         with self._transaction() as db:
-            db.execute("UPDATE updates SET rejected = ? WHERE assignment = ?", (reason, id))
+            for id, reason in reasons.items():
+                db.execute("UPDATE updates SET rejected = ? WHERE assignment = ?", (reason, id))
 
     # --- versions ---
 
     def publish(self, version: Version, merged: list[tuple[str, float, int]]) -> None:
-        """Add a version and mark its updates (id, weight, staleness) as merged, in one transaction."""
+        """Add a version and mark its updates (id, weight, staleness) as merged, in one transaction.
+
+        What a version costs in privacy follows from its row and its updates', so that it is known as long as
+        the version is. Under privacy no device may have two updates in it.
+        """
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
-                (
-                    version.version,
-                    version.digest,
-                    version.rank,
-                    version.energy,
-                    version.discarded_energy,
-                    version.published_at,
-                ),
+                f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                dataclasses.astuple(version),
             )
             for id, weight, tau in merged:
                 changed = db.execute(
@@ -281,13 +339,36 @@ class Store:
                     raise sqlite3.IntegrityError(
                         f"update {id} is merged already; version {version.version} dropped"
                     )
+            twice = "SELECT device FROM updates WHERE merged_version = ? GROUP BY device HAVING COUNT(*) > 1"
+            if version.noise_multiplier and (row := db.execute(twice, (version.version,)).fetchone()):
+                raise sqlite3.IntegrityError(
+                    f"device {row[0]} has two updates in private version {version.version}; it is dropped"
+                )
 
     def versions(self, newest: int) -> list[Version]:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
-        rows = self._rows("SELECT * FROM versions ORDER BY version DESC LIMIT ?", newest)
+        rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [Version(*row) for row in rows]
 
     def version(self, number: int) -> Version | None:
         """A published version."""
-        rows = self._rows("SELECT * FROM versions WHERE version = ?", number)
+        rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
         return Version(*rows[0]) if rows else None
+
+    # --- privacy ---
+
+    def entered(self) -> dict[str, dict[float, int]]:
+        """Device -> noise multiplier -> versions published with that which hold an update of the device."""
+        rows = self._rows(
+            "SELECT u.device, v.noise_multiplier, COUNT(*) FROM updates u "
+            "JOIN versions v ON v.version = u.merged_version GROUP BY u.device, v.noise_multiplier"
+        )
+        found: dict[str, dict[float, int]] = {}
+        for device, noise_multiplier, count in rows:
+            found.setdefault(device, {})[noise_multiplier] = count
+        return found
+
+    def versions_with_noise(self, noised: bool) -> int:
+        """How many versions were published with differential privacy, or without."""
+        ((count,),) = self._rows("SELECT COUNT(*) FROM versions WHERE (noise_multiplier > 0) = ?", noised)
+        return int(count)

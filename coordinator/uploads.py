@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
+from coordinator.admission import Admission, admit, bound, measure
 from coordinator.blobs import Blobs
+from coordinator.rules import RULES, SumRule, served
 from coordinator.store import Store, StoredUpdate
 from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError, ProtocolError, TooLarge
+from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Assignment, Federation, Update
-
-# Of the product B̃·A of one module. No training comes near it; a sum of many such still fits in float32, so
-# that nobody can make the global adapter overflow.
-MAX_NORM = 1e6
 
 
 class Uploads:
-    """What devices hand in. Methods that read or write files are for a worker thread."""
+    """What devices hand in. Methods that read or write files are for a worker thread.
 
-    def __init__(self, federation: Federation, store: Store, blobs: Blobs) -> None:
+    `admission`: None under differential privacy, where no update may tell how another is treated.
+    """
+
+    def __init__(
+        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None
+    ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
+        self._admission = admission
 
     def cap(self, assignment: Assignment) -> int:
-        """The most bytes that the adapter of this assignment can have."""
-        return codec.max_adapter_bytes(self._federation.base.modules, assignment.rank)
+        """The most bytes that the adapter of this assignment can have in the federation's dtype.
+
+        It may come in another that takes no more.
+        """
+        federation = self._federation
+        return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
 
     def is_known(self, id: str, update: Update) -> bool:
         """Whether this very update was acknowledged before; what was sent again of it is dropped."""
@@ -42,10 +52,17 @@ class Uploads:
         if update.size_bytes > cap:
             raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
 
-    def check_adapter(self, assignment: Assignment, update: Update) -> None:
-        """Shapes, dtypes and values of the whole upload. A bad one is dropped and never becomes a blob:
+    def check_adapter(self, device: str, assignment: Assignment, update: Update) -> StoredUpdate:
+        """Shapes, dtypes and values of the whole upload, and the norm of what the device changed.
 
-        blobs are shared by content, so that none may be deleted for the sake of one device.
+        A bad adapter is dropped and never becomes a blob: blobs are shared by content, so that none may be
+        deleted for the sake of one device.
+
+        Returns:
+            What to keep: the update, its norm, and how much of it is merged.
+
+        Raises:
+            AdapterError, TooLarge: it cannot be merged; names tensor or module.
         """
         federation = self._federation
         path = self._blobs.whole(assignment.id, update.digest)
@@ -56,12 +73,38 @@ class Uploads:
                 r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()
             ):
                 raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
-            for name, factors in file.modules():
-                if not factors.norm() <= MAX_NORM:
-                    raise AdapterError(f"module {name} has norm {factors.norm():.3g}, above {MAX_NORM:g}")
+            norms = measure(self._changes(file, assignment.version))
+            factor = admit(norms, self.norm_bound(), self._refuses())
         except (AdapterError, TooLarge):
             self._blobs.discard(assignment.id)
             raise
+        return StoredUpdate(assignment.id, device, assignment.version, update, factor, factor * norms.total)
+
+    def _changes(self, file: codec.AdapterFile, version: int) -> Iterator[tuple[str, LoraFactors]]:
+        """What the device changed, module by module."""
+        federation, rule = self._federation, RULES[self._federation.rule]
+        stored = None if rule.carries else self._store.version(version)
+        start = codec.open_own(self._blobs.path(stored.digest), federation.scaling) if stored else None
+        for name, factors in file.modules():
+            begun = LoraFactors.empty(*factors.shape)
+            if start:
+                begun = served(federation, version, name, start.module(name), factors.rank)
+            yield name, rule.change(factors, begun)
+
+    def norm_bound(self) -> float | None:
+        """The longest change that is merged whole at present; None while there is no history."""
+        if self._admission is None:
+            return None
+        return bound(self._store.recent_norms(self._admission.history), self._admission)
+
+    def _refuses(self) -> bool:
+        """Whether an update above the bound is refused.
+
+        A change can be shortened only where products are summed: between two pairs of factors lie products
+        that are longer than both.
+        """
+        refuses = self._admission is not None and self._admission.over_norm == "refuse"
+        return refuses or not isinstance(RULES[self._federation.rule], SumRule)
 
     def keep(self, stored: StoredUpdate) -> bool:
         """Acknowledge a checked update: once this returns it is on disk. False if it was before."""

@@ -149,6 +149,8 @@ def choose_rank(
             federation.lease_s,
             known.link.upload_bytes_s,
             known.link.download_bytes_s,
+            federation.upload_dtype,
+            federation.download_dtype,
         ),
         choice.Device(placement(options, quantise, known), known.times, known.correction, known.eight_bit),
         known.longest,

@@ -120,6 +120,7 @@ class Participation:
             model=enrolment.model_of(federation, options),
             modules=federation.base.modules,
             scaling=federation.scaling,
+            upload_dtype=federation.upload_dtype,
             data=str(self._data) if self._data else None,
             device=options.device,
             quantise=self._fitting.decision.quantise if self._fitting else options.quantise,

@@ -48,7 +48,8 @@ class PublishedAdapters:
         with self._downloading:
             if not path.exists():
                 self._folder.mkdir(parents=True, exist_ok=True)
-                self._membership.transport.download(version, rank, path, stopping)
+                dtype = self._membership.federation.download_dtype
+                self._membership.transport.download(version, rank, path, stopping, dtype)
             if self._wanted.get(purpose) != name:
                 self._wanted[purpose] = name
                 self._forget()

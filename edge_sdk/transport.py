@@ -41,6 +41,7 @@ from edge_sdk.core.messages import (
     UpdateReply,
 )
 from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.wire_dtype import WireDtype
 from edge_sdk.link import Link, load_link, save_link
 
 Record = TypeVar("Record")
@@ -135,7 +136,12 @@ class Transport:
         return self._record(UpdateReply, self._send("POST", route, json=to_json(update)))
 
     def download(
-        self, version: int, rank: int, path: Path, stopping: Callable[[], bool] | None = None
+        self,
+        version: int,
+        rank: int,
+        path: Path,
+        stopping: Callable[[], bool] | None = None,
+        dtype: WireDtype = "float32",
     ) -> None:
         """Fetch the adapter of a version at a rank; a broken download continues where it stopped.
 
@@ -145,7 +151,8 @@ class Transport:
         part = path.with_name(path.name + ".part")
         have = part.stat().st_size if part.exists() else 0
         headers = {"Range": f"bytes={have}-"} if have else {}
-        route = messages.ADAPTER.format(version=version, rank=rank)
+        place = messages.ADAPTER if dtype == "float32" else messages.ADAPTER_IN
+        route = place.format(version=version, rank=rank, dtype=dtype)
         began, received_bytes = time.monotonic(), 0
         try:
             with self._http.stream("GET", route, headers=headers) as response:

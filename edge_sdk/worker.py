@@ -88,7 +88,7 @@ class Worker:
         start = Start(adapter, carried, job.ranks, job.seed, job.carried_dtype)
         rows = self._rows_of(job.plan.sequence_len)
         done = self._trainer.train(start, rows, job.plan, on_step=on_step, checkpoint=Path(job.checkpoint))
-        content = codec.encode(done.adapter, self._setup.scaling)
+        content = codec.encode(done.adapter, self._setup.scaling, self._setup.upload_dtype)
         write_durably(Path(job.outbox), content)
         return Finished(
             rank=max_rank(done.adapter),

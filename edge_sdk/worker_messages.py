@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.errors import EdgeError, ProtocolError, from_problem
 from edge_sdk.core.setting import Ranks
+from edge_sdk.core.wire_dtype import WireDtype
 from edge_sdk.training import Abandoned, Interrupted, Plan
 
 Word = Literal["finish", "abandon", "interrupt"]
@@ -31,6 +32,7 @@ class Setup:
     model: str
     modules: dict[str, tuple[int, int]]
     scaling: float
+    upload_dtype: WireDtype = "float32"  # of the finished adapter
     data: str | None = None  # JSONL; None for a worker that only answers
     device: str = "auto"
     quantise: bool = True

@@ -144,7 +144,8 @@ def test_a_paused_assignment_goes_on_to_the_same_bits(make: Callable[..., Agent]
     it, worker = trainer_of(agent), agent._part.model.worker()
     rows = worker._rows_of(job.plan.sequence_len)  # type: ignore[union-attr]
     unbroken = it.train(Start(None, None, work.rank, work.seed), rows, job.plan, on_step=lambda _: "continue")
-    assert codec.encode(unbroken.adapter, agent.federation.scaling) == delivered[0]
+    of = agent.federation
+    assert codec.encode(unbroken.adapter, of.scaling, of.upload_dtype) == delivered[0]
 
 
 def test_conditions_pause_and_resume(make: Callable[..., Agent]) -> None:

@@ -45,7 +45,7 @@ def setup_of(directory: Path, words: int = 4) -> Setup:
     rows = [{"prompt": f"{n} is", "completion": " ".join(["red"] * words + [str(n)])} for n in range(24)]
     data.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     modules = base_model.describe(str(directory)).modules
-    return Setup(str(directory), modules, SCALING, str(data), device="cpu", quantise=False)
+    return Setup(str(directory), modules, SCALING, "int8", str(data), device="cpu", quantise=False)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +97,7 @@ def test_it_trains_from_files_into_files(worker: WorkerProcess, tmp_path: Path) 
     assert done.loss_after < done.loss_before
     outbox = tmp_path / "outbox"
     assert (done.digest, done.size_bytes) == (codec.sha256_file(outbox), outbox.stat().st_size)
+    assert b".lora_A.int8" in outbox.read_bytes()[:400]  # the dtype that the federation wants
     ranks = codec.open_own(outbox, SCALING).ranks
     assert {rank for name, rank in ranks.items() if "self_attn" in name} == {2}
     assert {rank for name, rank in ranks.items() if "mlp" in name} == {5}

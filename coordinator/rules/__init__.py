@@ -10,7 +10,7 @@ from coordinator.rules.flexlora import FlexLora
 from coordinator.rules.flora import Flora
 from coordinator.rules.hetlora import HetLora
 from coordinator.rules.innovation import Innovation
-from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule
+from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule, SumRule
 from edge_sdk.core.columns import serve_columns
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation, RuleName
@@ -37,4 +37,4 @@ def served(federation: Federation, version: int, module: str, stored: LoraFactor
     return RULES[federation.rule].serve(stored, rank, federation.split, seed)
 
 
-__all__ = ["RULES", "Change", "Merged", "Merging", "Ranks", "Rule", "served"]
+__all__ = ["RULES", "Change", "Merged", "Merging", "Ranks", "Rule", "SumRule", "served"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from coordinator.rules.rule import Addends, Merging, Ranks, SumRule
+from dataclasses import replace
+
+from coordinator.rules.rule import Addends, Change, Merging, Ranks, SumRule
+from edge_sdk.core.lora import LoraFactors, stacked
 
 
 class FlexLora(SumRule):
@@ -22,3 +25,11 @@ class FlexLora(SumRule):
     def stacked_rank(self, ranks: Ranks, eta: float) -> int:
         """All updates; the old global adapter where some of it stays."""
         return sum(ranks.updates) + (ranks.current if eta != 1.0 else 0)
+
+    def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
+        """Begun + factor · (state − begun): a smaller weight would shrink what everybody knows as well."""
+        return replace(change, factors=stacked([(factor, change.factors), (1.0 - factor, begun)]))
+
+    def shorter_rank(self, rank: int, begun: int) -> int:
+        """The state beside what it began as."""
+        return rank + begun

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_sdk.core.flexlora import Split, combine, live_rank, serve
-from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.lora import LoraFactors, stacked
 
 Addends = list[tuple[float, LoraFactors]]
 
@@ -98,6 +98,15 @@ class Rule(ABC):
     def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
         """The rank of what `merge` returns, from ranks alone: a file says it before any factors come."""
 
+    def change(self, factors: LoraFactors, begun: LoraFactors) -> LoraFactors:
+        """What a device changed: what it trained on top, or its state less the one that it began with.
+
+        Args:
+            factors: as it sent them.
+            begun: as they were served to it; of rank 0 for version 0.
+        """
+        return factors if self.carries or not begun.rank else stacked([(1.0, factors), (-1.0, begun)])
+
     def next(self, merging: Merging, rank_cap: int) -> Merged:
         """The next global factors of a module that is in memory."""
         shape = merging.changes[0].factors.shape
@@ -113,6 +122,17 @@ class SumRule(Rule):
 
     What is stored is canonical: `b = U·S` with falling S, `a = Vᵀ`.
     """
+
+    def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
+        """The same update with `factor` of its change; `begun` as for `change`.
+
+        A rule that sums changes weighs it less. The weights then no longer sum to 1: nobody else counts more.
+        """
+        return replace(change, weight=factor * change.weight)
+
+    def shorter_rank(self, rank: int, begun: int) -> int:
+        """The rank of that, from those of the factors and of `begun`."""
+        return rank
 
     @abstractmethod
     def addends(self, merging: Merging) -> Addends:

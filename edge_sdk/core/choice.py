@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from edge_sdk.core.carried import CarriedDtype, splits
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.facts import ModelFacts
-from edge_sdk.core.memory import CPU, UPLOAD_BYTES, Placement, estimate, human_bytes
+from edge_sdk.core.memory import CPU, Placement, estimate, human_bytes
 from edge_sdk.core.messages import Training
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.core.timing import StepTime
+from edge_sdk.core.wire_dtype import BYTES_PER_VALUE, WireDtype
 
 # Text is not cut shorter than this to save memory: an instruction and its answer no longer fit.
 SHORTEST_SEQUENCE = 64
@@ -36,6 +37,8 @@ class Limits:
     deadline_s: float | None = None  # from receiving an assignment to delivering it
     upload_bytes_s: float | None = None
     download_bytes_s: float | None = None
+    upload_dtype: WireDtype = "float32"
+    download_dtype: WireDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -230,10 +233,11 @@ def predict(
     predicted = estimate(facts, setting, device.placement)
     moving = predicted.peak_bytes - predicted.framework
     peak = predicted.framework + round(device.correction * moving)
-    upload = UPLOAD_BYTES * facts.adapter_values(setting.ranks)
+    upload = round(BYTES_PER_VALUE[limits.upload_dtype] * facts.adapter_values(setting.ranks))
     step_s = device.times.step_s(facts, setting, training.batch) if device.times else None
     sent_s = upload / limits.upload_bytes_s if limits.upload_bytes_s else 0.0
-    fetched = UPLOAD_BYTES * facts.adapter_values(setting.carry_rank or setting.ranks)
+    fetched_values = facts.adapter_values(setting.carry_rank or setting.ranks)
+    fetched = BYTES_PER_VALUE[limits.download_dtype] * fetched_values
     sent_s += fetched / limits.download_bytes_s if limits.download_bytes_s else 0.0
     whole_s = None if step_s is None else step_s * training.steps + sent_s
     why_not = ""

@@ -13,6 +13,7 @@ EdgeError
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
 │   ├── InternalError     500  a bug or a broken disk on the answering side
+│   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
 └── OutOfMemory           507  this machine's memory was not enough; a smaller setting may be
@@ -20,6 +21,7 @@ EdgeError
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -116,6 +118,26 @@ class InternalError(OurFault):
     """A bug or a failing disk on the answering side."""
 
     title = "internal error"
+
+
+class BadUpdates(OurFault):
+    """Updates that were acknowledged cannot be merged, because their files are not what they were.
+
+    `details["reasons"]` says of each, by its id, what is wrong. The other updates still count.
+    """
+
+    title = "bad updates"
+
+    @classmethod
+    def of(cls, reasons: Mapping[str, str]) -> BadUpdates:
+        """The error for these updates."""
+        shown = "; ".join(f"update {update}: {reason}" for update, reason in reasons.items())
+        return cls(shown, reasons=dict(reasons))
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Update -> what is wrong with it."""
+        return dict(self.details["reasons"])
 
 
 class WorkerDied(OurFault):

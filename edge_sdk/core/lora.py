@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,12 @@ class LoraFactors:
     def leading(self, rank: int) -> LoraFactors:
         """The first `rank` components, as views."""
         return LoraFactors(self.b[:, :rank], self.a[:rank])
+
+
+def stacked(addends: Sequence[tuple[float, LoraFactors]]) -> LoraFactors:
+    """`Σ w_k b_k a_k` of one module as factors of rank Σ r_k: [w_1 b_1 …] [a_1; …]. Nothing is decomposed."""
+    b = np.concatenate([weight * f.b for weight, f in addends], axis=1)
+    return LoraFactors(b, np.concatenate([f.a for _, f in addends], axis=0))
 
 
 Adapter = Mapping[str, LoraFactors]

@@ -31,7 +31,6 @@ __all__ = [
 NF4_BYTES = 4 / 8 + 1 / 64 + 4 / (64 * 256)
 
 FACTOR_BYTES = 4  # trained factors and their gradients are fp32
-UPLOAD_BYTES = 4  # and travel so
 
 # Two moments of Adam: fp32; or 8 bits with an fp32 absmax per 256 values each.
 MOMENT_BYTES: dict[Optimizer, float] = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256)}

@@ -7,7 +7,8 @@
     HEAD  /v1/assignments/{id}/adapter                                 -> Upload-Offset
     PATCH /v1/assignments/{id}/adapter      bytes at Upload-Offset     -> 204, Upload-Offset
     POST  /v1/assignments/{id}/update       Update                     -> 202 UpdateReply: it counts once
-    GET   /v1/versions/{v}/ranks/{r}/adapter_model.safetensors         -> immutable file; ETag, Range
+    GET   /v1/versions/{v}/ranks/{r}/adapter_model.safetensors         -> immutable float32 file; ETag, Range
+    GET   /v1/versions/{v}/ranks/{r}/{dtype}/adapter.safetensors       -> the same in a dtype of the wire
     GET   /v1/versions/{v}/ranks/{r}/adapter_config.json               -> PEFT config of that file
     GET   /v1/status                        (or with the join token)   -> Status
 
@@ -23,6 +24,7 @@ from typing import Literal
 
 from edge_sdk.core.errors import BaseMismatch, ProtocolError
 from edge_sdk.core.flexlora import Split
+from edge_sdk.core.wire_dtype import WireDtype
 
 PROTOCOL_VERSION = 1
 
@@ -33,6 +35,7 @@ HEARTBEAT = "/v1/assignments/{id}/heartbeat"
 UPLOAD = "/v1/assignments/{id}/adapter"
 UPDATE = "/v1/assignments/{id}/update"
 ADAPTER = "/v1/versions/{version}/ranks/{rank}/adapter_model.safetensors"
+ADAPTER_IN = "/v1/versions/{version}/ranks/{rank}/{dtype}/adapter.safetensors"
 ADAPTER_CONFIG = "/v1/versions/{version}/ranks/{rank}/adapter_config.json"
 STATUS = "/v1/status"
 
@@ -101,6 +104,9 @@ class Federation:
     # Ranks (attention, feed-forward) that a device may train besides the ladder: the paper's Type 3.
     mixed_ranks: tuple[tuple[int, int], ...] = ()
     lease_s: float = field(default=600.0, compare=False)  # time for an assignment; the host may change it
+    # How files travel; a device of before these fields, and a data folder, have float32 both ways.
+    download_dtype: WireDtype = "float32"
+    upload_dtype: WireDtype = "float32"
     protocol: int = PROTOCOL_VERSION
 
     @property
@@ -230,3 +236,9 @@ class Status:
     version_ranks: dict[str, int]  # version -> live rank of its global adapter, newest 20
     discarded_share: float  # share of the newest version's energy that the rank cap dropped
     devices: tuple[DeviceStatus, ...]
+    refused: int = 0  # adapters that could not be merged, or changed too much
+    clipped: int = 0  # updates of which less than the whole change is merged
+    norm_bound: float | None = None  # the longest change that is merged whole; None while none is learnt
+    # Differential privacy of the device whose updates entered most versions so far; delta is 0 without it.
+    epsilon: float = 0.0
+    delta: float = 0.0

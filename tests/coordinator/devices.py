@@ -28,14 +28,23 @@ SCALING = 2.0
 LADDER = [2, 4, 8]
 
 
-def configuration(folder: Path, policy: dict[str, object] | None = None) -> str:
+def configuration(
+    folder: Path,
+    policy: dict[str, object] | None = None,
+    rule: str = "carry",
+    privacy: dict[str, object] | None = None,
+    **admission: object,
+) -> str:
     """A TOML file for the base of SHAPES, whose record it writes into `folder`."""
     base = folder / "base.json"
     base.write_text(json.dumps({"model": "made of numpy", "fingerprint": FINGERPRINT, "modules": SHAPES}))
-    sections = {
-        "federation": {"ladder": LADDER, "rank_cap": 12, "scaling": SCALING},
+    sections: dict[str, dict[str, object]] = {
+        "federation": {"ladder": LADDER, "rank_cap": 12, "scaling": SCALING, "rule": rule},
         "policy": {"buffer_size": 2, "timeout_s": 600.0, "retry_s": 0.1} | (policy or {}),
+        "admission": admission,
     }
+    if privacy is not None:
+        sections["privacy"] = privacy
     return toml(sections, base)
 
 

@@ -37,14 +37,19 @@ def test_a_write_that_breaks_leaves_nothing(blobs: Blobs, tmp_path: Path) -> Non
 
     with pytest.raises(OSError, match="the source broke"):
         blobs.write(chunks())  # type: ignore[arg-type]
-    with pytest.raises(OSError, match="the source broke"):
-        blobs.write_cached("file", chunks())  # type: ignore[arg-type]
+    with pytest.raises(OSError, match="the source broke"), blobs.caching("file") as file:
+        file.writelines(chunks())  # type: ignore[arg-type]
     assert files(tmp_path) == []
 
 
 def test_a_cached_file_is_replaced_whole(blobs: Blobs) -> None:
-    assert blobs.write_cached("file", [b"old"]).read_bytes() == b"old"
-    assert blobs.write_cached("file", [b"n", b"ew"]) == blobs.cached("file")
+    with blobs.caching("file") as file:
+        file.write(b"old")
+        assert not blobs.cached("file").exists()
+    assert blobs.cached("file").read_bytes() == b"old"
+    with blobs.caching("file") as file:
+        file.writelines([b"n", b"ew"])
+        assert blobs.cached("file").read_bytes() == b"old"
     assert blobs.cached("file").read_bytes() == b"new"
 
 

@@ -23,6 +23,7 @@ from coordinator.engine import (
     Merged,
     MergeFailed,
     Policy,
+    Refused,
     State,
     Stored,
     Tell,
@@ -230,6 +231,83 @@ def test_a_device_whose_update_was_rejected_gets_work_again() -> None:
     assert granted(engine.handle(Asked("only", 4, "b"), 2.0)).lease.assignment == "b"
 
 
+def failed_at(engine: Engine, now: float) -> float:
+    """Fail the merge that runs; in how many seconds the next one starts."""
+    engine.handle(MergeFailed(()), now)
+    wait = 0.0
+    while not engine.handle(Tick(), now + wait):
+        wait += 0.5
+    return wait
+
+
+def test_a_merge_that_fails_for_our_own_reasons_is_tried_less_and_less_often() -> None:
+    engine = Engine(Policy(buffer_size=1))
+    engine.handle(stored("a", "1"), 0.0)
+    assert [failed_at(engine, 1000.0 * n) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    engine.handle(MergeFailed(()), 9000.0)
+    assert engine.handle(stored("b", "2"), 9001.0) == []  # another update does not hurry it
+    assert names(merge(engine.handle(Tick(), 9060.0))) == ["a", "b"]
+
+
+def test_a_merge_that_worked_forgets_the_failures() -> None:
+    engine = Engine(Policy(buffer_size=1))
+    for version in (1, 2):
+        engine.handle(stored(f"u{version}", "1"), 0.0)
+        assert failed_at(engine, 100.0 * version) == 1
+        engine.handle(Merged(version, 4), 100.0 * version + 50)
+    assert names(merge(engine.handle(stored("a", "1"), 250.0))) == ["a"]  # and nothing is held back
+
+
+def test_rejected_updates_do_not_delay_the_others() -> None:
+    engine = Engine(Policy(buffer_size=2))
+    for device in "123":
+        engine.handle(stored(f"u{device}", device), 0.0)
+    engine.handle(MergeFailed(()), 1.0)
+    merge(engine.handle(Tick(), 2.0))
+    engine.handle(stored("u4", "4"), 2.0)
+    engine.handle(MergeFailed(("u1", "u2")), 3.0)
+    assert names(merge(engine.handle(Tick(), 3.0))) == ["u3", "u4"]
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_refused_device_gets_other_work_after_a_pause_that_grows() -> None:
+    engine, now = Engine(Policy(retry_s=2.0, lease_s=1e6)), 0.0
+    for number, pause_s in enumerate((2.0, 4.0, 8.0)):
+        lease = granted(engine.handle(Asked("d", 4, f"a{number}"), now)).lease
+        assert lease.assignment == f"a{number}"  # not the same work again
+        assert engine.handle(Refused("d", lease.assignment), now) == [Expired(lease)]
+        (answer,) = engine.handle(Asked("d", 4, "early"), now + pause_s / 2)
+        assert isinstance(answer, Wait)
+        assert answer.retry_after_s == pytest.approx(pause_s / 2)
+        assert "refused" in answer.reason
+        now += pause_s
+    for number in range(50):
+        engine.handle(Refused("d", f"b{number}"), now)
+    (answer,) = engine.handle(Asked("d", 4, "early"), now)
+    assert isinstance(answer, Wait)
+    assert answer.retry_after_s == 3600.0  # never longer than this
+
+
+def test_an_accepted_update_ends_the_pauses() -> None:
+    engine = Engine(Policy(buffer_size=5))
+    lease = granted(engine.handle(Asked("d", 4, "a"), 0.0)).lease
+    engine.handle(Refused("d", "a"), 1.0)
+    engine.handle(stored("a", "d"), 1.5)  # mended and handed in again, for the same assignment
+    assert engine.state.refusals == {}
+    assert engine.state.leases == {}
+    assert lease.assignment == "a"
+
+
+def test_a_refusal_frees_the_place_in_a_round() -> None:
+    engine = rounds()
+    for device in "12":
+        engine.handle(Asked(device, 4, f"a{device}"), 0.0)
+    engine.handle(Refused("2", "a2"), 1.0)
+    assert granted(engine.handle(Asked("3", 4, "a3"), 1.0)).lease.device == "3"
+
+
 # --- synchronous ----------------------------------------------------------------------------------
 
 
@@ -338,6 +416,7 @@ class Federation(RuleBasedStateMachine):
         self.pending: Merge | None = None
         self.counted_in: dict[str, int] = {}
         self.rejected: set[str] = set()
+        self.refused_until: dict[str, float] = {}
 
     def send(self, event: Any) -> list[Effect]:
         effects = self.engine.handle(event, self.now)
@@ -377,7 +456,9 @@ class Federation(RuleBasedStateMachine):
             assert self.work[lease.assignment] == (device, lease.version)
         else:
             assert isinstance(answer, Wait)
-            assert self.waits(device) or self.engine.policy.mode == "synchronous"
+            refused = self.now < self.refused_until.get(device, 0.0)
+            assert self.waits(device) or refused or self.engine.policy.mode == "synchronous"
+            assert answer.retry_after_s > 0
         return answer
 
     @precondition(lambda self: self.work)
@@ -405,6 +486,19 @@ class Federation(RuleBasedStateMachine):
         assert self.version - version <= self.limit
         self.acknowledged[assignment] = (device, version)
         self.send(stored(assignment, device, version, examples))
+
+    @precondition(lambda self: self.work)
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        """Something unusable was handed in for some assignment, old or new."""
+        assignment = data.draw(st.sampled_from(sorted(self.work)))
+        device, _ = self.work[assignment]
+        if assignment in self.acknowledged:
+            return
+        self.send(Refused(device, assignment))
+        self.refused_until[device] = self.now + 3600.0
+        lease = self.engine.state.leases.get(device)
+        assert lease is None or lease.assignment != assignment
 
     @rule(seconds=st.sampled_from([0.5, 6.0, 25.0]))
     def tick(self, seconds: float) -> None:
@@ -444,9 +538,10 @@ class Federation(RuleBasedStateMachine):
         assert len(state.leases) <= len(DEVICES)
 
     def teardown(self) -> None:
-        """Whatever happened: in three timely rounds that succeed, every device gets work."""
+        """Whatever happened: after the longest pause, in three timely rounds that succeed, all get work."""
         if not hasattr(self, "engine"):
             return
+        self.now += 3600.0
         waiting = list(DEVICES)
         for _ in range(3 * len(DEVICES)):
             self.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from coordinator.store import MIGRATIONS, Store, StoredUpdate, Version
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.messages import Assignment, Update
+from edge_sdk.core.records import to_json
 
 UPDATE = Update("ab" * 32, 100, 4, 160, 20, 2.5, 1.25, 30.5)
 
@@ -138,11 +140,69 @@ def test_a_rejected_update_is_in_no_version_and_holds_its_device_up_no_longer(st
     deliver(store, "a", version=0)
     deliver(store, "b", version=3)
     assert store.last_contributions() == {"d": 3}
-    store.reject_update("b", "its blob is gone")
+    store.reject_updates({"b": "its blob is gone"})
     assert [stored.id for stored in store.unmerged()] == ["a"]
     assert store.last_contributions() == {"d": 0}
     with pytest.raises(sqlite3.IntegrityError):
         store.publish(version(1), [("b", 1.0, 0)])
+
+
+def measured(store: Store, id: str, device: str, at: float, norm: float, factor: float = 1.0) -> None:
+    """Deliver an update of this norm."""
+    store.add_assignment(device, assignment(id), 2.0)
+    assert store.add_update(StoredUpdate(id, device, 0, UPDATE, factor, norm), at)
+
+
+def test_recent_norms_are_those_of_accepted_updates_newest_first(path: Path, store: Store) -> None:
+    for id, device, at, norm in (("a", "d", 5.0, 1.0), ("b", "e", 7.0, 2.0), ("c", "d", 6.0, 3.0)):
+        measured(store, id, device, at, norm)
+    deliver(store, "from before norms were kept", at=8.0)
+    measured(store, "x", "e", 9.0, 9.0)
+    store.reject_updates({"x": "rotten"})
+    store.publish(version(1), [("a", 1.0, 0)])  # merged or not
+    store.close()
+    again = Store(path)  # and they survive a restart
+    assert again.recent_norms(50) == [("e", 2.0), ("d", 3.0), ("d", 1.0)]
+    assert again.recent_norms(2) == [("e", 2.0), ("d", 3.0)]
+    again.close()
+
+
+def test_a_clipped_update_keeps_its_factor(path: Path, store: Store) -> None:
+    measured(store, "a", "d", 5.0, 2.0, factor=0.25)
+    measured(store, "b", "e", 6.0, 2.0)
+    assert [(u.id, u.factor, u.norm) for u in store.unmerged()] == [("a", 0.25, 2.0), ("b", 1.0, 2.0)]
+    assert store.clipped() == 1
+    (_, whole) = store.unmerged()
+    store.clip(replace(whole, factor=0.5, norm=1.0))
+    assert [(u.id, u.factor, u.norm) for u in store.unmerged()] == [("a", 0.25, 2.0), ("b", 0.5, 1.0)]
+    assert store.clipped() == 2
+
+
+def test_a_refusal_is_counted_and_ends_the_assignment(store: Store) -> None:
+    for id in ("a", "b"):
+        store.add_assignment("d", assignment(id), 2.0)
+        store.refuse("d", id)
+    assert store.open_assignments() == []
+    assert [(d.id, d.refused) for d in store.devices()] == [("d", 2), ("e", 0)]
+
+
+def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "coordinator.sqlite"
+    database = sqlite3.connect(path)
+    database.executescript(MIGRATIONS[0] + "PRAGMA user_version = 1;")
+    database.execute("INSERT INTO devices VALUES ('d', 'attic', 'hash', '{}', 4, 1.0, 0)")
+    record = json.dumps(to_json(UPDATE))
+    database.execute("INSERT INTO assignments VALUES ('a', 'd', 0, 4, '{}', 2.0, 0)")
+    database.execute(
+        "INSERT INTO updates VALUES ('a', 'd', 0, ?, ?, 5.0, NULL, NULL, NULL, NULL)", (record, UPDATE.digest)
+    )
+    database.commit()
+    database.close()
+    store = Store(path)
+    assert store.unmerged() == [StoredUpdate("a", "d", 0, UPDATE)]
+    assert store.recent_norms(50) == []
+    assert [d.refused for d in store.devices()] == [0]
+    store.close()
 
 
 def test_a_failure_in_a_transaction_leaves_nothing(store: Store) -> None:
@@ -178,3 +238,22 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -
 def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a usable coordinator database"):
         Store(tmp_path)
+
+
+def test_what_a_device_entered_is_counted_from_the_versions(store: Store) -> None:
+    """By noise multiplier; a version without noise counts as 0."""
+    for number, (z, devices) in enumerate(((2.0, "de"), (2.0, "d"), (1.5, "d"), (0.0, "e")), 1):
+        ids = [(deliver(store, f"{device}{number}", device, number - 1).id, 0.5, 0) for device in devices]
+        store.publish(replace(version(number), noise_multiplier=z, clip_norm=1.0), ids)
+    assert store.entered() == {"d": {2.0: 2, 1.5: 1}, "e": {2.0: 1, 0.0: 1}}
+    assert (store.versions_with_noise(True), store.versions_with_noise(False)) == (3, 1)
+    assert store.versions(2)[1].noise_multiplier == 1.5
+
+
+def test_a_private_version_takes_one_update_of_a_device(store: Store) -> None:
+    merged = [(deliver(store, id, "d", 0).id, 0.5, 0) for id in ("a", "b")]
+    with pytest.raises(sqlite3.IntegrityError, match="device d has two updates in private version 1"):
+        store.publish(replace(version(1), noise_multiplier=1.0), merged)
+    assert store.version(1) is None
+    assert len(store.unmerged()) == 2
+    store.publish(version(1), merged)  # without privacy it may

@@ -16,6 +16,7 @@ from safetensors.numpy import save as save_tensors
 from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError, TooLarge
 from edge_sdk.core.lora import LoraFactors, Matrix
+from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from tests.core.draws import factors, seeds
 
 NAME = st.from_regex(r"model(\.[a-z_0-9]{1,8}){1,3}", fullmatch=True)
@@ -68,6 +69,28 @@ def test_safetensors_reads_what_we_write(drawn: tuple[dict[str, LoraFactors], in
         np.testing.assert_array_equal(tensors[f"base_model.model.{name}.lora_B.weight"], f.b / 2)
 
 
+@given(drawn=adapters(), dtype=st.sampled_from(["float16", "int8"]))
+def test_lossy_round_trip(path: Path, drawn: tuple[dict[str, LoraFactors], int], dtype: WireDtype) -> None:
+    """Within half a step of the largest value of a component: 2^-11 of it, or 1/254."""
+    adapter, rank = drawn
+    shapes = {name: f.shape for name, f in adapter.items()}
+    path.write_bytes(codec.encode(adapter, 2.0, dtype))
+    file = codec.open_adapter(path, shapes, rank, 2.0, codec.max_adapter_bytes(shapes, rank, dtype))
+    assert file.ranks == codec.open_own(path, 2.0).ranks == {name: f.rank for name, f in adapter.items()}
+    step = 1 / 253 if dtype == "int8" else 2.0**-11
+    for name, read in file.modules():
+        f = adapter[name]
+        assert read.b.dtype == read.a.dtype == np.float32
+        assert (np.abs(read.b - f.b) <= step * np.abs(f.b).max(axis=0) + 1e-7).all()
+        assert (np.abs(read.a - f.a) <= step * np.abs(f.a).max(axis=1, keepdims=True) + 1e-7).all()
+
+
+def test_a_module_that_cannot_be_packed_is_named() -> None:
+    f = LoraFactors(np.full((3, 1), 1e5, np.float32), np.full((1, 2), 1e5, np.float32))
+    with pytest.raises(AdapterError, match="module layers.3.q exceeds float16"):
+        codec.encode({"layers.3.q": f}, 1.0, "float16")
+
+
 @given(drawn=adapters())
 def test_the_same_values_are_the_same_bytes(drawn: tuple[dict[str, LoraFactors], int]) -> None:
     adapter, _ = drawn
@@ -75,12 +98,13 @@ def test_the_same_values_are_the_same_bytes(drawn: tuple[dict[str, LoraFactors],
         name: LoraFactors(np.asfortranarray(f.b), np.asfortranarray(f.a))
         for name, f in reversed(adapter.items())
     }
-    assert codec.encode(turned, 2.0) == codec.encode(adapter, 2.0)
+    for dtype in WIRE_DTYPES:
+        assert codec.encode(turned, 2.0, dtype) == codec.encode(adapter, 2.0, dtype)
 
 
 def test_float16_is_read(path: Path) -> None:
     a, b = np.full((2, 5), 0.5, np.float16), np.full((4, 2), 0.25, np.float16)
-    tensors = {codec.PREFIX + "x" + codec.SUFFIX_A: a, codec.PREFIX + "x" + codec.SUFFIX_B: b}
+    tensors = {codec.PREFIX + "x" + codec.WEIGHT_A: a, codec.PREFIX + "x" + codec.WEIGHT_B: b}
     path.write_bytes(save_tensors(tensors))
     read = codec.open_adapter(path, {"x": (4, 5)}, 2, 2.0, 10_000).module("x")
     np.testing.assert_array_equal(read.product(), np.full((4, 5), 0.5, np.float32))
@@ -99,7 +123,8 @@ def test_chunks_must_be_what_the_header_announced() -> None:
 def test_the_cap_of_a_rank_holds_its_adapter(drawn: tuple[dict[str, LoraFactors], int]) -> None:
     adapter, rank = drawn
     shapes = {name: f.shape for name, f in adapter.items()}
-    assert len(codec.encode(adapter, 1.0)) <= codec.max_adapter_bytes(shapes, rank)
+    for dtype in WIRE_DTYPES:
+        assert len(codec.encode(adapter, 1.0, dtype)) <= codec.max_adapter_bytes(shapes, rank, dtype)
 
 
 def test_a_file_over_its_cap_is_refused_before_it_is_read(path: Path) -> None:
@@ -126,8 +151,8 @@ def test_folding_by_hand() -> None:
     """s of r = 4: 16/4 = 4; of up, r = 2 and alpha 8: 4; with rsLoRA 16/√4 = 8 and 8/√2."""
     tensors: dict[str, Matrix] = {}
     for name, r in (("q", 4), ("up", 2)):
-        tensors[codec.PREFIX + name + codec.SUFFIX_A] = np.ones((r, 3), np.float32)
-        tensors[codec.PREFIX + name + codec.SUFFIX_B] = np.ones((5, r), np.float32)
+        tensors[codec.PREFIX + name + codec.WEIGHT_A] = np.ones((r, 3), np.float32)
+        tensors[codec.PREFIX + name + codec.WEIGHT_B] = np.ones((5, r), np.float32)
     config = {"r": 4, "lora_alpha": 16, "rank_pattern": {"up": 2}, "alpha_pattern": {"up": 8}}
     folded = codec.from_peft(config, tensors)
     assert folded["q"].product()[0, 0] == 16
@@ -138,7 +163,7 @@ def test_folding_by_hand() -> None:
 
 
 def test_half_a_module_is_not_folded() -> None:
-    half = {codec.PREFIX + "q" + codec.SUFFIX_A: np.ones((4, 3), np.float32)}
+    half = {codec.PREFIX + "q" + codec.WEIGHT_A: np.ones((4, 3), np.float32)}
     with pytest.raises(AdapterError, match=r"tensor base_model\.model\.q\.lora_B\.weight is missing"):
         codec.from_peft({"lora_alpha": 16}, half)
 

@@ -20,8 +20,8 @@ from edge_sdk.core.lora import LoraFactors
 
 SHAPES = {"layers.0.q": (4, 6), "layers.0.up": (6, 2)}
 RANK, SCALING, MAX_BYTES = 3, 2.0, 64 << 10
-Q_A, Q_B = codec.PREFIX + "layers.0.q" + codec.SUFFIX_A, codec.PREFIX + "layers.0.q" + codec.SUFFIX_B
-UP_A, UP_B = codec.PREFIX + "layers.0.up" + codec.SUFFIX_A, codec.PREFIX + "layers.0.up" + codec.SUFFIX_B
+Q_A, Q_B = codec.PREFIX + "layers.0.q" + codec.WEIGHT_A, codec.PREFIX + "layers.0.q" + codec.WEIGHT_B
+UP_A, UP_B = codec.PREFIX + "layers.0.up" + codec.WEIGHT_A, codec.PREFIX + "layers.0.up" + codec.WEIGHT_B
 
 Header = dict[str, Any]
 
@@ -212,7 +212,7 @@ def test_tensor_missing(read: Reader, name: str) -> None:
 
 
 def test_module_too_many(read: Reader) -> None:
-    name = codec.PREFIX + "lm_head" + codec.SUFFIX_A
+    name = codec.PREFIX + "lm_head" + codec.WEIGHT_A
     read.refuses(changed(lambda h: h.update({name: h[Q_A]})), f"{name}' belongs to no target module")
 
 
@@ -226,8 +226,8 @@ def test_module_too_many(read: Reader) -> None:
         "layers.0.q.lora_A.weight",
         Q_A + "\x00",
         "\x00" + Q_A,
-        codec.PREFIX + "layers.0\x00.q" + codec.SUFFIX_A,
-        codec.PREFIX + "../../etc/passwd" + codec.SUFFIX_A,
+        codec.PREFIX + "layers.0\x00.q" + codec.WEIGHT_A,
+        codec.PREFIX + "../../etc/passwd" + codec.WEIGHT_A,
         "",
         "a" * 10_000,
         "line\nbreak",
@@ -270,7 +270,7 @@ def test_shape_of_true_is_not_one(tmp_path: Path) -> None:
     raw = codec.encode({"x": LoraFactors(np.ones((2, 1), np.float32), np.ones((1, 2), np.float32))}, 1.0)
     path = tmp_path / "adapter"
     header, data = parts(raw)
-    header[codec.PREFIX + "x" + codec.SUFFIX_A]["shape"] = [True, 2]
+    header[codec.PREFIX + "x" + codec.WEIGHT_A]["shape"] = [True, 2]
     path.write_bytes(framed(json.dumps(header).encode(), data))
     with pytest.raises(AdapterError, match="x.lora_A.weight has no shape"):
         codec.open_adapter(path, {"x": (2, 2)}, 1, 1.0, MAX_BYTES)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from edge_sdk.core import flexlora
+from edge_sdk.core import flexlora, low_rank
 from edge_sdk.core.errors import AdapterError
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
@@ -92,7 +92,8 @@ def test_thin_and_dense_paths_agree(weighted: Weighted, data: st.DataObject) -> 
     results = []
     for threshold in (0.0, np.inf):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(flexlora, "DENSE_FROM", threshold)
+            patch.setattr(low_rank, "FAST_FROM", 1)
+            patch.setattr(low_rank, "DENSE_FROM", threshold)
             results.append(combine(weighted, rank))
     by_dense, by_stack = results
     scale = max(by_dense.singular_values[0], 1e-9 * size_of(weighted))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.core.errors import AdapterError
-from edge_sdk.core.lora import LoraFactors, max_rank, peft_module_scaling, peft_scaling
-from tests.core.draws import factors, seeds
+from edge_sdk.core.lora import LoraFactors, max_rank, peft_module_scaling, peft_scaling, stacked
+from tests.core.draws import addends, dense, factors, seeds
 
 sizes = st.integers(1, 40)
 
@@ -50,6 +50,14 @@ def test_leading_components_are_views() -> None:
     assert first.rank == 2
     assert np.shares_memory(first.b, f.b)
     assert np.shares_memory(first.a, f.a)
+
+
+@given(addends())
+def test_a_stack_is_the_dense_weighted_sum(weighted: list[tuple[float, LoraFactors]]) -> None:
+    found, expected = stacked(weighted), dense(weighted)
+    assert found.rank == sum(f.rank for _, f in weighted)
+    scale = sum(abs(w) * f.norm() for w, f in weighted)
+    np.testing.assert_allclose(found.product(), expected, atol=1e-5 * max(scale, 1e-9))
 
 
 def test_an_empty_update_is_zero() -> None:

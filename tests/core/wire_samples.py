@@ -15,6 +15,7 @@ from edge_sdk.core import messages
 from edge_sdk.core.codec import encode, peft_config
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.records import to_json
+from edge_sdk.core.wire_dtype import WireDtype
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -77,7 +78,9 @@ RECORDS: tuple[Any, ...] = (
     ),
     messages.UpdateReply("u-1", 8),
     DEVICE,
-    messages.Status("f-1", 8, 1, 4, False, {"7": 12, "8": 16}, 0.125, (DEVICE,)),
+    messages.Status(
+        "f-1", 8, 1, 4, False, {"7": 12, "8": 16}, 0.125, (DEVICE,), 2, 1, 0.75, epsilon=3.5, delta=1e-5
+    ),
 )
 
 
@@ -90,6 +93,9 @@ def files() -> dict[str, bytes]:
     """Name to content of every golden file."""
     made = {f"{type(record).__name__}.json": as_json(to_json(record)) for record in RECORDS}
     made["adapter_model.safetensors"] = encode(adapter(), SCALING)
+    lossy: tuple[WireDtype, ...] = ("float16", "int8")
+    for dtype in lossy:
+        made[f"adapter_{dtype}.safetensors"] = encode(adapter(), SCALING, dtype)
     made["adapter_config.json"] = as_json(peft_config("tiny", SHAPES, RANK, SCALING))
     return made
 

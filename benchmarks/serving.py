@@ -1,0 +1,154 @@
+"""Making a version's files: all ranks of a ladder in one pass, against one by one, and against writing alone.
+
+    python -m benchmarks.serving                         # eight blocks of LLaMA-7B shapes; a minute or two
+    python -m benchmarks.serving --quick                 # one block, seconds
+    python -m benchmarks.serving --json FILE
+
+"plain write" is the same number of bytes put into files of the same sizes from memory, in the same run: what
+no way of making them can beat. Medians; nothing is fsynced, because these files can be made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from coordinator.blobs import Blobs
+from coordinator.ladder import Rung, file_name, write_rungs
+from edge_sdk.core.codec import encode_chunks
+from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.messages import Base, Federation
+from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
+from edge_sdk.processor import cpu_name
+
+LADDER = (2, 4, 8, 16, 24, 32, 48, 64)
+STORED_RANK = 64
+BLOCK = {  # one block of LLaMA-7B
+    **{f"self_attn.{name}_proj": (4096, 4096) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (11008, 4096) for name in ("gate", "up")},
+    "mlp.down_proj": (4096, 11008),
+}
+
+
+def federation(blocks: int) -> Federation:
+    """One whose base has so many blocks."""
+    modules = {f"model.layers.{i}.{name}": shape for i in range(blocks) for name, shape in BLOCK.items()}
+    return Federation(
+        "bench", Base("7B", "0" * 64, modules), "flexlora", LADDER, STORED_RANK, 2.0, "balanced"
+    )
+
+
+def stored(of: Federation, blobs: Blobs) -> Path:
+    """A version in canonical form, of falling singular values."""
+
+    def modules() -> Iterator[tuple[str, LoraFactors]]:
+        draw = np.random.default_rng(0)
+        sigmas = 0.9 ** np.arange(STORED_RANK)
+        for name in sorted(of.base.modules):
+            out_features, in_features = of.base.modules[name]
+            b = draw.standard_normal((out_features, STORED_RANK)).astype(np.float32)
+            a = draw.standard_normal((STORED_RANK, in_features)).astype(np.float32)
+            b *= (sigmas / np.linalg.norm(b, axis=0)).astype(np.float32)
+            yield name, LoraFactors(b, a / np.linalg.norm(a, axis=1, keepdims=True))
+
+    ranks = dict.fromkeys(of.base.modules, STORED_RANK)
+    return blobs.path(blobs.write(encode_chunks(of.base.modules, ranks, of.scaling, modules())))
+
+
+def seconds(work: Callable[[], Any], runs: int) -> float:
+    """Median wall time."""
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def plain_write(folder: Path, sizes: list[int]) -> None:
+    """Files of these sizes, from memory."""
+    piece = np.random.default_rng(0).bytes(1 << 20)
+    for place, size in enumerate(sizes):
+        with (folder / f"plain-{place}").open("wb") as file:
+            for begin in range(0, size, len(piece)):
+                file.write(piece[: size - begin])
+
+
+def measure(of: Federation, blobs: Blobs, current: Path, dtype: WireDtype, runs: int) -> list[dict[str, Any]]:
+    """All ways of making files in one dtype."""
+    wanted = [Rung(rank, dtype) for rank in LADDER]
+    write_rungs(of, 1, current, wanted, blobs)  # what is read lies in memory from here on
+    sizes = [blobs.cached(file_name(of, 1, rung)).stat().st_size for rung in wanted]
+
+    def one_by_one() -> None:
+        for rung in wanted:
+            write_rungs(of, 1, current, [rung], blobs)
+
+    folder = blobs.cached("x").parent
+    ways: dict[str, tuple[Callable[[], Any], list[int]]] = {
+        "plain write": (lambda: plain_write(folder, sizes), sizes),
+        "ladder in one pass": (lambda: write_rungs(of, 1, current, wanted, blobs), sizes),
+        "ladder, rank by rank": (one_by_one, sizes),
+        f"rank {LADDER[-1]} alone": (lambda: write_rungs(of, 1, current, wanted[-1:], blobs), sizes[-1:]),
+        f"rank {LADDER[0]} alone": (lambda: write_rungs(of, 1, current, wanted[:1], blobs), sizes[:1]),
+    }
+    rows = []
+    for way, (work, written) in ways.items():
+        took = seconds(work, runs)
+        row = {"dtype": dtype, "way": way, "files": len(written), "bytes": sum(written), "seconds": took}
+        rows.append(row | {"against_plain_write": took / rows[0]["seconds"] if rows else 1.0})
+    return rows
+
+
+def main() -> int:
+    """Measure, print the table, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one block; noise, not a result")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console()
+    blocks, runs = (1, 3) if options.quick else (8, 5)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        of, blobs = federation(blocks), Blobs(folder)
+        current = stored(of, blobs)
+        rows = [
+            row
+            for dtype in track(WIRE_DTYPES, "measuring", console=console, transient=True)
+            for row in measure(of, blobs, current, dtype, runs)
+        ]
+    finally:
+        shutil.rmtree(folder)
+    machine = {"cpu": cpu_name(), "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+    title = f"{machine['cpu']}; {blocks} blocks of LLaMA-7B, stored rank {STORED_RANK}, ladder {LADDER}"
+    table = Table(title=title, title_justify="left")
+    for column in ("dtype", "way", "files", "MB", "seconds", "against plain write"):
+        table.add_column(column, justify="left" if column in ("dtype", "way") else "right")
+    for row in rows:
+        size, took, ratio = row["bytes"] / 1e6, row["seconds"], row["against_plain_write"]
+        table.add_row(
+            row["dtype"], row["way"], str(row["files"]), f"{size:.1f}", f"{took:.3f}", f"{ratio:.2f}"
+        )
+    console.print(table)
+    if options.json:
+        document = {"machine": machine, "blocks": blocks, "ladder": LADDER, "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
