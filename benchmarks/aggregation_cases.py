@@ -1,9 +1,9 @@
-"""What is aggregated: the modules of LLaMA-7B, mixes of ranks, and updates with the spread of trained ones."""
+"""What is aggregated: the modules of LLaMA-7B, mixes of ranks, updates with the spread of trained ones."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,6 @@ from coordinator.aggregation import Addend
 from edge_sdk.core.codec import encode_chunks
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Base, Federation, Training
-from edge_sdk.core.records import to_json
 
 Shape = tuple[int, int]
 
@@ -69,7 +68,7 @@ class Mix:
         return tuple(min(rank, *shape) for rank in chosen)
 
 
-# The paper's device types: rank 8; 30; 30 in attention and 200 in feed-forward layers; 200 (arXiv:2402.11505).
+# The paper's device types (arXiv:2402.11505): rank 8; 30; 30 in attention and 200 elsewhere; 200.
 MIXES = (
     Mix("4×8, 3×30, 3×64", MIXED),
     Mix("paper's types, 3 each", (8,) * 3 + (30,) * 6 + (200,) * 3, (8,) * 3 + (30,) * 3 + (200,) * 6),
@@ -106,29 +105,9 @@ def write_updates(model: Model, ranks: Sequence[int], folder: Path) -> list[Adde
         rng = np.random.default_rng(number)
         own = {name: min(rank, *shape) for name, shape in shapes.items()}
 
-        def modules(
-            own: dict[str, int] = own, rng: np.random.Generator = rng
-        ) -> Iterator[tuple[str, LoraFactors]]:
-            for name in sorted(own):
-                yield name, update(shapes[name], own[name], rng)
-
+        modules = ((name, update(shapes[name], own[name], rng)) for name in sorted(own))
         with path.open("wb") as file:
-            file.writelines(encode_chunks(shapes, own, SCALING, modules()))
+            file.writelines(encode_chunks(shapes, own, SCALING, modules))
         addends.append(Addend(f"update-{number}", 1 / len(ranks), path, rank))
     (folder / "ranks.json").write_text(json.dumps(list(ranks)))
     return addends
-
-
-__all__ = [
-    "KEPT",
-    "LLAMA_7B",
-    "MIXED",
-    "MIXES",
-    "SMALL",
-    "Mix",
-    "Model",
-    "federation",
-    "to_json",
-    "updates",
-    "write_updates",
-]

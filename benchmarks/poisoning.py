@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import poisoning_toy
-from benchmarks.carry_trade import Results, spread
+from benchmarks.kept_results import Results, spread
 from benchmarks.poisoning_toy import Attack, Case, Defence
 from benchmarks.poisoning_training import HONEST_VERSIONS, Federation
 from edge_sdk.core.messages import RuleName

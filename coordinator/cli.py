@@ -23,6 +23,8 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import from_json
 
+SHOWN_VERSIONS = 5
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 2 on bad input, with one line that says what to do."""
@@ -112,14 +114,9 @@ def _open(folder: Path) -> tuple[Store, Federation]:
 
 def _status(options: argparse.Namespace) -> int:
     store, federation = _open(options.data)
-    versions = store.versions(1)
+    versions = store.versions(SHOWN_VERSIONS)
     print(f"federation  {federation.id}  ({federation.base.model}, rule {federation.rule})")
-    if versions:
-        newest = versions[0]
-        share = newest.discarded_energy / newest.energy if newest.energy else 0.0
-        print(f"version     {newest.version}, rank {newest.rank}, rank cap dropped {share:.2%} of its energy")
-    else:
-        print("version     0 (nothing merged yet)")
+    print(f"version     {versions[0].version if versions else '0 (nothing merged yet)'}")
     print(f"buffered    {len(store.unmerged())} updates")
     if chosen := ledger.choices(store):
         print(f"privacy     {ledger.worst(store, chosen.delta)}")
@@ -129,6 +126,11 @@ def _status(options: argparse.Namespace) -> int:
     for device in store.devices():
         shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
         print(f"{device.name[:23]:<24}{device.rank:>6}{shown}")
+    if versions:
+        print(f"{'version':<24}{'rank':>6}{'updates':>8}{'dropped':>11}  (rank cap {federation.rank_cap})")
+    for version in versions:
+        merged = store.merged_updates(version.version)
+        print(f"{version.version:<24}{version.rank:>6}{merged:>8}{version.discarded_share:>11.2%}")
     return 0
 
 

@@ -11,7 +11,7 @@ from coordinator import aggregation
 from coordinator.admission import Admission, bound
 from coordinator.blobs import Blobs
 from coordinator.engine import Merge
-from coordinator.privacy import Privacy
+from coordinator.privacy import Noise
 from coordinator.rules import RULES, SumRule
 from coordinator.store import Store, StoredUpdate, Version
 from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
@@ -22,17 +22,12 @@ class Merger:
     """Does what the engine's Merge says. For a worker thread."""
 
     def __init__(
-        self,
-        federation: Federation,
-        store: Store,
-        blobs: Blobs,
-        admission: Admission | None = None,
-        privacy: Privacy | None = None,
+        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None = None
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
-        self._admission, self._privacy = admission or Admission(), privacy
+        self._admission = admission or Admission()
 
-    def merge(self, effect: Merge, eta: float, buffer_size: int) -> Version:
+    def merge(self, effect: Merge, eta: float, noise: Noise | None = None) -> Version:
         """Aggregate and publish; after this returns the version is durable.
 
         Raises:
@@ -41,15 +36,14 @@ class Merger:
         """
         records = {stored.id: stored for stored in self._store.unmerged()}
         limit = None
-        if self._privacy is None:  # a bound learnt from other devices' updates would say something of these
+        if noise is None:  # a bound learnt from other devices' updates would say something of these
             limit = bound(self._store.recent_norms(self._admission.history), self._admission)
         addends = [
             self._addend(self._clipped(records[b.update], limit), weight) for b, weight, _ in effect.weights
         ]
         base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
-        privacy = self._privacy
-        how = privacy.noise(buffer_size) if privacy else self._admission
+        how = noise or self._admission
         outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, how)
         version = Version(
             effect.version,
@@ -58,8 +52,8 @@ class Merger:
             outcome.energy,
             outcome.discarded_energy,
             time.time(),
-            privacy.noise_multiplier if privacy else 0.0,
-            privacy.clip_norm if privacy else 0.0,
+            noise.multiplier if noise else 0.0,
+            noise.clip_norm if noise else 0.0,
         )
         merged = zip(effect.weights, outcome.weights, strict=True)
         self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])

@@ -1,8 +1,8 @@
 """Work on several modules at a time without standing in the way of the server.
 
-Each worker computes on one thread of its own: BLAS is held to one, because modules side by side use every core
-and its own threads would only fight with them. Workers run at a lower priority than the event loop, so that a
-heartbeat need not wait for a matrix product.
+Each worker computes on one thread of its own: BLAS is held to one, because modules side by side use every
+core and its own threads would only fight with them. Workers run at a lower priority than the event loop, so
+that a heartbeat need not wait for a matrix product.
 """
 
 from __future__ import annotations

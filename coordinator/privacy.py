@@ -72,13 +72,14 @@ class Privacy:
 
     def noise(self, buffer_size: int, normals: Normals = system_normals) -> Noise:
         """What a merge needs to know of it."""
-        return Noise(self.clip_norm, self.noise_std(buffer_size), normals)
+        return Noise(self.noise_multiplier, self.clip_norm, self.noise_std(buffer_size), normals)
 
 
 @dataclass(frozen=True)
 class Noise:
-    """How one merge is made private: the longest change, σ of the noise in the sum, where it comes from."""
+    """How one merge is made private: z, the longest change, σ of the noise, and where it comes from."""
 
+    multiplier: float
     clip_norm: float
     std: float
     normals: Normals

@@ -75,7 +75,7 @@ class Coordinator:
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs)
-        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, self.privacy)
+        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission)
 
     # --- life ---
 
@@ -274,9 +274,8 @@ class Coordinator:
         """Do a merge off the event loop, publish it, and tell the engine how it went."""
         started, policy = time.monotonic(), self.engine.policy
         try:
-            version = await asyncio.to_thread(
-                self.merger.merge, effect, policy.server_learning_rate, policy.buffer_size
-            )
+            noise = self.privacy.noise(policy.buffer_size) if self.privacy else None
+            version = await asyncio.to_thread(self.merger.merge, effect, policy.server_learning_rate, noise)
         except BadUpdates as error:
             for update, reason in error.reasons.items():
                 log.error("update %s: %s; it is left out", update, reason)
@@ -301,7 +300,6 @@ class Coordinator:
         """The federation at a glance."""
         state, now = self.engine.state, self.now()
         versions = self.store.versions(20)
-        newest = versions[0] if versions else None
         devices, enrolled = [], self.store.devices()
         for d in enrolled:
             lease = state.leases.get(d.id)
@@ -326,7 +324,7 @@ class Coordinator:
             buffer_size=self.engine.policy.buffer_size,
             aggregating=bool(state.merging),
             version_ranks={str(v.version): v.rank for v in versions},
-            discarded_share=newest.discarded_energy / newest.energy if newest and newest.energy else 0.0,
+            discarded_shares={str(v.version): v.discarded_share for v in versions},
             devices=tuple(devices),
             refused=sum(d.refused for d in enrolled),
             clipped=self.store.clipped(),

@@ -92,6 +92,11 @@ class Version:
     noise_multiplier: float = 0.0
     clip_norm: float = 0.0
 
+    @property
+    def discarded_share(self) -> float:
+        """What the rank cap dropped, as a share of the energy of the sum."""
+        return self.discarded_energy / self.energy if self.energy else 0.0
+
 
 _VERSION_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Version))
 
@@ -349,6 +354,11 @@ class Store:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
         rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [Version(*row) for row in rows]
+
+    def merged_updates(self, version: int) -> int:
+        """How many updates a version was made of."""
+        ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE merged_version = ?", version)
+        return int(count)
 
     def version(self, number: int) -> Version | None:
         """A published version."""

@@ -234,7 +234,7 @@ class Status:
     buffer_size: int
     aggregating: bool
     version_ranks: dict[str, int]  # version -> live rank of its global adapter, newest 20
-    discarded_share: float  # share of the newest version's energy that the rank cap dropped
+    discarded_shares: dict[str, float]  # version -> share of its energy that the rank cap dropped, likewise
     devices: tuple[DeviceStatus, ...]
     refused: int = 0  # adapters that could not be merged, or changed too much
     clipped: int = 0  # updates of which less than the whole change is merged

@@ -167,8 +167,12 @@ def test_status_and_export_of_a_federation(tmp_path: Path, capsys: pytest.Captur
 
     assert main(["status", "--data", data]) == 0
     said = capsys.readouterr().out
-    assert "version     1, rank 4" in said
+    assert "version     1\n" in said
     assert "attic" in said
+    number, rank, updates, dropped = said.splitlines()[-1].split()
+    assert (number, rank, updates) == ("1", "4", "1")
+    assert dropped == "0.00%"
+    assert "(rank cap 12)" in said
     for wrong in (["--version", "2"], ["--rank", "13"], ["--version", "0"], ["--rank", "-1"]):
         assert main(["export", "--data", data, "--out", out, *wrong]) == 2
         assert wrong[0] in capsys.readouterr().err

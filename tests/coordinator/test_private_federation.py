@@ -229,7 +229,7 @@ def test_innovation_clips_what_changed_and_not_the_state(tmp_path: Path) -> None
         for name, change in changes.items():
             expected[name] += min(1.0, 0.5 / norm) * change / 4
         addends.append(aggregation.Addend(f"u{seed}", 1 / 4, kept(states), 4, start))
-    noise = Noise(0.5, 0.0, np.zeros)
+    noise = Noise(0.0, 0.5, 0.0, np.zeros)
     found = aggregation.aggregate(federation, 1.0, start, addends, blobs, noise)
     after = dict(codec.open_own(blobs.path(found.digest), SCALING).modules())
     for name, total in expected.items():

@@ -79,7 +79,19 @@ RECORDS: tuple[Any, ...] = (
     messages.UpdateReply("u-1", 8),
     DEVICE,
     messages.Status(
-        "f-1", 8, 1, 4, False, {"7": 12, "8": 16}, 0.125, (DEVICE,), 2, 1, 0.75, epsilon=3.5, delta=1e-5
+        "f-1",
+        8,
+        1,
+        4,
+        False,
+        {"7": 12, "8": 16},
+        {"7": 0.0, "8": 0.125},
+        (DEVICE,),
+        2,
+        1,
+        0.75,
+        epsilon=3.5,
+        delta=1e-5,
     ),
 )
 
