@@ -40,7 +40,7 @@ from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Training
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
-from edge_sdk.probe import cpu_name
+from edge_sdk.processor import cpu_name
 from edge_sdk.trainer import Plan, Start, Trainer
 from examples import smart_home
 
