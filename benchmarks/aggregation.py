@@ -37,6 +37,8 @@ Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RIVALS = ("peft", "chorus-fl")
 
+SCALED = ", scaled by count"
+
 
 def child(*arguments: object, python: str = sys.executable, threads: str = "1") -> Row:
     """What a child process measured."""
@@ -114,7 +116,7 @@ def version_rows(model: Model, mix: Mix, rows: list[Row]) -> list[Row]:
         made.append(
             common
             | {
-                "method": method if method == "stacked" else f"{method}, scaled by count",
+                "method": method if method == "stacked" else f"{method}{SCALED}",
                 "seconds": seconds,
                 "gflops": None,
                 "peak_rss_bytes": measured["peak_rss_bytes"] if method == "stacked" else None,
@@ -164,9 +166,13 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(cases)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    colours: dict[str, str] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
+        plain = method.removesuffix(SCALED)
+        colour = colours.setdefault(plain, f"C{len(colours)}")
         points = [(row["seconds"], cases.index(row["case"])) for row in rows if row["method"] == method]
-        axes.scatter(*zip(*points, strict=True), label=method, s=36)
+        inside = colour if plain == method else "none"  # hollow: not measured as a whole
+        axes.scatter(*zip(*points, strict=True), label=method, s=36, edgecolors=colour, facecolors=inside)
     axes.set_xscale("log")
     axes.set_yticks(range(len(cases)), cases)
     axes.invert_yaxis()
