@@ -32,7 +32,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Participant(Loss):
-    """A client that trained. `uploaded_bytes`: the factors of all its merged updates, 4 bytes a value."""
+    """A client that trained. `uploaded_bytes`: the factors of all its merged updates, as they travel."""
 
     name: str
     memory_bytes: int

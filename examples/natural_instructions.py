@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import track
 
 from coordinator.engine import Policy
+from coordinator.settings import NEW_DTYPE
 from edge_sdk import base_model
 from edge_sdk.core import codec, memory
 from edge_sdk.core.errors import EdgeError, InputError
@@ -38,6 +39,7 @@ from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import CARRYING, Base, RuleName, Status, Training
 from edge_sdk.core.setting import Ranks, Setting
+from edge_sdk.core.wire_dtype import BYTES_PER_VALUE
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
 from edge_sdk.model_files import read_config, resolve
@@ -277,7 +279,7 @@ def _participants(
                 r=device.rank,
                 updates=device.updates,
                 mean_staleness=device.mean_staleness,
-                uploaded_bytes=device.updates * values * memory.UPLOAD_BYTES,
+                uploaded_bytes=round(device.updates * values * BYTES_PER_VALUE[NEW_DTYPE]),
             )
         )
     return tuple(rows)
