@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.rules_report import BASELINE, EQUAL_MEMORY, difference, loss
+from benchmarks.rules_report import BASELINE, EQUAL_MEMORY, Pairing, difference, loss
 from benchmarks.rules_toy import MIXES, MOST_STALE, WAYS
 
 Row = dict[str, Any]
@@ -100,7 +100,7 @@ def _dots(axis: Any, rows: Sequence[Row], ways: Sequence[str]) -> None:
     """One dot a seed, a bar at the mean: clients that train, and tasks that nobody trains."""
     for place, way in enumerate(ways):
         for shift, group, marker in ((-0.15, "seen", "o"), (0.15, "unseen", "^")):
-            found = difference(rows, way, [rows[0]["mix"]], group)
+            found = difference(rows, Pairing(way, (rows[0]["mix"],)), group)
             if found is None:
                 continue
             x = [place + shift] * len(found.values)

@@ -17,6 +17,7 @@ from benchmarks.rules_toy import WAYS as TOY_WAYS
 Row = dict[str, Any]
 
 BASELINE = "flexlora"
+GROUPS = ("seen", "unseen")
 MEGA = 1e6
 
 # A carried component takes a sixteenth of a trained one: all 32 take what two more trained ones would.
@@ -51,6 +52,25 @@ class Difference:
         return f"{self.mean:+.3f} ± {self.half_width:.3f}"
 
 
+@dataclass(frozen=True)
+class Pairing:
+    """What is compared: a way with the baseline of the same mix, or of the mix `against`.
+
+    With several mixes the difference of a seed is their mean.
+    """
+
+    way: str
+    mixes: tuple[str, ...]
+    against: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Whose ranks these are."""
+        if len(self.mixes) > 1:
+            return "mean of " + ", ".join(self.mixes)
+        return self.mixes[0] + (f", against {self.against}" if self.against else "")
+
+
 def loss(row: Row, group: str, version: str) -> float:
     """Loss of `group` after `version`; `unseen` is the mean over all groups that nobody trained."""
     found = row["losses"][version]
@@ -60,25 +80,26 @@ def loss(row: Row, group: str, version: str) -> float:
 
 
 def difference(
-    rows: Iterable[Row], way: str, mixes: Sequence[str], group: str, against: str | None = None
+    rows: Iterable[Row], pairing: Pairing, group: str, version: str | None = None
 ) -> Difference | None:
-    """`way` less the baseline after the last version, by seed; the mean over `mixes` where they are several.
+    """The way less the baseline after `version` (None: the last), by seed.
 
-    The baseline has the same mix, or that of `against`. Only seeds that have both in all of `mixes` count;
-    None if there is none.
+    Only seeds that have both in all mixes count; None if there is none.
     """
     by_key = {(row["mix"], row["way"], row["seed"]): row for row in rows}
     values = []
     for seed in sorted({seed for _, _, seed in by_key}):
         pairs = [
-            (by_key.get((mix, way, seed)), by_key.get((against or mix, BASELINE, seed))) for mix in mixes
+            (by_key.get((mix, pairing.way, seed)), by_key.get((pairing.against or mix, BASELINE, seed)))
+            for mix in pairing.mixes
         ]
         found = [
-            loss(ours, group, str(ours["versions"])) - loss(theirs, group, str(theirs["versions"]))
+            loss(ours, group, version or str(ours["versions"]))
+            - loss(theirs, group, version or str(theirs["versions"]))
             for ours, theirs in pairs
             if ours and theirs
         ]
-        if len(found) == len(mixes):
+        if len(found) == len(pairs):
             values.append(fmean(found))
     return Difference(tuple(values)) if values else None
 
@@ -136,24 +157,40 @@ def losses_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def differences_table(rows: Sequence[Row]) -> Table:
-    """Every way against the baseline with the same ranks, clients, order and seeds."""
+def pairings(rows: Sequence[Row]) -> list[Pairing]:
+    """All that can be compared: mix by mix, against equal memory, then over all mixes of a way."""
     mixes = [m for m in _in_order(row["mix"] for row in rows) if any(_others(rows, m))]
-    table = _table(
-        f"Less {BASELINE} of the same seed, after the last version: mean ± half of the 95 % interval",
-        ["ranks", "rule"],
-        ["seen", "each seed", "unseen", "each seed "],
-    )
+    found = []
     for mix in mixes:
         for way in _others(rows, mix):
-            _add_difference(table, mix, way, rows, [mix])
+            found.append(Pairing(way, (mix,)))
             equal = EQUAL_MEMORY.get((mix, way))
-            if equal and difference(rows, way, [mix], "seen", equal):
-                _add_difference(table, f"{mix}, against {equal}", way, rows, [mix], equal)
+            if equal and any((row["mix"], row["way"]) == (equal, BASELINE) for row in rows):
+                found.append(Pairing(way, (mix,), equal))
     for way in _in_order(row["way"] for row in rows):
-        where = [m for m in mixes if way in _others(rows, m)]
-        if way != BASELINE and len(where) > 1:
-            _add_difference(table, "mean of " + ", ".join(where), way, rows, where)
+        where = tuple(mix for mix in mixes if way in _others(rows, mix))
+        if len(where) > 1:
+            found.append(Pairing(way, where))
+    return found
+
+
+def differences_table(rows: Sequence[Row]) -> Table:
+    """Every way against the baseline with the same clients, order and seeds."""
+    marks = list(rows[0]["losses"]) if rows else []
+    columns = [f"{group}, {what}" for group in GROUPS for what in (*(f"v{m}" for m in marks), "each seed")]
+    table = _table(
+        f"Less {BASELINE} of the same seed: mean ± half of the 95 % interval; each seed, at the end",
+        ["ranks", "rule"],
+        columns,
+    )
+    for pairing in pairings(rows):
+        cells = []
+        for group in GROUPS:
+            found = [difference(rows, pairing, group, mark) for mark in marks]
+            each = found[-1].values if found[-1] else ()
+            cells += [str(one or "–") for one in found]
+            cells.append(", ".join(f"{value:+.3f}" for value in each))
+        table.add_row(pairing.label, pairing.way, *cells)
     return table
 
 
@@ -161,14 +198,3 @@ def _others(rows: Sequence[Row], mix: str) -> list[str]:
     """The ways of a mix but for the baseline, if that was run with it."""
     ways = _in_order(row["way"] for row in rows if row["mix"] == mix)
     return [way for way in ways if way != BASELINE] if BASELINE in ways else []
-
-
-def _add_difference(
-    table: Table, label: str, way: str, rows: Sequence[Row], mixes: Sequence[str], against: str | None = None
-) -> None:
-    cells = []
-    for group in ("seen", "unseen"):
-        found = difference(rows, way, mixes, group, against)
-        each = ", ".join(f"{value:+.3f}" for value in found.values) if found else ""
-        cells += [str(found or "–"), each]
-    table.add_row(label, way, *cells)

@@ -14,7 +14,15 @@ import pytest
 from benchmarks import rules, rules_grid, rules_toy, rules_training
 from benchmarks.rules_clients import Clients, SmartHome, Task
 from benchmarks.rules_grid import MIXES, Case, Log, dealt
-from benchmarks.rules_report import BASELINE, difference, differences_table, loss, toy_table
+from benchmarks.rules_report import (
+    BASELINE,
+    Pairing,
+    difference,
+    differences_table,
+    loss,
+    pairings,
+    toy_table,
+)
 from benchmarks.rules_training import BUFFER_SIZE, Way, turns
 from edge_sdk.core.errors import InputError
 from examples import smart_home
@@ -96,16 +104,24 @@ def row(way: str, seed: int, seen: float, mix: str = "all 2") -> dict[str, Any]:
 
 def test_differences_are_of_the_same_seed() -> None:
     rows = [row(BASELINE, s, 2.0 + s) for s in range(3)] + [row("carry", s, 1.9 + s) for s in range(3)]
-    found = difference(rows, "carry", ["all 2"], "seen")
+    found = difference(rows, Pairing("carry", ("all 2",)), "seen")
     assert found is not None
     assert found.values == pytest.approx((-0.1, -0.1, -0.1))
     assert found.half_width == pytest.approx(0.0, abs=1e-9)
     assert loss(rows[0], "unseen", "2") == 3.5
 
 
+def test_equal_memory_is_compared_with_the_mix_that_has_it() -> None:
+    rows = [row(BASELINE, 0, 2.0), row(BASELINE, 0, 1.8, "all 4"), row("carry", 0, 1.9)]
+    wanted = [Pairing("carry", ("all 2",)), Pairing("carry", ("all 2",), "all 4")]
+    assert pairings(rows) == wanted
+    found = [difference(rows, pairing, "seen") for pairing in wanted]
+    assert [round(one.mean, 6) for one in found if one] == [-0.1, 0.1]
+
+
 def test_the_interval_is_students() -> None:
     rows = [row(BASELINE, s, 2.0) for s in range(3)] + [row("carry", s, 2.0 + s) for s in range(3)]
-    found = difference(rows, "carry", ["all 2"], "seen")
+    found = difference(rows, Pairing("carry", ("all 2",)), "seen")
     assert found is not None
     assert found.mean == 1.0
     assert found.half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)  # standard deviation 1, n = 3
@@ -113,11 +129,11 @@ def test_the_interval_is_students() -> None:
 
 def test_a_seed_that_lacks_its_pair_does_not_count() -> None:
     rows = [row(BASELINE, 0, 2.0), row("carry", 0, 1.5), row("carry", 1, 9.0)]
-    found = difference(rows, "carry", ["all 2"], "seen")
+    found = difference(rows, Pairing("carry", ("all 2",)), "seen")
     assert found is not None
     assert found.values == (-0.5,)
     assert found.half_width == math.inf
-    assert difference(rows, "carry", ["all 2", "uniform"], "seen") is None
+    assert difference(rows, Pairing("carry", ("all 2", "uniform")), "seen") is None
     assert differences_table(rows).row_count == 1
 
 
