@@ -186,7 +186,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     model, mixes = (SMALL, MIXES[:2]) if options.quick else (LLAMA_7B, MIXES)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as folder:
         rivals = str(environment(Path(folder))) if options.rivals else None
         dense: dict[Shape, Row] = {}

@@ -22,6 +22,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Training
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
-from edge_sdk.probe import cpu_name
+from edge_sdk.processor import cpu_name
 from edge_sdk.trainer import Plan, Start, Trainer
 from examples import smart_home
 
@@ -159,12 +160,11 @@ def table_of(rows: Mapping[tuple[float, float], Sequence[Outcome]]) -> Table:
     table = Table(title=f"Held-out loss; worst device's ε at δ = {DELTA:g}", title_justify="left")
     table.add_column("C")
     sizes = (BUFFER_SIZE, *OTHER_SIZES)
-    columns = ("z", "noise z·C/K", "loss", "norm of a change", "clipped", *(f"ε, K = {k}" for k in sizes))
-    for column in columns:
-        table.add_column(column, justify="right")
+    for column in ("z", "z·C/K", "loss", *(f"ε, K={k}" for k in sizes)):
+        table.add_column(column, justify="right", no_wrap=True)
     for (clip_norm, z), found in rows.items():
         losses = [outcome.losses[-1] for outcome in found]
-        low_high = f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else ""
+        low_high = f" ({min(losses):.2f} to {max(losses):.2f})" if len(losses) > 1 else ""
         most = max(outcome.most_entered for outcome in found)
         costs = [f"{epsilon({z * k / BUFFER_SIZE: most}, DELTA):.3g}" if z else "∞" for k in sizes]
         table.add_row(
@@ -172,8 +172,6 @@ def table_of(rows: Mapping[tuple[float, float], Sequence[Outcome]]) -> Table:
             f"{z:g}",
             f"{z * clip_norm / BUFFER_SIZE:.4f}" if z else "0",
             f"{statistics.mean(losses):.3f}{low_high}",
-            f"{statistics.median(outcome.median_norm for outcome in found):.1f}",
-            f"{statistics.mean(outcome.clipped_share for outcome in found):.0%}",
             *costs,
         )
     return table
@@ -197,7 +195,7 @@ def main() -> int:
     for seed in range(1 if options.quick else options.seeds):  # a stopped run leaves whole comparisons
         for line in lines:
             key = f"{versions}/C={line[0]:g} z={line[1]:g}/{seed}"
-            rows[line].append(results.get(key, lambda at=line, s=seed: federation.run(*at, s, versions)))
+            rows[line].append(results.get(key, partial(federation.run, *line, seed, versions)))
             console.print(f"{key}: {rows[line][-1]}")
     console.print(table_of(rows))
     return 0

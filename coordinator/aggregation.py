@@ -19,7 +19,9 @@ from coordinator.robust import gram, reweight
 from coordinator.rules import RULES, Change, Merged, Merging, Ranks, Rule, SumRule, served
 from edge_sdk.core.codec import AdapterFile, Shapes, encode_chunks, open_adapter, open_own
 from edge_sdk.core.errors import AdapterError, BadUpdates, EdgeError
+from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.low_rank import decompose
 from edge_sdk.core.messages import Federation
 
 
@@ -71,6 +73,7 @@ class Sources:
     own: AdapterFile | None
     updates: Sequence[tuple[Addend, AdapterFile]]
     starts: Mapping[int, AdapterFile]
+    by: Decompose = decompose
 
     def ranks(self, name: str) -> Ranks:
         """The ranks that meet in one module."""
@@ -97,7 +100,7 @@ class Sources:
                 change = self.rule.shorter(change, addend.factor, self._begun(name, change, starts))
             changes.append(change)
         current = self.own.module(name) if self.own else nothing
-        return Merging(current, changes, self.current.version, starts, eta)
+        return Merging(current, changes, self.current.version, starts, eta, self.by)
 
     def _rank(self, addend: Addend, file: AdapterFile, name: str) -> int:
         """Of what `merging` makes of an update."""
@@ -165,10 +168,12 @@ def aggregate(
     addends: Sequence[Addend],
     blobs: Blobs,
     how: Admission | Noise | None = None,
+    by: Decompose = decompose,
 ) -> Outcome:
     """Merge `addends` into the global adapter `current` and store the result as a blob.
 
     `how` says by which weights, by default by those of the addends; a Noise clips them and noises the sum.
+    `by` decomposes sums without noise.
 
     Raises:
         AdapterError: there is nothing to merge.
@@ -177,7 +182,8 @@ def aggregate(
     if not addends:
         raise AdapterError("nothing to merge: the buffer is empty")
     try:
-        return _aggregate(federation, eta, _open(federation, current, addends), blobs, how)
+        sources = replace(_open(federation, current, addends), by=by)
+        return _aggregate(federation, eta, sources, blobs, how)
     except (OSError, EdgeError) as error:
         found = faults(federation, addends)
         if not found:
@@ -208,7 +214,8 @@ def _aggregate(
 
     def modules() -> Iterator[tuple[str, LoraFactors]]:
         """The merged factors in name order; adds up what the outcome reports on the way."""
-        names, workers = sorted(shapes), 1 if noise else cores()  # a noised module is dense
+        # A noised module is dense, and an accelerator is one.
+        names, workers = sorted(shapes), 1 if noise or sources.by is not decompose else cores()
         for name, merged in zip(names, in_order(merged_module, names, workers), strict=True):
             outcome.rank = max(outcome.rank, merged.rank)
             outcome.energy += merged.energy

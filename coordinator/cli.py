@@ -19,6 +19,7 @@ from coordinator.service import Coordinator
 from coordinator.serving import export
 from coordinator.settings import load_settings
 from coordinator.store import Store
+from coordinator.torch_svd import decompose_on
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import from_json
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--data", type=Path, required=True, help="folder for everything that must survive")
     serve.add_argument("--config", type=Path, help="TOML file; without one, the defaults and the tiny base")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
+    serve.add_argument("--device", default="cpu", help="where versions are computed: cpu, cuda, cuda:1 …")
     serve.add_argument("--port", type=int, default=8765, help="0 picks a free one (default %(default)s)")
     serve.set_defaults(run=_serve)
 
@@ -76,7 +78,7 @@ async def _listen(options: argparse.Namespace) -> None:
     if sys.platform != "win32":  # Windows loops have no signal handlers; Ctrl-C raises there instead
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    coordinator = Coordinator(options.data, load_settings(options.config))
+    coordinator = Coordinator(options.data, load_settings(options.config), decompose_on(options.device))
     runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0)
     await runner.setup()
     try:

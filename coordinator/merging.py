@@ -15,6 +15,8 @@ from coordinator.privacy import Noise
 from coordinator.rules import RULES, SumRule
 from coordinator.store import Store, StoredUpdate, Version
 from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
+from edge_sdk.core.flexlora import Decompose
+from edge_sdk.core.low_rank import decompose
 from edge_sdk.core.messages import Federation
 
 
@@ -22,10 +24,16 @@ class Merger:
     """Does what the engine's Merge says. For a worker thread."""
 
     def __init__(
-        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None = None
+        self,
+        federation: Federation,
+        store: Store,
+        blobs: Blobs,
+        admission: Admission | None = None,
+        by: Decompose = decompose,
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
         self._admission = admission or Admission()
+        self._by = by
 
     def merge(self, effect: Merge, eta: float, noise: Noise | None = None) -> Version:
         """Aggregate and publish; after this returns the version is durable.
@@ -44,7 +52,7 @@ class Merger:
         base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
         how = noise or self._admission
-        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, how)
+        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, how, self._by)
         version = Version(
             effect.version,
             outcome.digest,

@@ -33,6 +33,8 @@ from edge_sdk.core.errors import (
     TooLarge,
     Unauthorised,
 )
+from edge_sdk.core.flexlora import Decompose
+from edge_sdk.core.low_rank import decompose
 from edge_sdk.core.messages import (
     PROTOCOL_VERSION,
     Ask,
@@ -57,7 +59,7 @@ TICK_S = 0.5
 class Coordinator:
     """One federation on one data folder. Create it in the event loop that will use it."""
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, by: Decompose = decompose) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.blobs = Blobs(folder)
@@ -75,7 +77,7 @@ class Coordinator:
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs)
-        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission)
+        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
 

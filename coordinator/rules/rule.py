@@ -10,8 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from edge_sdk.core.flexlora import Split, combine, live_rank, serve
+from edge_sdk.core.flexlora import Decompose, Split, combine, live_rank, serve
 from edge_sdk.core.lora import LoraFactors, stacked
+from edge_sdk.core.low_rank import decompose
 
 Addends = list[tuple[float, LoraFactors]]
 
@@ -36,6 +37,7 @@ class Merging:
 
     `current`: those of `version`, of rank 0 while nothing has been merged. `starts`: those of each version
     for which `Rule.needs_start` said yes, `version` not excepted; version 0 is zero and never among them.
+    `by` decomposes sums.
     """
 
     current: LoraFactors
@@ -43,6 +45,7 @@ class Merging:
     version: int = 0
     starts: Mapping[int, LoraFactors] = field(default_factory=dict)
     eta: float = 1.0
+    by: Decompose = decompose
 
     def ranks(self) -> Ranks:
         """The ranks that meet."""
@@ -148,6 +151,6 @@ class SumRule(Rule):
 
     def merge(self, merging: Merging, rank: int) -> Merged:
         """The best approximation of the sum with `rank` components."""
-        combined = combine(self.addends(merging), rank)
+        combined = combine(self.addends(merging), rank, merging.by)
         live = live_rank(combined.factors)
         return Merged(combined.factors, live, combined.energy, combined.discarded_energy)
