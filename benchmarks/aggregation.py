@@ -10,8 +10,8 @@ that other programs on the machine do not count; of a whole version, the wall ti
 measured once for each shape, because its time depends on nothing else, and a version's is the sum over its
 modules. GFLOP/s: of `stacked` over the products that it makes of the updates, of the others over all they do.
 Errors are of the kept singular values, as a share of the largest, against `dense` (float64) for the first mix
-of ranks and against `qr` for the others, up to R = min(out, in) / 2. peft is measured on square modules alone:
-the full matrices that it asks for make it 70 times slower still on others.
+of ranks and against `qr` for the others, up to R = min(out, in) / 2. peft is measured on square modules only:
+the full matrices that it asks for make it many times slower still on others.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from coordinator.aggregation import Addend, Start, aggregate
 from coordinator.blobs import Blobs
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.low_rank import DENSE_FROM
+from edge_sdk.core.low_rank import dense_pays
 from edge_sdk.core.safe_svd import safe_svd
 from edge_sdk.core.stack import Stack
 from edge_sdk.core.triplets import PROBES
@@ -116,7 +116,7 @@ def measure(method: str, shape: Shape, ranks: list[int]) -> dict[str, Any]:
         times.append(processor_seconds(lambda: METHODS[method](addends)))
     seconds = statistics.median(times)
     peak_rss_bytes = rss_bytes()
-    if method == "stacked" and sum(ranks) < DENSE_FROM * min(shape):
+    if method == "stacked" and not dense_pays(shape, sum(ranks)):
         gflops = gemm_part_gflops(addends)
     elif method == "stacked":
         products = 2.0 * shape[0] * shape[1] * sum(ranks) + min(shape) ** 2 * max(shape)

@@ -1,8 +1,8 @@
 """Other libraries' combination of LoRA adapters by SVD, in an environment that is thrown away afterwards.
 
-peft: `add_weighted_adapter(combination_type="svd")`, which forms every adapter's dense update, adds them up and
-takes torch's SVD in float32, by default with full matrices. chorus-fl: `FedExLoRA.aggregate`, which does the same
-with the thin SVD and keeps the dense residual. Both are given exactly what the coordinator is given.
+peft: `add_weighted_adapter(combination_type="svd")`, which forms every adapter's dense update, adds them up
+and takes torch's SVD in float32, by default with full matrices. chorus-fl: `FedExLoRA.aggregate`, which does
+the same with the thin SVD and keeps the dense residual. Both are given what the coordinator is given.
 """
 
 from __future__ import annotations

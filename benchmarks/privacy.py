@@ -49,7 +49,7 @@ HOUSEHOLDS, BUFFER_SIZE = 12, 8
 TRAINING = Training(steps=6, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.94)
 VERSIONS, TEST_PER_INTENT = 6, 3
 DELTA = 1e-5
-OTHER_SIZES = (100, 1000)
+OTHER_SIZES = (100, 1000, 10_000)
 
 # (C, z): not clipped; clipped only; and noise from little to what K = 8 needs for an ε below 10.
 LINES: tuple[tuple[float, float], ...] = (

@@ -1,15 +1,13 @@
 """Work on several modules at a time without standing in the way of the server.
 
 Each worker computes on one thread of its own: BLAS is held to one, because modules side by side use every
-core and its own threads would only fight with them. Workers run at a lower priority than the event loop, so
-that a heartbeat need not wait for a matrix product.
+core and its own threads would only fight with them. The event loop waits for a worker only while that holds
+the interpreter's lock, which numpy gives back for every product (`python -m benchmarks.heartbeat_latency`).
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,14 +18,11 @@ from threadpoolctl import threadpool_limits
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-NICENESS = 10  # Linux alone has a priority for each thread; elsewhere workers run at the server's
-
 
 def cores() -> int:
     """Processors that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    available = getattr(os, "sched_getaffinity", None)  # Linux: what a container or taskset leaves
+    return len(available(0)) if available else os.cpu_count() or 1
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
@@ -39,7 +34,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
     waiting: deque[Future[Result]] = deque()
     with (
         threadpool_limits(limits=1, user_api="blas"),
-        ThreadPoolExecutor(workers, "aggregation", _give_way) as pool,
+        ThreadPoolExecutor(workers, "aggregation") as pool,
     ):
         try:
             for item in items:
@@ -51,8 +46,3 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def _give_way() -> None:
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

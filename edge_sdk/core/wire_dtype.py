@@ -107,10 +107,10 @@ def quantised(rows: Matrix, block: int = INT8_BLOCK) -> tuple[npt.NDArray[np.int
     filled[:, :width] = rows
     parted = filled.reshape(rank, blocks, block)
     scales = np.abs(parted).max(axis=2) / np.float32(INT8_LARGEST)
-    divisors = np.where(scales > 0, scales, np.float32(1))  # a block of zeros stays one
-    # Clipped, because a scale below float32's normal range is coarse.
-    values = np.clip(np.rint(parted / divisors[:, :, None]), -INT8_LARGEST, INT8_LARGEST)
-    return values.astype(np.int8).reshape(filled.shape)[:, :width], scales.astype("<f4")
+    parted /= np.where(scales > 0, scales, np.float32(1))[:, :, None]  # a block of zeros stays one
+    np.rint(parted, out=parted)
+    np.clip(parted, -INT8_LARGEST, INT8_LARGEST, out=parted)  # a scale below float32's normal range is coarse
+    return filled.astype(np.int8)[:, :width], scales.astype("<f4")
 
 
 def dequantised(
@@ -146,14 +146,20 @@ def _within_float16(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix]:
     Raises:
         AdapterError: a component is too large on both sides.
     """
-    most_b = np.abs(b).max(axis=0, initial=0.0).astype(np.float64)
-    most_a = np.abs(a).max(axis=1, initial=0.0).astype(np.float64)
+    if max(_largest(b), _largest(a)) <= FLOAT16_LARGEST:
+        return b, a
+    most_b = np.abs(b).max(axis=0).astype(np.float64)
+    most_a = np.abs(a).max(axis=1).astype(np.float64)
     shifts = _halvings(most_b) - _halvings(most_a)
-    if shifts.any():
-        b, a = np.ldexp(b, -shifts), np.ldexp(a, shifts[:, None])
-    if max(np.abs(b).max(initial=0.0), np.abs(a).max(initial=0.0)) > FLOAT16_LARGEST:
+    b, a = np.ldexp(b, -shifts), np.ldexp(a, shifts[:, None])
+    if max(_largest(b), _largest(a)) > FLOAT16_LARGEST:
         raise AdapterError("exceeds float16 in both B and A; send it in float32")
     return b, a
+
+
+def _largest(values: Matrix) -> float:
+    """The largest absolute value; 0 of none."""
+    return float(max(values.max(initial=0.0), -values.min(initial=0.0)))
 
 
 def _halvings(most: npt.NDArray[np.float64]) -> npt.NDArray[np.int32]:

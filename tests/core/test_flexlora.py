@@ -90,10 +90,10 @@ def test_agrees_with_the_dense_svd(weighted: Weighted, data: st.DataObject) -> N
 def test_thin_and_dense_paths_agree(weighted: Weighted, data: st.DataObject) -> None:
     rank = ranks(data, weighted)
     results = []
-    for threshold in (0.0, np.inf):
+    for pays in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(low_rank, "FAST_FROM", 1)
-            patch.setattr(low_rank, "DENSE_FROM", threshold)
+            patch.setattr(low_rank, "dense_pays", lambda shape, rank, pays=pays: pays)
             results.append(combine(weighted, rank))
     by_dense, by_stack = results
     scale = max(by_dense.singular_values[0], 1e-9 * size_of(weighted))

@@ -70,6 +70,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def test_the_dense_sum_pays_where_it_takes_fewer_operations() -> None:
+    """Square, R = x·d: 2x² + 3.3x³ against 2x + 1, equal at x = 0.748; a wide module gains by it later."""
+    assert not low_rank.dense_pays((4096, 4096), 3050)
+    assert low_rank.dense_pays((4096, 4096), 3080)
+    assert not low_rank.dense_pays((4096, 11008), 4000)
+    assert low_rank.dense_pays((4096, 11008), 4096)
+    assert low_rank.dense_pays((11008, 4096), 4096)
+
+
 # --- the stack ------------------------------------------------------------------------------------
 
 
@@ -323,7 +335,7 @@ def test_a_wrong_gram_matrix_is_noticed(half: str, calls: list[int], monkeypatch
 
 
 def test_the_dense_path_notices_and_gives_up_too(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank, "DENSE_FROM", 0.0)
+    monkeypatch.setattr(low_rank, "dense_pays", lambda shape, rank: True)
     weighted = falling(90, 70, [40, 40])
     assert_leading(decompose(Stack(weighted), 8), weighted)
     assert calls == []
