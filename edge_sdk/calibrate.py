@@ -150,7 +150,7 @@ class _Bench:
         return work(self.facts, setting, setting.micro_batch), watch.median_s()
 
     def _row(self, length: int) -> Tokenised:
-        ids = tuple(int(token) for token in self._draw.integers(0, VOCAB, length))
+        ids = tuple(int(token) for token in self._draw.integers(0, min(VOCAB, self.facts.vocab), length))
         return Tokenised(ids=ids, labels=ids)
 
     def _carried(self, rank: int) -> dict[str, LoraFactors]:

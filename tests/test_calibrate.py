@@ -165,6 +165,11 @@ def test_calibration_of_tiny() -> None:
     assert step_s(carry_rank=32) >= step_s()
 
 
+def test_a_vocabulary_smaller_than_the_cut_down_one() -> None:
+    times = step_times(ALL["llama"] | {"vocab_size": 40}, Lesson(1, 16, (Ranks.uniform(2),)), "cpu")
+    assert times.per_layer_pass_s + times.per_frozen_gflop_s > 0
+
+
 def test_a_configuration_that_is_none() -> None:
     with pytest.raises(InputError, match="model_type is missing"):
         cut_down(SHAPE, 1)
