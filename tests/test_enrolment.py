@@ -108,10 +108,11 @@ def test_what_is_known_of_the_device_enters_its_choice(federation: Federation) -
     assert corrected.chosen.peak_bytes == round(1.5 * peak)
     assert enrolment.choose_rank(federation, options, False, Known(longest=20)).setting.sequence_len == 20
     # Rank 32 takes twice the lease to send, rank 8 half of it.
-    slow = Link(uploads=(4 * facts.adapter_values(32) / 200.0,))
+    sent = chosen.chosen.upload_bytes
+    slow = Link(uploads=(sent / 200.0,))
     limited = enrolment.choose_rank(federation, options, False, Known(link=slow))
     assert limited.setting.ranks == max(
-        (c.setting.ranks for c in limited.candidates if 2 * c.upload_bytes <= 4 * facts.adapter_values(32)),
+        (c.setting.ranks for c in limited.candidates if 2 * c.upload_bytes <= sent),
         key=facts.adapter_values,
     )
     assert limited.candidates[0].why_not == "needs 200 s of 100 s, most of it for its transfers"
