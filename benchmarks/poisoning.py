@@ -119,7 +119,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console, quick = Console(), options.quick
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    quick = options.quick
     cpu = cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")) or platform.processor()
     results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
     seeds = range(1 if quick else options.seeds)

@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     results = Results(options.json)
     versions = 2 if options.quick else VERSIONS
     lines = [LINES[0], LINES[4], LINES[-1]] if options.quick else LINES

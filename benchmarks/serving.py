@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one block; noise, not a result")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     blocks, runs = (1, 3) if options.quick else (8, 5)
     folder = Path(tempfile.mkdtemp())
     try:

@@ -186,7 +186,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 150)
     results = Results(options.json, {"cpu": cpu_name(), "threads": os.environ.get("OMP_NUM_THREADS", "all")})
     rules = options.rule or (["carry"] if options.quick else list(RULES))
     wires = [wire for wire in WIRES if wire.name in (options.wire or [w.name for w in WIRES])]
