@@ -39,6 +39,7 @@ FLEXLORA = Way("flexlora", "given", RATE)
 MAIN = (FLEXLORA, Way("innovation", "given", RATE), Way("carry", "fresh", RATE), Way("carry", "some", RATE))
 FEDIT, HETLORA = Way("fedit", "given", RATE), Way("hetlora", "given", RATE)
 FLORA = Way("flora", "fresh", RATE)
+SPARSE = Way("flexlora", "sparse", RATE)
 
 # The three rules. Rank 4 for all is what the memory of `carry` with rank 2 buys without carrying.
 MAIN_GRID: dict[str, tuple[Way, ...]] = {
@@ -47,7 +48,7 @@ MAIN_GRID: dict[str, tuple[Way, ...]] = {
     "all 4": (FLEXLORA,),
     "uniform": MAIN[:3],
 }
-FAMILY_GRID = {"heavy-tail-light": (HETLORA, FLORA), "all 2": (FEDIT,), "all 16": (FLEXLORA,)}
+FAMILY_GRID = {"heavy-tail-light": (HETLORA, FLORA, SPARSE), "all 2": (FEDIT,), "all 16": (FLEXLORA,)}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from benchmarks.rules_clients import Clients, Task
 from coordinator.rules import RULES, Change, Merging
 from edge_sdk import base_model
 from edge_sdk.core.carried import held_bytes
+from edge_sdk.core.columns import serve_columns
 from edge_sdk.core.flexlora import fresh_row, live_rank, split
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import RuleName
@@ -32,14 +33,17 @@ STEPS, BATCH, SEQUENCE_LEN = 10, 4, 128
 RATE_DECAY = 0.96  # from one version to the next
 TRAINED_BYTES, FACTOR_BYTES = 16, 4  # a trained value: weight, gradient, two moments; a value on the wire
 
-Begins = Literal["given", "fresh", "some"]
+SPARSE_VERSIONS = 2  # of 12, that devices begin before low-rank training
+
+Begins = Literal["given", "sparse", "fresh", "some"]
 
 
 @dataclass(frozen=True)
 class Way:
     """A rule, how its devices begin, and its learning rate.
 
-    `begins`: `given`: the factors that the rule serves are trained themselves. `fresh`: B = 0 and A random on
+    `begins`: `given`: the factors that the rule serves are trained themselves. `sparse`: likewise, but the
+    first SPARSE_VERSIONS train input columns (edge_sdk.core.columns). `fresh`: B = 0 and A random on
     top of the whole global adapter, frozen in int8. `some`: r components of the global adapter drawn at
     random are trained themselves, the others are frozen in int8.
     """
@@ -51,7 +55,11 @@ class Way:
     @property
     def name(self) -> str:
         """For tables and files; without the rate."""
-        return f"{self.rule} some" if self.begins == "some" else self.rule
+        return f"{self.rule} {self.begins}" if self.begins in ("some", "sparse") else self.rule
+
+    def is_sparse(self, version: int) -> bool:
+        """Whether devices that begin at `version` train input columns."""
+        return self.begins == "sparse" and version < SPARSE_VERSIONS
 
 
 Updates = list[tuple[int, Start, Adapter]]
@@ -92,7 +100,11 @@ class Federation:
             for place, device in enumerate(turns(len(data), seed, version)):
                 start_version = max(0, version - place % 2)
                 own_seed = seed * 10_000_000 + version * 1_000 + device
-                start, received = self._start(way, ranks[device], history[start_version], own_seed)
+                whole = history[start_version] or self._empty()
+                if way.is_sparse(start_version):
+                    start, received = _columns(whole, ranks[device], own_seed)
+                else:
+                    start, received = self._start(way, ranks[device], whole, own_seed)
                 adapter, step_s = self._train(way, start, data[device], start_version)
                 updates.append((start_version, start, adapter))
                 sizes.append({**_sizes(start, received, adapter), "step_s": step_s})
@@ -131,14 +143,17 @@ class Federation:
             times.append(time.monotonic())
             return "continue"
 
-        plan = Plan(STEPS, BATCH, BATCH, SEQUENCE_LEN, way.rate * RATE_DECAY**version)
+        rate, only_b = way.rate * RATE_DECAY**version, way.is_sparse(version)
+        plan = Plan(STEPS, BATCH, BATCH, SEQUENCE_LEN, rate, only_b=only_b)
         done = self._trainer.train(start, rows, plan, on_step=clock)
         return done.adapter, float(np.median(np.diff(times)))
 
-    def _start(self, way: Way, rank: int, current: Adapter | None, seed: int) -> tuple[Start, Adapter]:
+    def _empty(self) -> Adapter:
+        return {name: LoraFactors.empty(*shape) for name, shape in self._shapes.items()}
+
+    def _start(self, way: Way, rank: int, whole: Adapter, seed: int) -> tuple[Start, Adapter]:
         """What a device begins with, and what it was sent for that."""
-        whole = current or {name: LoraFactors.empty(*shape) for name, shape in self._shapes.items()}
-        if way.begins == "given":
+        if way.begins in ("given", "sparse"):
             rule = RULES[way.rule]
             served = {n: rule.serve(f, min(rank, *f.shape), "balanced", n) for n, f in whole.items()}
             return Start(served, None, rank, seed), served
@@ -173,6 +188,12 @@ class Federation:
             merged[name] = done.factors
             energy, discarded = energy + done.energy, discarded + done.discarded_energy
         return merged, discarded / energy
+
+
+def _columns(whole: Adapter, rank: int, seed: int) -> tuple[Start, Adapter]:
+    """What a device begins with in the sparse warm-up."""
+    served = {n: serve_columns(f, min(rank, *f.shape), n) for n, f in whole.items()}
+    return Start(served, None, rank, seed), served
 
 
 def _change(way: Way, start: Start, sent: Adapter, name: str) -> LoraFactors:
