@@ -13,74 +13,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+from coordinator.events import (
+    Asked,
+    Beat,
+    Buffered,
+    Effect,
+    Event,
+    Expired,
+    Grant,
+    Lease,
+    Merge,
+    Merged,
+    MergeFailed,
+    Refused,
+    Stored,
+    Tell,
+    Tick,
+    Wait,
+)
+from coordinator.policy import Policy
 from coordinator.ration import Ration
 from edge_sdk.core import staleness
-from edge_sdk.core.errors import InputError, StaleUpdate
-from edge_sdk.core.messages import Directive
+from edge_sdk.core.errors import StaleUpdate
 
 SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
 SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
 MERGE_RETRY_S, MOST_MERGE_RETRY_S = 1.0, 60.0  # after a merge that failed; doubled each time, up to this
 MOST_REFUSED_S = 3600.0  # a device whose updates are refused one after another trains at least this often
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The host's choices. Times in seconds, ranks and sizes in counts."""
-
-    mode: Literal["buffered", "synchronous"] = "buffered"
-    buffer_size: int = 4  # K: updates that make a version; in synchronous mode the size of a round
-    quorum: int = 1  # updates that suffice once timeout_s has passed
-    timeout_s: float = 60.0  # T, from the first update in the buffer
-    max_staleness: int = 10  # versions; an older update is refused
-    staleness: staleness.Name = "polynomial"
-    server_learning_rate: float = 1.0  # η
-    lease_s: float = 600.0
-    retry_s: float = 2.0  # how soon a device without work asks again
-    max_examples: int = 10_000  # cap on the self-reported weight n_k
-
-    def __post_init__(self) -> None:
-        positive = (
-            "buffer_size",
-            "quorum",
-            "timeout_s",
-            "server_learning_rate",
-            "lease_s",
-            "retry_s",
-            "max_examples",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise InputError(f"policy.{name} is {getattr(self, name)}; it must be above 0")
-        if self.max_staleness < 0:
-            raise InputError(f"policy.max_staleness is {self.max_staleness}; it must be 0 or more")
-        if self.quorum > self.buffer_size:
-            raise InputError(f"policy.quorum is {self.quorum}, above policy.buffer_size {self.buffer_size}")
-
-
-@dataclass
-class Lease:
-    """Work that a device holds. It frees its slot at `expires_at`; its late update may still count."""
-
-    assignment: str
-    device: str
-    version: int
-    rank: int
-    expires_at: float
-    carry_rank: int = 0  # components of the global adapter at `version` that the device holds frozen
-    steps_done: int = 0
-
-
-@dataclass(frozen=True)
-class Buffered:
-    """An update on disk that is in no version yet."""
-
-    update: str
-    device: str
-    version: int  # that it was trained from
-    examples: int
 
 
 @dataclass
@@ -98,115 +59,6 @@ class State:
     failures: int = 0  # merges in a row that failed for our own reasons
     merge_at: float | None = None  # no merge before this
     refusals: dict[str, tuple[int, float]] = field(default_factory=dict)  # device -> (in a row, work from)
-
-
-# --- events ---
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A device wants work. `assignment` is a fresh id to use if it is granted."""
-
-    device: str
-    rank: int
-    assignment: str
-    carry_rank: int = 0  # the most that it can hold frozen
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A device reports progress on an assignment from `version`."""
-
-    device: str
-    assignment: str
-    version: int
-    steps_done: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An update is on disk and acknowledged."""
-
-    update: Buffered
-
-
-@dataclass(frozen=True)
-class Refused:
-    """What a device handed in for an assignment is no adapter that can be merged."""
-
-    device: str
-    assignment: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passed."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The merge that was asked for is on disk as `version`, of live rank `rank`."""
-
-    version: int
-    rank: int
-
-
-@dataclass(frozen=True)
-class MergeFailed:
-    """The merge could not be done now; `rejected` updates are to be left out of the next try.
-
-    With none rejected the fault is ours, a full disk say, and the next try waits longer each time.
-    """
-
-    rejected: tuple[str, ...]
-
-
-Event = Asked | Beat | Stored | Refused | Tick | Merged | MergeFailed
-
-# --- effects ---
-
-
-@dataclass(frozen=True)
-class Grant:
-    """Hand this lease to its device: a new one, or the one that it holds already."""
-
-    lease: Lease
-
-
-@dataclass(frozen=True)
-class Wait:
-    """No work now."""
-
-    retry_after_s: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class Tell:
-    """Answer a heartbeat."""
-
-    directive: Directive
-
-
-@dataclass(frozen=True)
-class Expired:
-    """A lease ran out."""
-
-    lease: Lease
-
-
-@dataclass(frozen=True)
-class Merge:
-    """Combine these updates into `version`. Weights are n_k·s(τ_k), normalised to 1; τ beside each.
-
-    Under a ration they are s(τ_k)/K instead, whatever the devices say and however many they are.
-    """
-
-    version: int
-    weights: tuple[tuple[Buffered, float, int], ...]
-
-
-Effect = Grant | Wait | Tell | Expired | Merge
 
 
 class Engine:

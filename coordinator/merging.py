@@ -10,7 +10,7 @@ from pathlib import Path
 from coordinator import aggregation
 from coordinator.admission import Admission, bound
 from coordinator.blobs import Blobs
-from coordinator.engine import Merge
+from coordinator.events import Merge
 from coordinator.privacy import Noise
 from coordinator.rules import RULES, SumRule
 from coordinator.store import Store, StoredUpdate, Version

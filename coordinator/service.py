@@ -14,11 +14,12 @@ import secrets
 import time
 from pathlib import Path
 
-from coordinator import engine, ledger
+from coordinator import engine, events, ledger
 from coordinator.blobs import Blobs
-from coordinator.engine import Engine, Policy
+from coordinator.engine import Engine
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
+from coordinator.policy import Policy
 from coordinator.ration import Ration
 from coordinator.serving import Serving
 from coordinator.settings import Settings
@@ -108,7 +109,7 @@ class Coordinator:
         )
         for device, a in self.store.open_assignments():
             expires_at = now + policy.lease_s
-            state.leases[device] = engine.Lease(a.id, device, a.version, a.rank, expires_at, a.carry_rank)
+            state.leases[device] = events.Lease(a.id, device, a.version, a.rank, expires_at, a.carry_rank)
             if a.version == state.version:
                 state.granted.add(device)
         state.granted.update(d for d, version in state.contributed.items() if version == state.version)
@@ -135,7 +136,7 @@ class Coordinator:
     async def run(self) -> None:
         """Tick until cancelled."""
         while True:
-            self._apply(engine.Tick())
+            self._apply(events.Tick())
             await asyncio.sleep(TICK_S)
 
     async def close(self) -> None:
@@ -143,15 +144,15 @@ class Coordinator:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.store.close()
 
-    def _apply(self, event: engine.Event) -> list[engine.Effect]:
+    def _apply(self, event: events.Event) -> list[events.Effect]:
         """Give the engine an event, do what it says, and return the effects for the caller's own answer."""
         effects = self.engine.handle(event, self.now())
         for effect in effects:
-            if isinstance(effect, engine.Merge):
+            if isinstance(effect, events.Merge):
                 task = asyncio.create_task(self._merge(effect))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
-            elif isinstance(effect, engine.Expired):
+            elif isinstance(effect, events.Expired):
                 log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
                 self.store.close_assignment(effect.lease.assignment)
         return effects
@@ -196,17 +197,17 @@ class Coordinator:
         if ask.carry_rank < 0:
             raise ProtocolError(f"Ask.carry_rank: {ask.carry_rank} is below 0")
         carry_rank = ask.carry_rank if self.federation.carries else 0
-        effects = self._apply(engine.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
+        effects = self._apply(events.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
         answer = effects[-1]
-        if isinstance(answer, engine.Wait):
+        if isinstance(answer, events.Wait):
             return NotNow(answer.retry_after_s, answer.reason)
-        assert isinstance(answer, engine.Grant)
+        assert isinstance(answer, events.Grant)
         assignment = self._assignment(answer.lease)
         if self.store.assignment(assignment.id, device) is None:
             await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
         return assignment
 
-    def _assignment(self, lease: engine.Lease) -> Assignment:
+    def _assignment(self, lease: events.Lease) -> Assignment:
         """The wire record of a lease: the same each time, but for the time left."""
         return Assignment(
             id=lease.assignment,
@@ -221,9 +222,9 @@ class Coordinator:
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
         """Note progress; the answer says whether to go on."""
         version = self.require_assignment(device, assignment).version
-        effects = self._apply(engine.Beat(device, assignment, version, beat.steps_done))
+        effects = self._apply(events.Beat(device, assignment, version, beat.steps_done))
         tell = effects[-1]
-        assert isinstance(tell, engine.Tell)
+        assert isinstance(tell, events.Tell)
         return HeartbeatReply(tell.directive)
 
     def require_assignment(self, device: str, id: str) -> Assignment:
@@ -253,12 +254,12 @@ class Coordinator:
         except (AdapterError, TooLarge) as error:
             log.warning("update %s of %s refused: %s", id, device, error)
             await asyncio.to_thread(self.store.refuse, device, id)
-            self._apply(engine.Refused(device, id))
+            self._apply(events.Refused(device, id))
             raise
         if stored.factor < 1.0:
             log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
         if await asyncio.to_thread(self.uploads.keep, stored):
-            self._apply(engine.Stored(_buffered(stored)))
+            self._apply(events.Stored(_buffered(stored)))
         return UpdateReply(id, self.engine.state.version)
 
     # --- versions ---
@@ -272,7 +273,7 @@ class Coordinator:
         """Raise NotFound for a version or rank that is not served."""
         self.serving.require(version, rank, self.engine.state.version)
 
-    async def _merge(self, effect: engine.Merge) -> None:
+    async def _merge(self, effect: events.Merge) -> None:
         """Do a merge off the event loop, publish it, and tell the engine how it went."""
         started, policy = time.monotonic(), self.engine.policy
         try:
@@ -282,10 +283,10 @@ class Coordinator:
             for update, reason in error.reasons.items():
                 log.error("update %s: %s; it is left out", update, reason)
             self.store.reject_updates(error.reasons)
-            self._apply(engine.MergeFailed(tuple(error.reasons)))
+            self._apply(events.MergeFailed(tuple(error.reasons)))
         except Exception:
             log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
-            self._apply(engine.MergeFailed(()))
+            self._apply(events.MergeFailed(()))
         else:
             log.info(
                 "version %d: %d updates, rank %d, %.1f s",
@@ -294,7 +295,7 @@ class Coordinator:
                 version.rank,
                 time.monotonic() - started,
             )
-            self._apply(engine.Merged(version.version, version.rank))
+            self._apply(events.Merged(version.version, version.rank))
 
     # --- views ---
 
@@ -336,8 +337,8 @@ class Coordinator:
         )
 
 
-def _buffered(stored: StoredUpdate) -> engine.Buffered:
-    return engine.Buffered(stored.id, stored.device, stored.version, stored.update.examples)
+def _buffered(stored: StoredUpdate) -> events.Buffered:
+    return events.Buffered(stored.id, stored.device, stored.version, stored.update.examples)
 
 
 def _hash(token: str) -> str:

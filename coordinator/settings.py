@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from coordinator import accountant, privacy
 from coordinator.admission import Admission
-from coordinator.engine import Policy
+from coordinator.policy import Policy
 from coordinator.privacy import Privacy
 from coordinator.rules import RULES, SumRule
 from edge_sdk.core.errors import InputError, ProtocolError

@@ -30,7 +30,7 @@ if not __package__:  # started as a file, as `python examples/natural_instructio
 from rich.console import Console
 from rich.progress import track
 
-from coordinator.engine import Policy
+from coordinator.policy import Policy
 from coordinator.settings import NEW_DTYPE
 from edge_sdk import base_model
 from edge_sdk.core import codec, memory

@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.aggregation import Addend, Start, aggregate
 from coordinator.blobs import Blobs
-from coordinator.engine import Buffered, Merge
+from coordinator.events import Buffered, Merge
 from coordinator.merging import Merger
 from coordinator.settings import load_settings
 from coordinator.store import Store, StoredUpdate, Version

@@ -10,26 +10,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordinator.engine import (
+from coordinator.engine import Engine, State
+from coordinator.events import (
     Asked,
     Beat,
     Buffered,
     Effect,
-    Engine,
     Expired,
     Grant,
     Lease,
     Merge,
     Merged,
     MergeFailed,
-    Policy,
     Refused,
-    State,
     Stored,
     Tell,
     Tick,
     Wait,
 )
+from coordinator.policy import Policy
 from edge_sdk.core.errors import InputError, StaleUpdate
 
 

@@ -9,22 +9,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordinator.engine import (
-    SPENT,
-    Asked,
-    Buffered,
-    Effect,
-    Engine,
-    Grant,
-    Merge,
-    Merged,
-    MergeFailed,
-    Policy,
-    State,
-    Stored,
-    Tick,
-    Wait,
-)
+from coordinator.engine import SPENT, Engine, State
+from coordinator.events import Asked, Buffered, Effect, Grant, Merge, Merged, MergeFailed, Stored, Tick, Wait
+from coordinator.policy import Policy
 from coordinator.ration import Ration
 from edge_sdk.core.errors import StaleUpdate
 
