@@ -14,7 +14,6 @@ from coordinator.engine import Engine, State
 from coordinator.events import (
     Asked,
     Beat,
-    Buffered,
     Effect,
     Expired,
     Grant,
@@ -23,32 +22,18 @@ from coordinator.events import (
     Merged,
     MergeFailed,
     Refused,
-    Stored,
     Tell,
     Tick,
     Wait,
 )
 from coordinator.policy import Policy
 from edge_sdk.core.errors import InputError, StaleUpdate
-
-
-def stored(update: str, device: str, version: int = 0, examples: int = 10) -> Stored:
-    return Stored(Buffered(update, device, version, examples))
+from tests.coordinator.effects import merge, names, stored
 
 
 def granted(effects: list[Effect]) -> Grant:
     assert isinstance(effects[-1], Grant), effects
     return effects[-1]
-
-
-def merge(effects: list[Effect]) -> Merge:
-    assert len(effects) == 1, effects
-    assert isinstance(effects[0], Merge), effects
-    return effects[0]
-
-
-def names(effect: Merge) -> list[str]:
-    return [update.update for update, _, _ in effect.weights]
 
 
 # --- buffered -------------------------------------------------------------------------------------

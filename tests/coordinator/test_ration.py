@@ -10,24 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from coordinator.engine import SPENT, Engine, State
-from coordinator.events import Asked, Buffered, Effect, Grant, Merge, Merged, MergeFailed, Stored, Tick, Wait
+from coordinator.events import Asked, Buffered, Effect, Grant, Merge, Merged, MergeFailed, Tick, Wait
 from coordinator.policy import Policy
 from coordinator.ration import Ration
 from edge_sdk.core.errors import StaleUpdate
-
-
-def stored(update: str, device: str, version: int = 0, examples: int = 10) -> Stored:
-    return Stored(Buffered(update, device, version, examples))
-
-
-def merge(effects: list[Effect]) -> Merge:
-    assert len(effects) == 1, effects
-    assert isinstance(effects[0], Merge), effects
-    return effects[0]
-
-
-def names(effect: Merge) -> list[str]:
-    return [update.update for update, _, _ in effect.weights]
+from tests.coordinator.effects import merge, names, stored
 
 
 def test_weights_are_fixed_whatever_devices_claim_and_however_many_they_are() -> None:
