@@ -17,7 +17,7 @@ import torch
 from coordinator.rules import RULES, Change, Merging
 from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.flexlora import fresh_row, live_rank, serve
-from edge_sdk.core.lora import LoraFactors, Matrix
+from edge_sdk.core.lora import LoraFactors, Matrix, stacked
 from edge_sdk.core.messages import RuleName
 from edge_sdk.frozen_factors import FrozenFactor
 
@@ -107,15 +107,12 @@ def _trained(
             frozen, first = LoraFactors.empty(WIDTH, WIDTH), LoraFactors.empty(WIDTH, WIDTH)
             begun.append(rule.serve(start, split.rank, "balanced", f"{at}"))
         targets.append(copy - _held(frozen, split.dtype))
-        subtracted.append(LoraFactors(-first.b, first.a))
+        subtracted.append(first)
     b, a = _adam(np.stack([f.b for f in begun]), np.stack([f.a for f in begun]), np.stack(targets))
     states = [LoraFactors(*both) for both in zip(b, a, strict=True)]
     if not rule.carries:
         return states
-    return [
-        LoraFactors(np.concatenate([f.b, s.b], axis=1), np.concatenate([f.a, s.a]))
-        for f, s in zip(states, subtracted, strict=True)
-    ]
+    return [stacked([(1.0, f), (-1.0, s)]) for f, s in zip(states, subtracted, strict=True)]
 
 
 def _parted(

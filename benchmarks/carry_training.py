@@ -19,7 +19,7 @@ from coordinator.rules import RULES, Change, Merging
 from edge_sdk import base_model
 from edge_sdk.core.carried import CarriedDtype
 from edge_sdk.core.flexlora import live_rank, pad, serve, split
-from edge_sdk.core.lora import Adapter, LoraFactors
+from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.core.messages import RuleName, Training
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
@@ -187,7 +187,7 @@ def _change(choice: Choice, start: Start, adapter: Adapter, name: str) -> LoraFa
     if choice.fresh not in ("warm", "some") or start.adapter is None:
         return adapter[name]
     before, after = start.adapter[name], adapter[name]
-    return LoraFactors(np.concatenate([after.b, -before.b], axis=1), np.concatenate([after.a, before.a]))
+    return stacked([(1.0, after), (-1.0, before)])
 
 
 def _top(canonical: LoraFactors, rank: int) -> LoraFactors:

@@ -44,7 +44,7 @@ from edge_sdk.core.records import to_json
 from edge_sdk.dataset import IGNORED, Tokenised, collate, load_examples, tokenise
 from edge_sdk.manners import Conditions
 from edge_sdk.options import Event, Options
-from edge_sdk.probe import cpu_name
+from edge_sdk.processor import cpu_name
 from edge_sdk.training import batch_indices
 from examples import smart_home
 from examples.local_federation import LocalFederation, write_jsonl
@@ -213,7 +213,7 @@ def main() -> int:
         return 2
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     machine = {
-        "cpu": cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": device,

@@ -32,7 +32,7 @@ from edge_sdk.core.codec import encode_chunks
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Ask, Assignment, Base, Heartbeat, JoinRequest, Update
 from edge_sdk.core.records import to_json
-from edge_sdk.probe import cpu_name
+from edge_sdk.processor import cpu_name
 from edge_sdk.transport import Transport
 from examples.local_federation import LocalFederation
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -121,7 +120,7 @@ def main() -> int:
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 150)
     quick = options.quick
-    cpu = cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")) or platform.processor()
+    cpu = cpu_name()
     results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
     seeds = range(1 if quick else options.seeds)
     console.print(f"{cpu}, one thread")

@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 from collections import Counter
@@ -137,7 +136,7 @@ class Results:
     """Rows by key, written after each, so that a stopped run loses at most one."""
 
     def __init__(self, path: Path | None) -> None:
-        cpu = cpu_name(Path("/proc/cpuinfo"), Path("/proc/device-tree/model")) or platform.processor()
+        cpu = cpu_name()
         self.machine = {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
         self._path = path
         self._rows: dict[str, Any] = {}

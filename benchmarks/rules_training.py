@@ -22,7 +22,7 @@ from edge_sdk import base_model
 from edge_sdk.core.carried import held_bytes
 from edge_sdk.core.columns import serve_columns
 from edge_sdk.core.flexlora import fresh_row, live_rank, split
-from edge_sdk.core.lora import Adapter, LoraFactors
+from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.core.messages import RuleName
 from edge_sdk.dataset import Tokenised, tokenise
 from edge_sdk.jsonl import parse_record
@@ -201,7 +201,7 @@ def _change(way: Way, start: Start, sent: Adapter, name: str) -> LoraFactors:
     if way.begins != "some" or start.adapter is None:
         return sent[name]
     before, after = start.adapter[name], sent[name]
-    return LoraFactors(np.concatenate([after.b, -before.b], axis=1), np.concatenate([after.a, before.a]))
+    return stacked([(1.0, after), (-1.0, before)])
 
 
 def turns(devices: int, seed: int, version: int) -> list[int]:

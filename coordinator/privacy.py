@@ -27,9 +27,10 @@ import numpy.typing as npt
 from coordinator.gaussian_noise import Normals, system_normals
 from coordinator.rules import Merged
 from edge_sdk.core.errors import AdapterError, InputError
-from edge_sdk.core.flexlora import live_rank
+from edge_sdk.core.flexlora import live_rank, with_fixed_signs
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import RuleName
+from edge_sdk.core.stack import Stack
 
 Dense = npt.NDArray[np.float64]
 
@@ -134,9 +135,7 @@ def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, 
 
 def noised_sum(addends: Sequence[tuple[float, LoraFactors]], std: float, normals: Normals) -> Dense:
     """`Σ w_k b_k a_k + N` of one module, (out, in), in float64: what differential privacy releases."""
-    b = np.concatenate([weight * f.b.astype(np.float64) for weight, f in addends], axis=1)
-    a = np.concatenate([f.a.astype(np.float64) for _, f in addends], axis=0)
-    total: Dense = b @ a
+    total = Stack(addends).product()
     if not np.isfinite(total).all():
         raise AdapterError("an update holds values that are not finite")
     columns = total.shape[1]
@@ -164,7 +163,5 @@ def leading_components(matrix: Dense, rank: int) -> tuple[Dense, Dense, Dense]:
             q = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ q)[0])[0]
         inner, s, vt = np.linalg.svd(q.T @ matrix, full_matrices=False)
         u = q @ inner
-    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    peaks = u[np.argmax(np.abs(u), axis=0), np.arange(len(s))]
-    signs = np.where(peaks < 0, -1.0, 1.0)
-    return u * signs, s, vt * signs[:, None]
+    u, vt = with_fixed_signs(u[:, :rank], vt[:rank])
+    return u, s[:rank], vt

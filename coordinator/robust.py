@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.lora import LoraFactors, stacked
 
 Vector = npt.NDArray[np.floating[Any]]
 RobustName = Literal["none", "norm_median", "geometric_median", "trimmed"]
@@ -50,8 +50,8 @@ def gram(blocks: Sequence[LoraFactors]) -> Vector:
     Args:
         blocks: K factors of one (out, in), of any ranks, 0 included; R is their sum.
     """
-    b = np.concatenate([f.b for f in blocks], axis=1).astype(np.float64)
-    a = np.concatenate([f.a for f in blocks], axis=0).astype(np.float64)
+    whole = stacked([(1.0, f) for f in blocks])
+    b, a = whole.b.astype(np.float64), whole.a.astype(np.float64)
     owner = np.repeat(np.arange(len(blocks)), [f.rank for f in blocks])
     picks = (owner == np.arange(len(blocks))[:, None]).astype(np.float64)  # (K, R): whose component it is
     return np.asarray(picks @ ((b.T @ b) * (a @ a.T)) @ picks.T)

@@ -22,8 +22,8 @@ from edge_sdk.core.profile import load_profile
 from edge_sdk.dataset import tokenise
 from edge_sdk.journal import write_durably
 from edge_sdk.jsonl import load_examples
-from edge_sdk.options import Event, Options
 from edge_sdk.trainer import Trainer
+from examples.embedded import embedded_agent
 
 ANSWER_TOKENS = 40  # the longest intent of the generator has about 35
 
@@ -53,27 +53,7 @@ def score_both(agent: Agent, adapter: Adapter | None, home: Path) -> dict[str, A
 def run(options: argparse.Namespace) -> None:
     """Test, train until told to stop, test again."""
     home: Path = options.home
-
-    def note(event: Event) -> None:
-        if event.kind != "step":
-            print(f"{options.name}: {event.text}", flush=True)
-
-    agent = Agent(
-        options.url,
-        data=home / "train.jsonl",
-        join_token=options.token,
-        options=Options(
-            name=options.name,
-            state_dir=home / "state",
-            profile=load_profile(options.profile),
-            memory_budget_bytes=options.budget,
-            budget_covers_libraries=False,  # the budget is scaled to the small base; the libraries are not
-            isolate=False,  # this process is the device, and nothing else
-            duty=options.duty,
-            progress=False,
-        ),
-        on_event=note,
-    )
+    agent = embedded_agent(options, profile=load_profile(options.profile), duty=options.duty)
     signal.signal(signal.SIGTERM, lambda *_: agent.request_stop())
     agent.prepare()
     if not (home / "before.json").exists():

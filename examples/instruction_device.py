@@ -7,33 +7,13 @@ import signal
 import sys
 from pathlib import Path
 
-from edge_sdk.agent import Agent
 from edge_sdk.core.errors import EdgeError
-from edge_sdk.options import Event, Options
+from examples.embedded import embedded_agent
 
 
 def run(options: argparse.Namespace) -> None:
     """Train on `train.jsonl` until told to stop."""
-    home: Path = options.home
-
-    def note(event: Event) -> None:
-        if event.kind != "step":
-            print(f"{options.name}: {event.text}", flush=True)
-
-    agent = Agent(
-        options.url,
-        data=home / "train.jsonl",
-        join_token=options.token,
-        options=Options(
-            name=options.name,
-            state_dir=home / "state",
-            memory_budget_bytes=options.budget,
-            budget_covers_libraries=False,  # the budget is scaled to the small base; the libraries are not
-            isolate=False,  # this process is the device, and nothing else
-            progress=False,
-        ),
-        on_event=note,
-    )
+    agent = embedded_agent(options)
     signal.signal(signal.SIGTERM, lambda *_: agent.request_stop())
     agent.run()
 

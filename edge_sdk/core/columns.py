@@ -11,12 +11,11 @@ all devices average to the whole matrix, whatever their ranks.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import numpy.typing as npt
 
 from edge_sdk.core.errors import AdapterError
+from edge_sdk.core.flexlora import text_generator
 from edge_sdk.core.lora import LoraFactors
 
 
@@ -24,8 +23,7 @@ def drawn_columns(in_features: int, rank: int, seed: str) -> npt.NDArray[np.intp
     """The first `rank` input columns of the order that `seed` draws, (rank,); the same at every version."""
     if not 1 <= rank <= in_features:
         raise AdapterError(f"{rank} columns of {in_features} cannot be drawn")
-    number = int.from_bytes(hashlib.sha256(f"columns/{seed}".encode()).digest()[:8], "big")
-    return np.random.default_rng(number).permutation(in_features)[:rank]
+    return text_generator(f"columns/{seed}").permutation(in_features)[:rank]
 
 
 def serve_columns(stored: LoraFactors, rank: int, seed: str) -> LoraFactors:

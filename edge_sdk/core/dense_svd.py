@@ -60,6 +60,6 @@ def _probe(rank: int) -> Wide:
 def _gram_of_sum(stack: Stack) -> Wide:
     """P Pᵀ, (out, out)."""
     gram = np.zeros((stack.shape[0], stack.shape[0]))
-    for block in stack.product_blocks():
+    for _, block in stack.product_blocks():
         gram += block @ block.T
     return gram

@@ -65,12 +65,12 @@ def combine(addends: Sequence[tuple[float, LoraFactors]], rank: int, by: Decompo
         )
     found = by(stack, rank)
     kept = found.u.shape[1]
-    u, vt = _with_fixed_signs(found.u, found.vt)
+    u, vt = with_fixed_signs(found.u, found.vt)
     factors = LoraFactors((u * found.s[:kept]).astype(np.float32), vt.astype(np.float32))
     return Combined(factors, found.s, found.energy, found.discarded_energy)
 
 
-def _with_fixed_signs(u: Matrix, vt: Matrix) -> tuple[Matrix, Matrix]:
+def with_fixed_signs(u: Wide, vt: Wide) -> tuple[Wide, Wide]:
     """Make the largest entry of every left vector positive: an SVD fixes each pair only up to its sign."""
     peaks = u[np.argmax(np.abs(u), axis=0), np.arange(u.shape[1])]
     signs = np.where(peaks < 0, -1.0, 1.0)
@@ -111,9 +111,13 @@ def pad(factors: LoraFactors, rank: int, seed: str) -> LoraFactors:
 
 def fresh_row(in_features: int, seed: str) -> Matrix:
     """One `A` row as peft draws it (Kaiming uniform with a = √5, i.e. ±1/√in), from a text seed."""
-    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big")
     bound = 1.0 / np.sqrt(in_features)
-    return np.random.default_rng(number).uniform(-bound, bound, in_features).astype(np.float32)
+    return text_generator(seed).uniform(-bound, bound, in_features).astype(np.float32)
+
+
+def text_generator(seed: str) -> np.random.Generator:
+    """A generator from a text seed, the same on every machine and in every process."""
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big"))
 
 
 def serve(canonical: LoraFactors, rank: int, how: Split, seed: str) -> LoraFactors:

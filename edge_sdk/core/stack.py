@@ -65,8 +65,11 @@ class Stack:
             raise AdapterError("an update holds values that are not finite")
 
     def product(self) -> Wide:
-        """The dense sum, (out, in)."""
-        return np.concatenate(list(self.product_blocks()), axis=1)
+        """The dense sum, (out, in); memory holds it once, and a block of it."""
+        whole = np.empty(self.shape)
+        for columns, block in self.product_blocks():
+            whole[:, columns] = block
+        return whole
 
     def transposed(self) -> Stack:
         """The stack of the transposed sum, without a copy."""
@@ -134,12 +137,12 @@ class Stack:
             seen += block.T @ u[rows]
         return seen
 
-    def product_blocks(self) -> Iterator[Wide]:
-        """The dense sum, (out, in), BLOCK columns at a time."""
+    def product_blocks(self) -> Iterator[tuple[slice, Wide]]:
+        """(columns, those columns of the dense sum), BLOCK of them at a time."""
         for begin in range(0, self.shape[1], BLOCK):
             columns = slice(begin, min(begin + BLOCK, self.shape[1]))
             block = np.zeros((self.shape[0], columns.stop - begin))
             for start, part in zip(self._starts, self.parts, strict=False):
                 weights = self.weights[start : start + part.rank, None]
                 block += part.b.astype(np.float64) @ (weights * part.a[:, columns])
-            yield block
+            yield columns, block
