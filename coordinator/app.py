@@ -5,33 +5,44 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from aiohttp import web
 
+from coordinator.intake import Intake, receive
 from coordinator.ladder import Rung
 from coordinator.service import Coordinator
 from edge_sdk.core import codec, messages
-from edge_sdk.core.errors import EdgeError, InternalError, NotFound, ProtocolError, TooLarge, Unauthorised
+from edge_sdk.core.errors import (
+    Busy,
+    EdgeError,
+    InternalError,
+    NotFound,
+    ProtocolError,
+    TooLarge,
+    Unauthorised,
+)
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.wire_dtype import WIRE_DTYPES
 
 log = logging.getLogger("coordinator")
 COORDINATOR = web.AppKey("coordinator", Coordinator)
+INTAKE = web.AppKey("intake", Intake)
 Record = TypeVar("Record")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
 BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
-CHUNK_TIMEOUT_S = 60.0  # an upload that sends nothing for this long is cut; it resumes at its offset
+KEEP_ALIVE_S = 30.0  # an idle connection is closed; devices that wait come back after longer than that
 
 
 def build_app(coordinator: Coordinator) -> web.Application:
     """The application that serves one federation."""
     app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
-    app[COORDINATOR] = coordinator
+    app[COORDINATOR], app[INTAKE] = coordinator, Intake()
     app.cleanup_ctx.append(_ticking)
     app.router.add_post(messages.JOIN, join)
     app.router.add_get(messages.FEDERATION, federation)
@@ -79,9 +90,12 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
 
 def _problem(error: EdgeError, status: int | None = None) -> web.Response:
     document = {"title": error.title, "status": status or error.status, "detail": str(error), **error.details}
-    return web.json_response(
+    response = web.json_response(
         document, status=status or error.status, content_type=messages.PROBLEM_CONTENT_TYPE
     )
+    if isinstance(error, Busy):
+        response.headers["Retry-After"] = str(math.ceil(error.details["retry_after_s"]))
+    return response
 
 
 def _token(request: web.Request) -> str:
@@ -162,6 +176,7 @@ async def upload_offset(request: web.Request) -> web.Response:
     """HEAD /v1/assignments/{id}/adapter: how many bytes are stored."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
     coordinator.require_assignment(_device(request), id)
+    request.app[INTAKE].require_room()  # said before the bytes come
     return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.blobs.offset(id))})
 
 
@@ -175,12 +190,12 @@ async def upload(request: web.Request) -> web.Response:
     offset, cap = int(text), coordinator.uploads.cap(assignment)
     if (request.content_length or 0) > cap:
         raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
-    while True:
-        async with asyncio.timeout(CHUNK_TIMEOUT_S):
-            chunk = await request.content.readany()
-        if not chunk:
-            break
-        offset = await asyncio.to_thread(coordinator.blobs.append, id, offset, chunk, cap)
+
+    async def append(at: int, pieces: Sequence[bytes]) -> int:
+        return await asyncio.to_thread(coordinator.blobs.append, id, at, pieces, cap)
+
+    async with request.app[INTAKE].place(request.transport):
+        offset = await receive(request.content, offset, append)
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 

@@ -15,10 +15,11 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from coordinator.running_digests import RunningDigests
 from edge_sdk.core.codec import sha256_file
 from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
 
@@ -32,6 +33,7 @@ class Blobs:
             part.mkdir(parents=True, exist_ok=True)
         # An upload is written by one thread at a time; ids share locks, so that there are not ever more.
         self._locks = [threading.Lock() for _ in range(64)]
+        self._digests = RunningDigests()
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest lies or would lie."""
@@ -86,21 +88,25 @@ class Blobs:
         path = self.upload_path(id)
         return path.stat().st_size if path.exists() else 0
 
-    def append(self, id: str, offset: int, chunk: bytes, cap_bytes: int) -> int:
-        """Append at `offset`, which must be where the stored bytes end; returns the new end.
+    def append(self, id: str, offset: int, chunk: bytes | Sequence[bytes], cap_bytes: int) -> int:
+        """Append bytes, or pieces of them, at `offset`, which must be where the stored bytes end; returns the new end.
 
         Raises:
             OffsetConflict: bytes are missing before `offset`, or there already.
             TooLarge: the upload would exceed its cap; nothing is written.
         """
-        with self._lock(id), self.upload_path(id).open("ab") as file:
-            end = file.tell()
-            if offset != end:
-                raise OffsetConflict(f"{end} bytes are stored; continue there, not at {offset}", offset=end)
-            if end + len(chunk) > cap_bytes:
-                raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
-            file.write(chunk)
-        return end + len(chunk)
+        pieces = [chunk] if isinstance(chunk, bytes) else chunk
+        size_bytes = sum(map(len, pieces))
+        with self._lock(id):
+            with self.upload_path(id).open("ab") as file:
+                end = file.tell()
+                if offset != end:
+                    raise OffsetConflict(f"{end} bytes are stored; continue there, not at {offset}", offset=end)
+                if end + size_bytes > cap_bytes:
+                    raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
+                file.writelines(pieces)
+            self._digests.extend(id, offset, pieces)
+        return end + size_bytes
 
     def whole(self, id: str, digest: str) -> Path:
         """Where the bytes of a finished upload can be read before it becomes a blob, or because it is one.
@@ -123,6 +129,7 @@ class Blobs:
                 self.upload_path(id).unlink(missing_ok=True)
             else:
                 self._adopt(self.upload_path(id), digest)
+            self._digests.forget(id)
         return blob
 
     def _whole(self, id: str, digest: str) -> Path:
@@ -131,7 +138,7 @@ class Blobs:
             return blob
         if not upload.exists():
             raise ProtocolError("nothing was uploaded for this assignment; send the adapter first")
-        actual = sha256_file(upload)
+        actual = self._digests.of(id, upload.stat().st_size) or sha256_file(upload)
         if actual != digest:
             upload.unlink()
             raise ProtocolError(

@@ -13,7 +13,7 @@ from pathlib import Path
 from aiohttp import web
 
 from coordinator import __version__, ledger
-from coordinator.app import build_app
+from coordinator.app import KEEP_ALIVE_S, build_app
 from coordinator.blobs import Blobs
 from coordinator.service import Coordinator
 from coordinator.serving import export
@@ -79,7 +79,7 @@ async def _listen(options: argparse.Namespace) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     coordinator = Coordinator(options.data, load_settings(options.config), decompose_on(options.device))
-    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0)
+    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S)
     await runner.setup()
     try:
         site = web.TCPSite(runner, options.host, options.port)

@@ -13,6 +13,7 @@ EdgeError
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
 │   ├── InternalError     500  a bug or a broken disk on the answering side
+│   ├── Busy              503  more at a time than can be taken in; carries how long to wait
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
@@ -118,6 +119,13 @@ class InternalError(OurFault):
     """A bug or a failing disk on the answering side."""
 
     title = "internal error"
+
+
+class Busy(OurFault):
+    """More is asked of the answering side than it takes in at a time. `details["retry_after_s"]`: when to try again."""
+
+    status = 503
+    title = "busy"
 
 
 class BadUpdates(OurFault):
