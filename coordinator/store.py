@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.group_commit import GroupCommit
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import from_json, to_json
@@ -124,8 +125,11 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             self._migrate(path)
+            self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._reader.execute("PRAGMA query_only = ON")
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path}: not a usable coordinator database ({error})") from error
+        self._commits = GroupCommit(self._db)
 
     def _migrate(self, path: Path) -> None:
         """Bring an older schema up to date, one step a transaction; refuse a newer one."""
@@ -140,24 +144,19 @@ class Store:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing, on disk at the end."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk ends it by itself
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._commits.transaction() as db:
+            yield db
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
+        """What is committed. Never waits for a commit: the event loop asks, too."""
         with self._lock:
-            return self._db.execute(query, values).fetchall()
+            return self._reader.execute(query, values).fetchall()
 
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
         with self._lock:
-            self._db.close()
+            self._reader.close()
+        self._commits.close()
 
     # --- federation ---
 
