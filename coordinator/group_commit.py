@@ -61,6 +61,12 @@ class GroupCommit:
         if group.error is not None:
             raise group.error
 
+    def data_version(self) -> int:
+        """A number that changes when another connection has committed."""
+        with self._turn:
+            (number,) = self._db.execute("PRAGMA data_version").fetchone()
+        return int(number)
+
     def close(self) -> None:
         """Close the connection, after the transaction in hand."""
         with self._turn:

@@ -21,6 +21,7 @@ from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.policy import Policy
 from coordinator.ration import Ration
+from coordinator.remembered import Assignments, Credentials
 from coordinator.serving import Serving
 from coordinator.settings import Settings
 from coordinator.store import Store, StoredUpdate
@@ -73,6 +74,7 @@ class Coordinator:
         self.join_token = _join_token(folder / "join-token")
         ration = self._restored_ration()
         self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
+        self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         learnt = None if self.privacy else settings.admission
@@ -137,6 +139,7 @@ class Coordinator:
         """Tick until cancelled."""
         while True:
             self._apply(events.Tick())
+            await asyncio.to_thread(self._credentials.refresh)
             await asyncio.sleep(TICK_S)
 
     async def close(self) -> None:
@@ -165,7 +168,7 @@ class Coordinator:
         Raises:
             Unauthorised: nobody does.
         """
-        device = self.store.device_of(_hash(token))
+        device = self._credentials.device_of(_hash(token))
         if device is None:
             raise Unauthorised("this credential is not known here; join again with the join token")
         self._seen[device] = self.now()
@@ -186,6 +189,7 @@ class Coordinator:
         self.federation.base.require(request.fingerprint)
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
         self.store.add_device(device, request.name[:80], _hash(credential), request.profile, time.time())
+        self._credentials.add(_hash(credential), device)
         self._seen[device] = self.now()
         log.info("device %s (%s) joined", device, request.name[:80])
         return JoinReply(device, credential, self.federation)
@@ -203,8 +207,9 @@ class Coordinator:
             return NotNow(answer.retry_after_s, answer.reason)
         assert isinstance(answer, events.Grant)
         assignment = self._assignment(answer.lease)
-        if self.store.assignment(assignment.id, device) is None:
+        if self._assignments.of(assignment.id, device) is None:
             await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
+            self._assignments.add(device, assignment)
         return assignment
 
     def _assignment(self, lease: events.Lease) -> Assignment:
@@ -229,7 +234,7 @@ class Coordinator:
 
     def require_assignment(self, device: str, id: str) -> Assignment:
         """An assignment of this device, open or expired."""
-        assignment = self.store.assignment(id, device)
+        assignment = self._assignments.of(id, device)
         if assignment is None:
             raise NotFound(f"assignment {id[:80]} is not one of this device's")
         return assignment

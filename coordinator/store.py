@@ -182,10 +182,13 @@ class Store:
                 (id, name, credential_hash, json.dumps(dict(profile)), now),
             )
 
-    def device_of(self, credential_hash: str) -> str | None:
-        """The device that holds this credential, unless revoked."""
-        rows = self._rows("SELECT id FROM devices WHERE credential_hash = ? AND revoked = 0", credential_hash)
-        return str(rows[0][0]) if rows else None
+    def credentials(self) -> dict[str, str]:
+        """Hash of a credential -> the device that holds it, unless revoked."""
+        return dict(self._rows("SELECT credential_hash, id FROM devices WHERE revoked = 0"))
+
+    def data_version(self) -> int:
+        """A number that changes when another process has written here."""
+        return self._commits.data_version()
 
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
