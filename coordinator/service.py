@@ -217,6 +217,7 @@ class Coordinator:
             steps=self.federation.training.steps,
             seed=int(hashlib.sha256(lease.assignment.encode()).hexdigest()[:8], 16),
             expires_in_s=max(0.0, lease.expires_at - self.now()),
+            start=self.store.start(lease.version),
         )
 
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
@@ -334,6 +335,7 @@ class Coordinator:
             norm_bound=self.uploads.norm_bound(),
             epsilon=spent.epsilon if spent else 0.0,
             delta=spent.delta if spent else 0.0,
+            start=self.store.start(state.version),
         )
 
 

@@ -365,6 +365,11 @@ class Store:
         rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
         return Version(*rows[0]) if rows else None
 
+    def start(self, number: int) -> str:
+        """What tells a version from another that once had its number; "" for 0, and for one not published."""
+        stored = self.version(number)
+        return stored.digest[:16] if stored else ""
+
     # --- privacy ---
 
     def entered(self) -> dict[str, dict[float, int]]:

@@ -191,6 +191,19 @@ def test_a_heartbeat_shows_in_the_status(device: Device) -> None:
     assert (shown.state, shown.rank, shown.steps_done) == ("training", 4, 7)
 
 
+def test_a_start_is_named_by_what_it_holds(merging: CoordinatorProcess) -> None:
+    with member(merging) as device:
+        first = device.work()
+        assert (first.version, first.start, device.transport.status().start) == (0, "", "")
+        device.hand_in(first)
+        wait_for_version(device.transport, 1)
+        second = device.work()
+        (blob,) = [path for path in (merging.data / "blobs").rglob(f"{second.start}*") if path.is_file()]
+        assert len(second.start) == 16
+        assert codec.sha256_file(blob).startswith(second.start)
+        assert device.transport.status().start == second.start
+
+
 # --- uploading ------------------------------------------------------------------------------------
 
 
