@@ -159,7 +159,11 @@ class Run:
         began = time.perf_counter()
         (line,) = self.connections(1)
         request = head_of("GET", messages.STATUS, self.devices[0].credential)
-        while (await self.tally.timed("status", line, request)).json()["version"] < number:
+
+        async def reached() -> bool:
+            return bool((await self.tally.timed("status", line, request)).json()["version"] >= number)
+
+        while not await reached():
             await asyncio.sleep(0.5)
         hang_up([line])
         self.found["merge_s"] = time.perf_counter() - began
@@ -232,7 +236,7 @@ class Run:
             "rss_max_bytes": watch.largest("rss_bytes"),
             "files_max": watch.largest("files"),
             "phases": {
-                phase: {"rss_max_bytes": watch.largest("rss_bytes", phase), "files_max": watch.largest("files", phase)}
+                phase: {f"{what}_max": watch.largest(what, phase) for what in ("rss_bytes", "files")}
                 for phase in phases
             },
             "devices": PAPER_DEVICES,
@@ -270,11 +274,12 @@ def show(found: dict[str, Any], console: Console) -> None:
     for column in ("phase", "RSS MB, most", "open files, most"):
         table.add_column(column, justify="left" if column == "phase" else "right")
     for phase, row in found["phases"].items():
-        table.add_row(phase, f"{row['rss_max_bytes'] / 1e6:.0f}", str(row["files_max"]))
+        table.add_row(phase, f"{row['rss_bytes_max'] / 1e6:.0f}", str(row["files_max"]))
     console.print(table)
     console.print(
-        f"merge of {found['uploaded_bytes'] / 1e9:.1f} GB {found['merge_s']:.1f} s   polls "
-        f"{found['polls_per_s']:.0f}/s   told to wait {found['told_to_wait']}   errors {found['error_count']}",
+        f"merge of {found['uploaded_bytes'] / 1e9:.1f} GB: {found['merge_s']:.1f} s   "
+        f"polls {found['polls_per_s']:.0f}/s   told to wait {found['told_to_wait']}   "
+        f"errors {found['error_count']}",
         highlight=False,
     )
     for error in found["errors"]:
@@ -301,7 +306,8 @@ def main() -> int:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": load}
     types = ", ".join(f"{kind.attention}/{kind.mlp}" for kind in TYPES)
-    console.print(f"{cpu_name()}, {os.cpu_count()} cores, load {load}; {MODEL.name}; ranks {types}; {plan.dtype}")
+    console.print(f"{cpu_name()}, {os.cpu_count()} cores, load {load}")
+    console.print(f"{MODEL.name}; ranks {types} (attention/feed-forward), {plan.dtype}")
     show(found, console)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Many HTTP connections from one thread, cheaply: requests are bytes that were built before, bodies are not copied.
+"""Many HTTP connections from one thread, cheaply: requests are bytes built before, bodies are not copied.
 
 `httpx` and aiohttp's client take longer for a request than the coordinator for its answer. This takes a fifth
 of that, and sends a body of many megabytes from one block of memory.

@@ -1,4 +1,4 @@
-"""Devices under load, without a model: they join, ask, download, beat, upload and deliver, as the protocol has it."""
+"""Devices under load, without a model: they join, ask, download, beat, upload and deliver."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ class Device:
 
     def upload(self, offset: int = 0) -> tuple[bytes | memoryview, ...]:
         """The file from `offset` on."""
-        more = (
-            f"{messages.UPLOAD_OFFSET}: {offset}\r\nContent-Type: {messages.OFFSET_CONTENT_TYPE}\r\n"
-        )
+        more = f"{messages.UPLOAD_OFFSET}: {offset}\r\nContent-Type: {messages.OFFSET_CONTENT_TYPE}\r\n"
         route = messages.UPLOAD.format(id=self.held["id"])
         body, tail = memoryview(self.kind.body), self.kind.tail(self.file_number)
         rest = (body[offset:], tail) if offset < len(body) else (tail[offset - len(body) :],)

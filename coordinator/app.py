@@ -145,7 +145,7 @@ async def join(request: web.Request) -> web.Response:
     """POST /v1/join."""
     coordinator = request.app[COORDINATOR]
     coordinator.require_join_token(_token(request))
-    return _reply(coordinator.join(await _body(request, JoinRequest)), status=201)
+    return _reply(await coordinator.join(await _body(request, JoinRequest)), status=201)
 
 
 async def federation(request: web.Request) -> web.Response:
@@ -160,7 +160,7 @@ async def ask(request: web.Request) -> web.Response:
     answer = await request.app[COORDINATOR].ask(device, await _body(request, Ask))
     if isinstance(answer, NotNow):
         response = _reply(answer, status=503)
-        response.headers["Retry-After"] = str(max(1, round(answer.retry_after_s)))
+        response.headers["Retry-After"] = str(math.ceil(answer.retry_after_s))
         return response
     return _reply(answer)
 
@@ -183,7 +183,8 @@ async def upload_offset(request: web.Request) -> web.Response:
 async def upload(request: web.Request) -> web.Response:
     """PATCH /v1/assignments/{id}/adapter: append the body at Upload-Offset; what came before a cut stays."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
-    assignment = coordinator.require_assignment(_device(request), id)
+    device = _device(request)
+    assignment = coordinator.require_assignment(device, id)
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -192,7 +193,9 @@ async def upload(request: web.Request) -> web.Response:
         raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
 
     async def append(at: int, pieces: Sequence[bytes]) -> int:
-        return await asyncio.to_thread(coordinator.blobs.append, id, at, pieces, cap)
+        end = await asyncio.to_thread(coordinator.blobs.append, id, at, pieces, cap)
+        coordinator.bytes_arrived(device, id, end - at)
+        return end
 
     async with request.app[INTAKE].place(request.transport):
         offset = await receive(request.content, offset, append)
@@ -235,4 +238,5 @@ async def adapter_config(request: web.Request) -> web.Response:
 async def status(request: web.Request) -> web.Response:
     """GET /v1/status, for devices and for the holder of the join token."""
     _member_or_host(request)
-    return _reply(request.app[COORDINATOR].status())
+    text = await request.app[COORDINATOR].status()
+    return web.Response(body=text, content_type="application/json")

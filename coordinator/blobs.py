@@ -89,7 +89,7 @@ class Blobs:
         return path.stat().st_size if path.exists() else 0
 
     def append(self, id: str, offset: int, chunk: bytes | Sequence[bytes], cap_bytes: int) -> int:
-        """Append bytes, or pieces of them, at `offset`, which must be where the stored bytes end; returns the new end.
+        """Append bytes, or pieces of them, at `offset`, where the stored bytes must end; returns the new end.
 
         Raises:
             OffsetConflict: bytes are missing before `offset`, or there already.
@@ -101,7 +101,9 @@ class Blobs:
             with self.upload_path(id).open("ab") as file:
                 end = file.tell()
                 if offset != end:
-                    raise OffsetConflict(f"{end} bytes are stored; continue there, not at {offset}", offset=end)
+                    raise OffsetConflict(
+                        f"{end} bytes are stored; continue there, not at {offset}", offset=end
+                    )
                 if end + size_bytes > cap_bytes:
                     raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
                 file.writelines(pieces)

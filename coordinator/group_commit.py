@@ -1,4 +1,4 @@
-"""Transactions of several threads in one commit: the disk is waited for once, and nobody is answered before it.
+"""Transactions of several threads in one commit: the disk is waited for once, and nobody goes on before it.
 
 A commit waits for the disk. While one thread works in a transaction, others queue up for theirs; each of them
 goes on in the same transaction behind a savepoint of its own, and the last of the queue commits for all. A
@@ -96,7 +96,7 @@ class GroupCommit:
         error: BaseException | None = None
         try:
             self._db.execute("COMMIT")
-        except BaseException as failed:
+        except sqlite3.Error as failed:
             error = failed
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")

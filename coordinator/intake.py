@@ -1,8 +1,8 @@
-"""Uploads on their way through the event loop: few at a time, the rest unread, and beyond that refused for now.
+"""Uploads on their way through the event loop: few at a time, the rest unread, and beyond that told to wait.
 
 However many devices send, memory stays what `PLACES` uploads need. Who comes then waits in a bounded queue
-with its connection paused, so that its bytes stay in its own machine; who comes when the queue is full is told
-to come back, each at another moment.
+with its connection paused, so that its bytes stay in its own machine; who comes when the queue is full is
+told to come back, each at another moment.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ RETRY_S = 2.0  # who is refused comes back after this or up to twice as much
 PIECE_BYTES = 512 << 10  # bytes that are written at once
 PIECE_S = 1.0  # and the longest that any wait for that, so that a slow link loses little at a crash
 SILENCE_S = 60.0  # an upload that sends nothing for this long is cut; it resumes at its offset
+
+SILENCE = b"silence"  # told apart from a body's bytes by identity
 
 Append = Callable[[int, Sequence[bytes]], Coroutine[Any, Any, int]]
 """Stores these pieces at an offset; where the stored bytes end then."""
@@ -45,7 +47,9 @@ class Intake:
         """Raise Busy if an upload would be refused now."""
         if self._inside >= self._most:
             retry_s = random.uniform(RETRY_S, 2 * RETRY_S)
-            raise Busy("more uploads come than can be taken in at a time; try again later", retry_after_s=retry_s)
+            raise Busy(
+                "more uploads come than can be taken in at a time; try again later", retry_after_s=retry_s
+            )
 
     @asynccontextmanager
     async def place(self, connection: asyncio.Transport | None) -> AsyncIterator[None]:
@@ -88,14 +92,11 @@ async def receive(body: Body, offset: int, append: Append) -> int:
     size_bytes, since = 0, loop.time()
     writing: asyncio.Task[int] | None = None
     try:
-        while True:
-            async with asyncio.timeout(SILENCE_S):
-                piece = await body.readany()
-            if not piece:
-                break
-            pieces.append(piece)
-            size_bytes += len(piece)
-            if size_bytes >= PIECE_BYTES or loop.time() - since >= PIECE_S:
+        while piece := await _next_piece(body, PIECE_S if pieces else SILENCE_S):
+            if piece is not SILENCE:
+                pieces.append(piece)
+                size_bytes += len(piece)
+            if piece is SILENCE or size_bytes >= PIECE_BYTES or loop.time() - since >= PIECE_S:
                 if writing:
                     offset = await writing
                 writing = asyncio.create_task(append(offset, pieces))
@@ -106,3 +107,14 @@ async def receive(body: Body, offset: int, append: Append) -> int:
         if pieces:
             offset = await append(offset, pieces)
     return offset
+
+
+async def _next_piece(body: Body, patience_s: float) -> bytes:
+    """What comes next, empty at the end; SILENCE if nothing does for PIECE_S, where that is the patience."""
+    try:
+        async with asyncio.timeout(patience_s):
+            return await body.readany()
+    except TimeoutError:
+        if patience_s < SILENCE_S:
+            return SILENCE
+        raise

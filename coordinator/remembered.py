@@ -1,4 +1,4 @@
-"""What nearly every request asks of the store, kept in memory: who holds a credential, and which assignment is whose.
+"""What nearly every request asks of the store, kept in memory: whose a credential or an assignment is.
 
 A credential costs some 150 bytes. Assignments never change once they are granted, so that any that is kept is
 right; the ones used last are.
@@ -32,7 +32,7 @@ class Credentials:
         self._devices[credential_hash] = device
 
     def refresh(self) -> None:
-        """Read them again if another process has written to the store: it may have revoked one. Not for the event loop."""
+        """Read them again if another process has written to the store. In a worker thread: this may wait."""
         data_version = self._store.data_version()
         if data_version != self._data_version:
             self._data_version, self._devices = data_version, self._store.credentials()

@@ -16,7 +16,7 @@ KEPT = 4096  # uploads under way; each takes some hundred bytes
 
 
 class RunningDigests:
-    """Upload id -> the hash of its first so many bytes. The caller sees to it that none is extended twice at once."""
+    """Upload id -> the hash of its first so many bytes. Each is extended by one thread at a time."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept

@@ -122,7 +122,7 @@ class InternalError(OurFault):
 
 
 class Busy(OurFault):
-    """More is asked of the answering side than it takes in at a time. `details["retry_after_s"]`: when to try again."""
+    """More comes at a time than the answering side takes in. `details["retry_after_s"]`: when to come back."""
 
     status = 503
     title = "busy"

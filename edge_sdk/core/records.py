@@ -21,7 +21,19 @@ Record = TypeVar("Record")
 
 def to_json(record: Any) -> dict[str, Any]:
     """A record as JSON values (nested records become objects, tuples arrays)."""
-    return dataclasses.asdict(record)
+    kind: Any = type(record)
+    return {name: _plain(getattr(record, name)) for name, _, _ in _fields_of(kind)}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values as they are, and what holds records rebuilt."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {key: _plain(held) for key, held in value.items()}
+    return to_json(value)
 
 
 def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
@@ -34,7 +46,7 @@ def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
     if not isinstance(value, Mapping):
         raise ProtocolError(f"{label}: expected an object, got {_kind_of(value)}")
     arguments = {}
-    for name, hint, required in _fields_of(kind):
+    for name, hint, required in _fields_of(kind):  # type: ignore[arg-type]  # a class can be hashed
         if name in value:
             arguments[name] = _decode(hint, value[name], f"{label}.{name}")
         elif required:
@@ -43,8 +55,8 @@ def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
 
 
 @functools.cache
-def _fields_of(kind: type) -> tuple[tuple[str, Any, bool], ...]:
-    """Name, type and whether there is no default, of each field: resolving the hints takes far longer than using them."""
+def _fields_of(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+    """Name, type and whether there is no default, of each field. Resolving hints takes a while."""
     hints = typing.get_type_hints(kind)
     missing = dataclasses.MISSING
     return tuple(

@@ -126,9 +126,14 @@ def test_a_full_disk_undoes_the_group_and_is_told_to_all(db: Counted, tmp_path: 
     thread = threading.Thread(target=early)
     thread.start()
     assert inside.wait(30.0)
-    with pytest.raises(sqlite3.OperationalError, match="full"), commits.transaction() as open_:
-        open_.execute("ROLLBACK")  # as SQLITE_FULL does
-        raise sqlite3.OperationalError("database or disk is full")
+
+    def late() -> None:
+        with commits.transaction() as open_:
+            open_.execute("ROLLBACK")  # as SQLITE_FULL does
+            raise sqlite3.OperationalError("database or disk is full")
+
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        late()
     thread.join(30.0)
     assert [str(error) for error in told] == ["database or disk is full"]
     assert numbers(tmp_path) == []
