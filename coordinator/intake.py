@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from edge_sdk.core.errors import Busy
 
-PLACES = 32  # uploads whose bytes are read at a time
+PLACES = 16  # uploads whose bytes are read at a time
 QUEUE = 256  # that wait for a place; each holds what came with its head, at most some 100 KB
 RETRY_S = 2.0  # who is refused comes back after this or up to twice as much
-PIECE_BYTES = 512 << 10  # bytes that are written at once
+PIECE_BYTES = 1 << 20  # bytes that are written at once
 PIECE_S = 1.0  # and the longest that any wait for that, so that a slow link loses little at a crash
 SILENCE_S = 60.0  # an upload that sends nothing for this long is cut; it resumes at its offset
 
