@@ -152,12 +152,12 @@ def accept(at: Situation) -> list[Effect]:
 
 
 def decline(at: Situation) -> list[Effect]:
-    """Decline, with the reason."""
+    """Decline."""
     return [Decline(at.event.assignment, _why_not(at, at.device, at.version))]
 
 
 def decline_unpaid(at: Situation) -> list[Effect]:
-    """Decline, with the reason."""
+    """Decline."""
     error = StaleUpdate(f"not taken in: {SPENT}; drop it", current_version=at.state.version)
     return [Decline(at.event.assignment, error)]
 
