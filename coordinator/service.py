@@ -16,20 +16,24 @@ from pathlib import Path
 
 from coordinator import engine, events, ledger
 from coordinator.blobs import Blobs
+from coordinator.collection import Collector
 from coordinator.engine import Engine
+from coordinator.join_token import join_token
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.policy import Policy
 from coordinator.ration import Ration
 from coordinator.serving import Serving
 from coordinator.settings import Settings
-from coordinator.store import Store, StoredUpdate
+from coordinator.soundness import require_sound
+from coordinator.store import DATABASE, Store, StoredUpdate
 from coordinator.uploads import Uploads
 from edge_sdk.core.errors import (
     AdapterError,
     BadUpdates,
     InputError,
     NotFound,
+    OurFault,
     ProtocolError,
     TooLarge,
     Unauthorised,
@@ -66,18 +70,24 @@ class Coordinator:
             self.blobs = Blobs(folder)
         except OSError as error:
             raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
-        self.store = Store(folder / "coordinator.sqlite")
+        self.store = Store(folder / DATABASE)
         self.federation = self._fixed_federation(settings, folder)
         self.privacy = settings.privacy
         ledger.open_ledger(self.store, settings.privacy, folder)
-        self.join_token = _join_token(folder / "join-token")
+        self.collector = Collector(
+            self.store, self.blobs, settings.storage.keep_versions, settings.policy.max_staleness
+        )
+        require_sound(folder, self.store, self.blobs, self.collector.newest, self.federation.scaling)
+        self.collector.tidy()
+        self.join_token = join_token(folder)
         ration = self._restored_ration()
         self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._collecting: asyncio.Task[None] | None = None
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
-        self.serving = Serving(self.federation, self.store, self.blobs)
+        self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
@@ -135,6 +145,7 @@ class Coordinator:
 
     async def run(self) -> None:
         """Tick until cancelled."""
+        self._collect_soon()
         while True:
             self._apply(events.Tick())
             await asyncio.sleep(TICK_S)
@@ -297,6 +308,23 @@ class Coordinator:
                 time.monotonic() - started,
             )
             self._apply(events.Merged(version.version, version.rank))
+            self._collect_soon()
+
+    def _collect_soon(self) -> None:
+        """Remove files that nobody needs any more, off the event loop, unless that is under way."""
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect())
+            self._tasks.add(self._collecting)
+            self._collecting.add_done_callback(self._tasks.discard)
+
+    async def _collect(self) -> None:
+        try:
+            found = await asyncio.to_thread(self.collector.run)
+        except OurFault as error:
+            log.error("collection: %s", error)
+        else:
+            if found.files:
+                log.info("collected %s", found)
 
     # --- views ---
 
@@ -346,14 +374,3 @@ def _buffered(stored: StoredUpdate) -> events.Buffered:
 def _hash(token: str) -> str:
     """How a secret of 256 random bits is kept: one SHA-256 is enough, there is nothing to guess."""
     return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
-
-
-def _join_token(path: Path) -> str:
-    """The federation's join token, made at the first start, readable by the host alone."""
-    if not path.exists():
-        made = path.with_name(f".{path.name}-new")  # moved into place whole: half a token lets nobody in
-        made.unlink(missing_ok=True)
-        made.touch(mode=0o600)
-        made.write_text(secrets.token_hex(16) + "\n")  # never begins with a dash, as an option would
-        made.replace(path)
-    return path.read_text().strip()
