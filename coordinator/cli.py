@@ -97,9 +97,10 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
         site = web.TCPSite(runner, options.host, options.port)
         try:
             await site.start()
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise InputError(
-                f"cannot listen on {options.host}:{options.port} ({error.strerror}); choose another --port"
+                f"cannot listen on {options.host}:{options.port} ({reason}); choose another --port"
             ) from error
         port = runner.addresses[0][1]
         federation = coordinator.federation

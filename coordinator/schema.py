@@ -67,11 +67,14 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         InputError: its schema is newer than this.
     """
-    have = schema_of(db, path)
-    if 0 < have < len(MIGRATIONS):
+    have, newest = schema_of(db, path), len(MIGRATIONS)
+    steps = list(enumerate(MIGRATIONS[have:], have + 1))
+    if have == 0:  # a new one is made at once
+        steps = [(newest, "".join(MIGRATIONS))]
+    elif steps:
         copy = _copy(db, path, have)
-        log.info("schema %d becomes %d; %s is as it was before", have, len(MIGRATIONS), copy)
-    for number, script in enumerate(MIGRATIONS[have:], have + 1):
+        log.info("schema %d becomes %d; %s is as it was before", have, newest, copy)
+    for number, script in steps:
         try:
             db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number};")
             reach("migration-written")
