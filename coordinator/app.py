@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,15 @@ from aiohttp.abc import AbstractStreamWriter
 from coordinator.ladder import Rung
 from coordinator.service import Coordinator
 from edge_sdk.core import codec, messages
-from edge_sdk.core.errors import EdgeError, InternalError, NotFound, ProtocolError, TooLarge, Unauthorised
+from edge_sdk.core.errors import (
+    EdgeError,
+    InternalError,
+    NotFound,
+    OurFault,
+    ProtocolError,
+    TooLarge,
+    Unauthorised,
+)
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.wire_dtype import WIRE_DTYPES
@@ -65,6 +74,12 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
     """Answer every error with a problem document that says what to do."""
     try:
         return await handler(request)
+    except OurFault as error:
+        resource = request.match_info.route.resource
+        request.app[COORDINATOR].trouble.log(
+            f"{request.method} {resource.canonical if resource else request.path}", error
+        )
+        return _problem(error)
     except EdgeError as error:
         return _problem(error)
     except web.HTTPException as error:
@@ -149,7 +164,7 @@ async def ask(request: web.Request) -> web.Response:
     answer = await request.app[COORDINATOR].ask(device, await _body(request, Ask))
     if isinstance(answer, NotNow):
         response = _reply(answer, status=503)
-        response.headers["Retry-After"] = str(max(1, round(answer.retry_after_s)))
+        response.headers["Retry-After"] = str(math.ceil(answer.retry_after_s))
         return response
     return _reply(answer)
 
@@ -171,7 +186,8 @@ async def upload_offset(request: web.Request) -> web.Response:
 async def upload(request: web.Request) -> web.Response:
     """PATCH /v1/assignments/{id}/adapter: append the body at Upload-Offset; what came before a cut stays."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
-    assignment = coordinator.require_assignment(_device(request), id)
+    device = _device(request)
+    assignment = coordinator.require_assignment(device, id)
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -184,6 +200,7 @@ async def upload(request: web.Request) -> web.Response:
         if not chunk:
             break
         offset = await asyncio.to_thread(coordinator.blobs.append, id, offset, chunk, cap)
+        coordinator.bytes_arrived(device, id, len(chunk))
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 

@@ -53,6 +53,10 @@ MIGRATIONS = [
     ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
     ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
     """,
+    # A device gives one update from each version, in rising order.
+    """
+    CREATE INDEX updates_device ON updates(device, version) WHERE rejected IS NULL;
+    """,
     # Whether the file of a version is gone, because nobody may need it any more. The row stays.
     """
     ALTER TABLE versions ADD COLUMN collected INTEGER NOT NULL DEFAULT 0;

@@ -1,6 +1,7 @@
 """Devices made of numpy that live through whatever happens to their coordinator, as real ones do.
 
-Each is a thread over the production transport. What it has finished it keeps until it is acknowledged or refused.
+Each is a thread over the production transport. What it has finished it keeps until that
+is acknowledged or refused.
 """
 
 from __future__ import annotations
