@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from coordinator.ladder import Rung
 from coordinator.service import Coordinator
 from edge_sdk.core import codec, messages
-from edge_sdk.core.errors import EdgeError, InternalError, NotFound, ProtocolError, TooLarge, Unauthorised
+from edge_sdk.core.errors import (
+    EdgeError,
+    InternalError,
+    NotFound,
+    OurFault,
+    ProtocolError,
+    TooLarge,
+    Unauthorised,
+)
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.wire_dtype import WIRE_DTYPES
@@ -63,6 +74,12 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
     """Answer every error with a problem document that says what to do."""
     try:
         return await handler(request)
+    except OurFault as error:
+        resource = request.match_info.route.resource
+        request.app[COORDINATOR].trouble.log(
+            f"{request.method} {resource.canonical if resource else request.path}", error
+        )
+        return _problem(error)
     except EdgeError as error:
         return _problem(error)
     except web.HTTPException as error:
@@ -201,13 +218,29 @@ async def adapter(request: web.Request) -> web.StreamResponse:
     dtype = request.match_info.get("dtype", "float32")
     if dtype not in WIRE_DTYPES:
         raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
-    rung = Rung(_number(request, "rank"), dtype)
-    path = await request.app[COORDINATOR].adapter(_number(request, "version"), rung)
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Cache-Control": "private, max-age=31536000, immutable",
-    }
-    return web.FileResponse(path, headers=headers)
+    coordinator = request.app[COORDINATOR]
+    rung, version = Rung(_number(request, "rank"), dtype), _number(request, "version")
+    with contextlib.ExitStack() as held:
+        held.enter_context(coordinator.serving.holding(version, rung))
+        path = await coordinator.adapter(version, rung)
+        return HeldFile(path, held.pop_all())
+
+
+class HeldFile(web.FileResponse):
+    """An adapter that is not collected before it was sent."""
+
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Cache-Control": "private, max-age=31536000, immutable",
+        }
+        super().__init__(path, headers=headers)
+        self._held = held
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it, and let go of it."""
+        with self._held:
+            return await super().prepare(request)
 
 
 async def adapter_config(request: web.Request) -> web.Response:
