@@ -159,11 +159,10 @@ class Run:
         began = time.perf_counter()
         (line,) = self.connections(1)
         request = head_of("GET", messages.STATUS, self.devices[0].credential)
-
-        async def reached() -> bool:
-            return bool((await self.tally.timed("status", line, request)).json()["version"] >= number)
-
-        while not await reached():
+        while True:
+            status = await self.tally.timed("status", line, request)
+            if status.json()["version"] >= number:
+                break
             await asyncio.sleep(0.5)
         hang_up([line])
         self.found["merge_s"] = time.perf_counter() - began

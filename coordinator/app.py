@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from coordinator.intake import Intake, receive
 from coordinator.ladder import Rung
@@ -20,6 +23,7 @@ from edge_sdk.core.errors import (
     EdgeError,
     InternalError,
     NotFound,
+    OurFault,
     ProtocolError,
     TooLarge,
     Unauthorised,
@@ -73,6 +77,14 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
     """Answer every error with a problem document that says what to do."""
     try:
         return await handler(request)
+    except Busy as error:
+        return _problem(error)
+    except OurFault as error:
+        resource = request.match_info.route.resource
+        request.app[COORDINATOR].trouble.log(
+            f"{request.method} {resource.canonical if resource else request.path}", error
+        )
+        return _problem(error)
     except EdgeError as error:
         return _problem(error)
     except web.HTTPException as error:
@@ -216,13 +228,29 @@ async def adapter(request: web.Request) -> web.StreamResponse:
     dtype = request.match_info.get("dtype", "float32")
     if dtype not in WIRE_DTYPES:
         raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
-    rung = Rung(_number(request, "rank"), dtype)
-    path = await request.app[COORDINATOR].adapter(_number(request, "version"), rung)
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Cache-Control": "private, max-age=31536000, immutable",
-    }
-    return web.FileResponse(path, headers=headers)
+    coordinator = request.app[COORDINATOR]
+    rung, version = Rung(_number(request, "rank"), dtype), _number(request, "version")
+    with contextlib.ExitStack() as held:
+        held.enter_context(coordinator.serving.holding(version, rung))
+        path = await coordinator.adapter(version, rung)
+        return HeldFile(path, held.pop_all())
+
+
+class HeldFile(web.FileResponse):
+    """An adapter that is not collected before it was sent."""
+
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Cache-Control": "private, max-age=31536000, immutable",
+        }
+        super().__init__(path, headers=headers)
+        self._held = held
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it, and let go of it."""
+        with self._held:
+            return await super().prepare(request)
 
 
 async def adapter_config(request: web.Request) -> web.Response:

@@ -72,15 +72,18 @@ def cannot_count(at: Situation) -> bool:
     return not at.can_count(at.version)
 
 
-def is_awaited(at: Situation) -> bool:
-    """Others wait for it, or one version more makes it too old."""
+def one_version_left(at: Situation) -> bool:
+    """One version more makes it too old."""
     limit = at.policy.staleness_limit
-    if limit and at.state.version - at.version >= limit:
-        return True
-    first_at = at.state.first_at
-    if at.state.phase != "collecting" or first_at is None:
+    return limit > 0 and at.state.version - at.version >= limit
+
+
+def is_awaited(at: Situation) -> bool:
+    """The time is over without a quorum, and half of it is done."""
+    state, lease = at.state, at.held
+    if state.phase != "collecting" or state.first_at is None or lease is None:
         return False
-    return at.now - first_at >= at.policy.timeout_s
+    return at.now - state.first_at >= at.policy.timeout_s and 2 * at.event.steps_done >= lease.steps
 
 
 def deadline_passed(at: Situation) -> bool:
@@ -93,7 +96,7 @@ def deadline_passed(at: Situation) -> bool:
 
 
 def is_due(at: Situation) -> bool:
-    """K updates are in, or a quorum and the time-out"""
+    """Enough is in: K updates, or a quorum and the time-out."""
     state, policy = at.state, at.policy
     if state.first_at is None:
         return False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 MOST = 64  # transactions in a commit: the first of them waits for all others
 
@@ -75,6 +75,8 @@ class GroupCommit:
     def _joined(self) -> _Group:
         """The group whose transaction is open; a new one if none is."""
         if self._group is None:
+            if self._db.in_transaction:  # where even the end of the last one failed with the disk
+                self._db.execute("ROLLBACK")
             self._db.execute("BEGIN IMMEDIATE")
             self._group = _Group()
         self._group.size += 1
@@ -86,7 +88,7 @@ class GroupCommit:
         try:
             yield self._db
         except BaseException:
-            if self._db.in_transaction:
+            with suppress(sqlite3.Error):  # likewise; then there is no transaction any more
                 self._db.execute("ROLLBACK TO one")
                 self._db.execute("RELEASE one")
             raise
@@ -98,7 +100,7 @@ class GroupCommit:
             self._db.execute("COMMIT")
         except sqlite3.Error as failed:
             error = failed
-            if self._db.in_transaction:
+            with suppress(sqlite3.Error):  # a full disk ends it by itself; the next one tries again
                 self._db.execute("ROLLBACK")
         self._end(group, error)
 

@@ -16,7 +16,9 @@ from pathlib import Path
 
 from coordinator import events, ledger
 from coordinator.blobs import Blobs
+from coordinator.collection import Collector
 from coordinator.engine import Engine
+from coordinator.join_token import join_token
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.overview import Overview
@@ -26,13 +28,16 @@ from coordinator.remembered import Assignments, Credentials
 from coordinator.serving import Serving
 from coordinator.settings import Settings
 from coordinator.shared_answer import SharedAnswer
-from coordinator.store import Store
+from coordinator.soundness import require_sound
+from coordinator.store import DATABASE, Store
+from coordinator.trouble import Trouble
 from coordinator.uploads import Uploads
 from edge_sdk.core.errors import (
     AdapterError,
     BadUpdates,
     InputError,
     NotFound,
+    OurFault,
     ProtocolError,
     TooLarge,
     Unauthorised,
@@ -67,21 +72,28 @@ class Coordinator:
             self.blobs = Blobs(folder)
         except OSError as error:
             raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
-        self.store = Store(folder / "coordinator.sqlite")
+        self.store = Store(folder / DATABASE)
         self.federation = self._fixed_federation(settings, folder)
         self.privacy = settings.privacy
         ledger.open_ledger(self.store, settings.privacy, folder)
-        self.join_token = _join_token(folder / "join-token")
+        self.collector = Collector(
+            self.store, self.blobs, settings.storage.keep_versions, settings.policy.staleness_limit
+        )
+        require_sound(folder, self.store, self.blobs, self.collector.newest, self.federation.scaling)
+        self.collector.tidy()
+        self.join_token = join_token(folder)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=self._restored_ration(), steps=steps)
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
+        self.trouble = Trouble()
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._collecting: asyncio.Task[None] | None = None
         self._expired: list[str] = []  # assignments whose end is not on disk yet
         self._restore()
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
-        self.serving = Serving(self.federation, self.store, self.blobs)
+        self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
         self._status = SharedAnswer(self._status_text)
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
@@ -126,11 +138,14 @@ class Coordinator:
 
     async def run(self) -> None:
         """Tick until cancelled, whatever fails: deadlines must come."""
+        self._collect_soon()
         while True:
             try:
                 self._apply(events.Tick())
                 await self._note_expired()
                 await asyncio.to_thread(self._credentials.refresh)
+            except OurFault as error:
+                self.trouble.log("tick", error)
             except Exception:
                 log.exception("a tick failed; the next comes in %.1f s", TICK_S)
             await asyncio.sleep(TICK_S)
@@ -298,12 +313,16 @@ class Coordinator:
         started = time.monotonic()
         try:
             outcome = await asyncio.to_thread(self._merged, effect)
+        except OurFault as error:
+            log.error("version %d: %s; its updates are kept for the next try", effect.version, error)
+            outcome = events.MergeFailed()
         except Exception:
             log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
             outcome = events.MergeFailed()
         if isinstance(outcome, events.Merged):
             took_s, count = time.monotonic() - started, len(effect.weights)
             log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
+            self._collect_soon()
         self._apply(outcome)
 
     def _merged(self, effect: events.Merge) -> events.Merged | events.MergeFailed:
@@ -323,6 +342,22 @@ class Coordinator:
                 raise
             version = there
         return events.Merged(version.version, version.rank)
+
+    def _collect_soon(self) -> None:
+        """Remove files that nobody needs any more, off the event loop, unless that is under way."""
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect())
+            self._tasks.add(self._collecting)
+            self._collecting.add_done_callback(self._tasks.discard)
+
+    async def _collect(self) -> None:
+        try:
+            found = await asyncio.to_thread(self.collector.run)
+        except OurFault as error:
+            self.trouble.log("collection", error)
+        else:
+            if found.files:
+                log.info("collected %s", found)
 
     # --- views ---
 
@@ -349,14 +384,3 @@ def _raise_declined(effects: list[events.Effect]) -> None:
 def _hash(token: str) -> str:
     """How a secret of 256 random bits is kept: one SHA-256 is enough, there is nothing to guess."""
     return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
-
-
-def _join_token(path: Path) -> str:
-    """The federation's join token, made at the first start, readable by the host alone."""
-    if not path.exists():
-        made = path.with_name(f".{path.name}-new")  # moved into place whole: half a token lets nobody in
-        made.unlink(missing_ok=True)
-        made.touch(mode=0o600)
-        made.write_text(secrets.token_hex(16) + "\n")  # never begins with a dash, as an option would
-        made.replace(path)
-    return path.read_text().strip()

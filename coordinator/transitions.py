@@ -71,6 +71,7 @@ WORK: tuple[Row[WorkPhase], ...] = (
     _W(_ANY, Beat, when.stray_and_void, None, do.tell_abandon),
     _W(_ANY, Beat, when.other_work, None, do.tell_continue),
     _W(("training",), Beat, when.cannot_count, "idle", do.expire_and_abandon),
+    _W(("training",), Beat, when.one_version_left, None, do.tell_finish),
     _W(("training",), Beat, when.is_awaited, None, do.tell_finish),
     _W(("training",), Beat, None, None, do.tell_continue),
     _W(("late",), Beat, when.cannot_count, "idle", do.tell_abandon),
