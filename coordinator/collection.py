@@ -5,8 +5,8 @@ files that devices start from once no device does, uploads of assignments that c
 killed processes were writing. What stays:
 
 - the newest `[storage] keep_versions` versions, for export;
-- the newest (staleness limit + 2), from which a late update may still come: one more than count, because work on
-  a version may just be under way to a device while the next one is published;
+- the newest (staleness limit + 2), from which a late update may still come: one more than count, because work
+  on a version may just be under way to a device while the next one is published;
 - the version of every open assignment, and of every update that is in no version yet;
 - every blob that somebody holds a pin on: an upload or a version whose row is about to be written.
 
