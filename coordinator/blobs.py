@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from edge_sdk.core.codec import sha256_file
-from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
+from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge, UploadLost
 
 
 class Blobs:
@@ -106,7 +106,7 @@ class Blobs:
         """Where the bytes of a finished upload can be read before it becomes a blob, or because it is one.
 
         Raises:
-            ProtocolError: the bytes have another digest; they are dropped, so that the upload can restart.
+            UploadLost: the bytes have another digest; they are dropped, so that the upload can restart.
         """
         with self._lock(id):
             return self._whole(id, digest)
@@ -115,7 +115,7 @@ class Blobs:
         """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
 
         Raises:
-            ProtocolError: as `whole`.
+            UploadLost: as `whole`.
         """
         blob = self.path(digest)
         with self._lock(id):
@@ -130,11 +130,11 @@ class Blobs:
         if blob.exists():
             return blob
         if not upload.exists():
-            raise ProtocolError("nothing was uploaded for this assignment; send the adapter first")
+            raise UploadLost("nothing was uploaded for this assignment; send the adapter first")
         actual = sha256_file(upload)
         if actual != digest:
             upload.unlink()
-            raise ProtocolError(
+            raise UploadLost(
                 f"the uploaded bytes have SHA-256 {actual[:12]}…, not {digest[:12]}…; upload again"
             )
         return upload
