@@ -37,6 +37,10 @@ class Uploads:
         federation = self._federation
         return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
 
+    def stored_bytes(self, id: str) -> int:
+        """How much of an upload is here. A device that heard no acknowledgement needs not send it again."""
+        return self._blobs.offset(id) or self._store.update_bytes(id)
+
     def is_known(self, id: str, update: Update) -> bool:
         """Whether this very update was acknowledged before; what was sent again of it is dropped.
 
@@ -52,6 +56,9 @@ class Uploads:
 
     def check_claims(self, assignment: Assignment, update: Update) -> None:
         """Raise ProtocolError or TooLarge for a record that cannot be true."""
+        known = self._store.update_digest(assignment.id)
+        if known not in (None, update.digest):
+            raise ProtocolError(f"assignment {assignment.id} was delivered before, with digest {known[:12]}")
         if not 1 <= update.rank <= assignment.rank:  # lower where the device's memory did not suffice
             raise ProtocolError(f"Update.rank: {update.rank}, but rank {assignment.rank} was assigned")
         if update.examples < 1 or update.steps < 1:
