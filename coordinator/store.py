@@ -20,7 +20,7 @@ from typing import Any
 from coordinator.disk import disk_error
 from coordinator.failpoints import Point, reach
 from coordinator.schema import MIGRATIONS, migrate, schema_of
-from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
+from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import from_json, to_json
 
@@ -119,6 +119,8 @@ class Store:
                     "`edge-coordinator serve` on this folder brings it up to date"
                 )
         except (sqlite3.DatabaseError, OSError) as error:
+            if isinstance(disk_error(path.name, error, path.parent), DiskFull):
+                raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
             raise InputError(f"{path}: not a usable coordinator database ({error})") from error
 
     @contextmanager
@@ -148,7 +150,7 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            found = disk_error(self._path.name, error)
+            found = disk_error(self._path.name, error, self._path.parent)
             if found is None:
                 raise
             raise found from error
