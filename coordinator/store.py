@@ -87,6 +87,13 @@ class Device:
     refused: int
 
 
+def _require_whole(db: sqlite3.Connection, path: Path) -> None:
+    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        reason = " ".join(str(found).split())
+        raise InputError(f"{path} is damaged ({reason}); restore the folder from a backup")
+
+
 # What nobody may need any more, in SQL: see needed_versions and needed_digests.
 _NEEDED = """(version > (SELECT MAX(version) FROM versions) - ?
     OR version IN (SELECT version FROM assignments WHERE open = 1)
@@ -112,6 +119,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             if upgrade:
+                _require_whole(self._db, path)
                 migrate(self._db, path)
             elif (have := schema_of(self._db, path)) < len(MIGRATIONS):
                 raise InputError(
@@ -159,11 +167,6 @@ class Store:
         """Fold the log into the file and let go of it."""
         with self._lock:
             self._db.close()
-
-    def damage(self) -> str | None:
-        """The first thing that SQLite finds wrong with its own file, or None."""
-        ((found,),) = self._rows("PRAGMA quick_check(1)")
-        return None if found == "ok" else str(found)
 
     # --- federation ---
 
