@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -24,6 +24,7 @@ from typing import BinaryIO
 from coordinator.disk import blaming, fsync_file, fsync_folder
 from coordinator.failpoints import reach
 from coordinator.pins import Pins
+from coordinator.running_digests import RunningDigests
 from edge_sdk.core.codec import sha256_file
 from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
 
@@ -41,6 +42,7 @@ class Blobs:
             part.mkdir(parents=True, exist_ok=True)
         # An upload is written by one thread at a time; ids share locks, so that there are not ever more.
         self._locks = [threading.Lock() for _ in range(64)]
+        self._digests = RunningDigests()
         self._durable_folders: set[Path] = set()  # whose names this process has seen on disk
 
     def path(self, digest: str) -> Path:
@@ -102,14 +104,16 @@ class Blobs:
         with blaming(_shown(path)):
             return path.stat().st_size if path.exists() else 0
 
-    def append(self, id: str, offset: int, chunk: bytes, cap_bytes: int) -> int:
-        """Append at `offset`, which must be where the stored bytes end; returns the new end.
+    def append(self, id: str, offset: int, chunk: bytes | Sequence[bytes], cap_bytes: int) -> int:
+        """Append bytes, or pieces of them, at `offset`, where the stored bytes must end; returns the new end.
 
         Raises:
             OffsetConflict: bytes are missing before `offset`, or there already.
             TooLarge: the upload would exceed its cap; nothing is written.
             DiskFull, InternalError: some of the chunk may be stored; `offset` says how much.
         """
+        pieces = [chunk] if isinstance(chunk, bytes) else chunk
+        size_bytes = sum(map(len, pieces))
         path = self.upload_path(id)
         with blaming(_shown(path)), self._lock(id):
             with path.open("ab") as file:
@@ -118,11 +122,12 @@ class Blobs:
                     raise OffsetConflict(
                         f"{end} bytes are stored; continue there, not at {offset}", offset=end
                     )
-                if end + len(chunk) > cap_bytes:
+                if end + size_bytes > cap_bytes:
                     raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
-                file.write(chunk)
+                file.writelines(pieces)
+            self._digests.extend(id, offset, pieces)
             reach("upload-appended")
-        return end + len(chunk)
+        return end + size_bytes
 
     def whole(self, id: str, digest: str) -> Path:
         """Where the bytes of a finished upload can be read before it becomes a blob, or because it is one.
@@ -146,6 +151,7 @@ class Blobs:
                 upload.unlink(missing_ok=True)
             else:
                 self._adopt(upload, digest)
+            self._digests.forget(id)
         return blob
 
     def _whole(self, id: str, digest: str) -> Path:
@@ -154,7 +160,7 @@ class Blobs:
             return blob
         if not upload.exists():
             raise ProtocolError("nothing was uploaded for this assignment; send the adapter first")
-        actual = sha256_file(upload)
+        actual = self._digests.of(id, upload.stat().st_size) or sha256_file(upload)
         if actual != digest:
             self.discard(id)
             raise ProtocolError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from aiohttp import web
 
 from coordinator import __version__, failpoints, ledger
-from coordinator.app import build_app
+from coordinator.app import KEEP_ALIVE_S, build_app
 from coordinator.backup import back_up, require_finished
 from coordinator.blobs import Blobs
 from coordinator.folder_lock import only_coordinator
@@ -92,7 +92,7 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     coordinator = Coordinator(options.data, settings, by)
-    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0)
+    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S)
     await runner.setup()
     try:
         site = web.TCPSite(runner, options.host, options.port)

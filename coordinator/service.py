@@ -24,8 +24,10 @@ from coordinator.merging import Merger
 from coordinator.overview import Overview
 from coordinator.ration import Ration
 from coordinator.recalling import buffered, recalled
+from coordinator.remembered import Assignments, Credentials
 from coordinator.serving import Serving
 from coordinator.settings import Settings
+from coordinator.shared_answer import SharedAnswer
 from coordinator.soundness import require_sound
 from coordinator.store import DATABASE, Store
 from coordinator.trouble import Trouble
@@ -52,7 +54,6 @@ from edge_sdk.core.messages import (
     JoinReply,
     JoinRequest,
     NotNow,
-    Status,
     Update,
     UpdateReply,
 )
@@ -83,6 +84,7 @@ class Coordinator:
         self.join_token = join_token(folder)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=self._restored_ration(), steps=steps)
+        self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
         self.trouble = Trouble()
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -92,6 +94,7 @@ class Coordinator:
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
+        self._status = SharedAnswer(self._status_text)
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
@@ -140,6 +143,7 @@ class Coordinator:
             try:
                 self._apply(events.Tick())
                 await self._note_expired()
+                await asyncio.to_thread(self._credentials.refresh)
             except OurFault as error:
                 self.trouble.log("tick", error)
             except Exception:
@@ -184,7 +188,7 @@ class Coordinator:
         Raises:
             Unauthorised: nobody does.
         """
-        device = self.store.device_of(_hash(token))
+        device = self._credentials.device_of(_hash(token))
         if device is None:
             raise Unauthorised("this credential is not known here; join again with the join token")
         self._seen[device] = self.now()
@@ -195,7 +199,7 @@ class Coordinator:
         if not hmac.compare_digest(_hash(token), _hash(self.join_token)):
             raise Unauthorised("wrong join token; the host finds it in the coordinator's data folder")
 
-    def join(self, request: JoinRequest) -> JoinReply:
+    async def join(self, request: JoinRequest) -> JoinReply:
         """Enrol a device and give it a credential of its own."""
         if request.protocol != PROTOCOL_VERSION:
             raise ProtocolError(
@@ -204,7 +208,9 @@ class Coordinator:
             )
         self.federation.base.require(request.fingerprint)
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
-        self.store.add_device(device, request.name[:80], _hash(credential), request.profile, time.time())
+        row = device, request.name[:80], _hash(credential), request.profile, time.time()
+        await asyncio.to_thread(self.store.add_device, *row)
+        self._credentials.add(_hash(credential), device)
         self._seen[device] = self.now()
         self._apply(events.Joined(device))
         log.info("device %s (%s) joined", device, request.name[:80])
@@ -223,8 +229,9 @@ class Coordinator:
             return NotNow(answer.retry_after_s, answer.reason)
         assert isinstance(answer, events.Grant)
         assignment = self._assignment(answer.lease)
-        if self.store.assignment(assignment.id, device) is None:
+        if self._assignments.of(assignment.id, device) is None:
             await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
+            self._assignments.add(device, assignment)
         return assignment
 
     def _assignment(self, lease: events.Lease) -> Assignment:
@@ -250,7 +257,7 @@ class Coordinator:
 
     def require_assignment(self, device: str, id: str) -> Assignment:
         """An assignment of this device, open or expired."""
-        assignment = self.store.assignment(id, device)
+        assignment = self._assignments.of(id, device)
         if assignment is None:
             raise NotFound(f"assignment {id[:80]} is not one of this device's")
         return assignment
@@ -285,7 +292,8 @@ class Coordinator:
             log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
         if await asyncio.to_thread(self.uploads.keep, stored):
             effects = self._apply(events.Stored(buffered(stored), update.steps))
-            await asyncio.to_thread(self._leave_out, effects)  # a round may have ended meanwhile
+            if any(isinstance(effect, events.Decline) for effect in effects):  # a round ended meanwhile
+                await asyncio.to_thread(self._leave_out, effects)
             _raise_declined(effects)
         return UpdateReply(id, self.engine.state.version)
 
@@ -353,14 +361,17 @@ class Coordinator:
 
     # --- views ---
 
-    def status(self) -> Status:
-        """The federation at a glance."""
+    async def status(self) -> bytes:
+        """The federation at a glance: a Status as JSON."""
+        return await self._status.get()
+
+    def _status_text(self) -> bytes:
+        """That record as it is now. In a worker thread: with ten thousand devices it takes a while."""
         now = self.now()
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
-        return overview.status(
-            {device: now - seen for device, seen in self._seen.items()}, self.uploads.norm_bound(), spent
-        )
+        seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
+        return json.dumps(to_json(overview.status(seen_s_ago, self.uploads.norm_bound(), spent))).encode()
 
 
 def _raise_declined(effects: list[events.Effect]) -> None:

@@ -12,13 +12,14 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coordinator.disk import disk_error
 from coordinator.failpoints import Point, reach
+from coordinator.group_commit import GroupCommit
 from coordinator.schema import MIGRATIONS, migrate, schema_of
 from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
@@ -126,31 +127,27 @@ class Store:
                     f"{path}: schema {have} is older than this program's {len(MIGRATIONS)}; the next "
                     "`edge-coordinator serve` on this folder brings it up to date"
                 )
+            self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._reader.execute("PRAGMA query_only = ON")
         except (sqlite3.DatabaseError, OSError) as error:
             if isinstance(disk_error(path.name, error, path.parent), DiskFull):
                 raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
             raise InputError(f"{path}: not a usable coordinator database ({error})") from error
+        self._commits = GroupCommit(self._db)
 
     @contextmanager
     def _transaction(self, written: Point, committed: Point) -> Iterator[sqlite3.Connection]:
         """All or nothing, on disk at the end."""
-        with self._lock, self._blaming():
-            if self._db.in_transaction:  # where even the end of the last one failed with the disk
-                self._db.execute("ROLLBACK")
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
+        with self._blaming():
+            with self._commits.transaction() as db:
+                yield db
                 reach(written)
-                self._db.execute("COMMIT")
-            except BaseException:
-                with suppress(sqlite3.Error):  # a full disk ends it by itself; the next one tries again
-                    self._db.execute("ROLLBACK")
-                raise
             reach(committed)
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
+        """What is committed. Never waits for a commit: the event loop asks, too."""
         with self._lock, self._blaming():
-            return self._db.execute(query, values).fetchall()
+            return self._reader.execute(query, values).fetchall()
 
     @contextmanager
     def _blaming(self) -> Iterator[None]:
@@ -166,7 +163,8 @@ class Store:
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
         with self._lock:
-            self._db.close()
+            self._reader.close()
+        self._commits.close()
 
     # --- federation ---
 
@@ -192,10 +190,13 @@ class Store:
                 (id, name, credential_hash, json.dumps(dict(profile)), now),
             )
 
-    def device_of(self, credential_hash: str) -> str | None:
-        """The device that holds this credential, unless revoked."""
-        rows = self._rows("SELECT id FROM devices WHERE credential_hash = ? AND revoked = 0", credential_hash)
-        return str(rows[0][0]) if rows else None
+    def credentials(self) -> dict[str, str]:
+        """Hash of a credential -> the device that holds it, unless revoked."""
+        return dict(self._rows("SELECT credential_hash, id FROM devices WHERE revoked = 0"))
+
+    def data_version(self) -> int:
+        """A number that changes when another process has written here."""
+        return self._commits.data_version()
 
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""

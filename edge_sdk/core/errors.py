@@ -14,6 +14,7 @@ EdgeError
 ├── OurFault
 │   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
 │   ├── DiskFull          507  no room on the answering side's disk; the same request succeeds once there is
+│   ├── Busy              503  more at a time than can be taken in; carries how long to wait
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
@@ -126,6 +127,13 @@ class DiskFull(OurFault):
 
     status = 507
     title = "disk full"
+
+
+class Busy(OurFault):
+    """More comes at a time than the answering side takes in. `details["retry_after_s"]`: how long to wait."""
+
+    status = 503
+    title = "busy"
 
 
 class BadUpdates(OurFault):
