@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -146,7 +147,7 @@ async def ask(request: web.Request) -> web.Response:
     answer = await request.app[COORDINATOR].ask(device, await _body(request, Ask))
     if isinstance(answer, NotNow):
         response = _reply(answer, status=503)
-        response.headers["Retry-After"] = str(max(1, round(answer.retry_after_s)))
+        response.headers["Retry-After"] = str(math.ceil(answer.retry_after_s))
         return response
     return _reply(answer)
 
@@ -168,7 +169,8 @@ async def upload_offset(request: web.Request) -> web.Response:
 async def upload(request: web.Request) -> web.Response:
     """PATCH /v1/assignments/{id}/adapter: append the body at Upload-Offset; what came before a cut stays."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
-    assignment = coordinator.require_assignment(_device(request), id)
+    device = _device(request)
+    assignment = coordinator.require_assignment(device, id)
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -181,6 +183,7 @@ async def upload(request: web.Request) -> web.Response:
         if not chunk:
             break
         offset = await asyncio.to_thread(coordinator.blobs.append, id, offset, chunk, cap)
+        coordinator.bytes_arrived(device, id, len(chunk))
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from edge_sdk.core.errors import StaleUpdate
 from edge_sdk.core.messages import Directive
 
 
@@ -17,7 +18,9 @@ class Lease:
     rank: int
     expires_at: float
     carry_rank: int = 0  # components of the global adapter at `version` that the device holds frozen
+    steps: int = 1  # that were asked for
     steps_done: int = 0
+    granted_at: float | None = None  # None: before a restart, by another clock
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,19 @@ class Buffered:
     examples: int
 
 
-# --- events ---
+# --- events of one device ---
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A device is new here."""
+
+    device: str
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A device wants work. `assignment` is a fresh id to use if it is granted."""
+    """A device wants work. `assignment` is a fresh random id to use if it is granted."""
 
     device: str
     rank: int
@@ -54,10 +64,39 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class BytesArrived:
+    """A piece of the adapter of an assignment is stored."""
+
+    device: str
+    assignment: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A device says that the adapter of an assignment from `version` is whole; it is not acknowledged yet."""
+
+    device: str
+    assignment: str
+    version: int
+
+
+@dataclass(frozen=True)
 class Stored:
-    """An update is on disk and acknowledged."""
+    """An update is on disk. `steps`: that it was trained for; 0: all that were asked for."""
 
     update: Buffered
+    steps: int = 0
+
+    @property
+    def device(self) -> str:
+        """Whose it is."""
+        return self.update.device
+
+    @property
+    def assignment(self) -> str:
+        """What it was trained for."""
+        return self.update.update
 
 
 @dataclass(frozen=True)
@@ -66,6 +105,9 @@ class Refused:
 
     device: str
     assignment: str
+
+
+# --- events of the federation ---
 
 
 @dataclass(frozen=True)
@@ -88,10 +130,23 @@ class MergeFailed:
     With none rejected the fault is ours, a full disk say, and the next try waits longer each time.
     """
 
-    rejected: tuple[str, ...]
+    rejected: tuple[str, ...] = ()
 
 
-Event = Asked | Beat | Stored | Refused | Tick | Merged | MergeFailed
+@dataclass(frozen=True)
+class Restarted:
+    """The coordinator began, with what the disk remembers. Leases are by the clock of this run."""
+
+    version: int = 0
+    rank: int = 0
+    leases: tuple[Lease, ...] = ()
+    buffer: tuple[Buffered, ...] = ()  # oldest first
+    contributed: tuple[tuple[str, int], ...] = ()  # device, newest version that an update of it is from
+    paces_s: tuple[tuple[str, tuple[float, ...]], ...] = ()  # device, seconds a step, oldest first
+
+
+DeviceEvent = Joined | Asked | Beat | BytesArrived | Offered | Stored | Refused
+Event = DeviceEvent | Tick | Merged | MergeFailed | Restarted
 
 # --- effects ---
 
@@ -120,9 +175,22 @@ class Tell:
 
 @dataclass(frozen=True)
 class Expired:
-    """A lease ran out."""
+    """A lease is over, and its slot is free. The update may still come."""
 
     lease: Lease
+
+
+@dataclass(frozen=True)
+class Accept:
+    """The offered adapter can be merged: check it, store it and acknowledge it."""
+
+
+@dataclass(frozen=True)
+class Decline:
+    """This update is in no version, now or later, for this reason; if it is stored, it is left out."""
+
+    update: str
+    error: StaleUpdate
 
 
 @dataclass(frozen=True)
@@ -136,4 +204,11 @@ class Merge:
     weights: tuple[tuple[Buffered, float, int], ...]
 
 
-Effect = Grant | Wait | Tell | Expired | Merge
+@dataclass(frozen=True)
+class Published:
+    """`version` is the current one from now on."""
+
+    version: int
+
+
+Effect = Grant | Wait | Tell | Expired | Accept | Decline | Merge | Published

@@ -14,16 +14,17 @@ import secrets
 import time
 from pathlib import Path
 
-from coordinator import engine, events, ledger
+from coordinator import events, ledger
 from coordinator.blobs import Blobs
 from coordinator.engine import Engine
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
-from coordinator.policy import Policy
+from coordinator.overview import Overview
 from coordinator.ration import Ration
+from coordinator.recalling import buffered, recalled
 from coordinator.serving import Serving
 from coordinator.settings import Settings
-from coordinator.store import Store, StoredUpdate
+from coordinator.store import Store
 from coordinator.uploads import Uploads
 from edge_sdk.core.errors import (
     AdapterError,
@@ -40,7 +41,6 @@ from edge_sdk.core.messages import (
     PROTOCOL_VERSION,
     Ask,
     Assignment,
-    DeviceStatus,
     Federation,
     Heartbeat,
     HeartbeatReply,
@@ -71,10 +71,12 @@ class Coordinator:
         self.privacy = settings.privacy
         ledger.open_ledger(self.store, settings.privacy, folder)
         self.join_token = _join_token(folder / "join-token")
-        ration = self._restored_ration()
-        self.engine = Engine(settings.policy, self._restored_state(settings.policy), ration)
+        steps = self.federation.training.steps
+        self.engine = Engine(settings.policy, ration=self._restored_ration(), steps=steps)
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._expired: list[str] = []  # assignments whose end is not on disk yet
+        self._restore()
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs)
@@ -98,24 +100,10 @@ class Coordinator:
                 )
         return federation
 
-    def _restored_state(self, policy: Policy) -> engine.State:
-        """The engine's state from what is on disk. Open leases get their full time again."""
-        newest = self.store.versions(1)
+    def _restore(self) -> None:
+        """Tell the engine what is on disk."""
         now = self.now()
-        state = engine.State(
-            version=newest[0].version if newest else 0,
-            version_rank=newest[0].rank if newest else 0,
-            contributed=self.store.last_contributions(),
-        )
-        for device, a in self.store.open_assignments():
-            expires_at = now + policy.lease_s
-            state.leases[device] = events.Lease(a.id, device, a.version, a.rank, expires_at, a.carry_rank)
-            if a.version == state.version:
-                state.granted.add(device)
-        state.granted.update(d for d, version in state.contributed.items() if version == state.version)
-        state.buffer = [_buffered(stored) for stored in self.store.unmerged()]
-        state.first_at = now if state.buffer else None
-        return state
+        self._leave_out(self.engine.handle(recalled(self.store, now, time.time()), now))
 
     def _restored_ration(self) -> Ration | None:
         """How often each device may still take part; updates beyond a lowered budget are left out."""
@@ -134,9 +122,13 @@ class Coordinator:
         return time.monotonic()
 
     async def run(self) -> None:
-        """Tick until cancelled."""
+        """Tick until cancelled, whatever fails: deadlines must come."""
         while True:
-            self._apply(events.Tick())
+            try:
+                self._apply(events.Tick())
+                await self._note_expired()
+            except Exception:
+                log.exception("a tick failed; the next comes in %.1f s", TICK_S)
             await asyncio.sleep(TICK_S)
 
     async def close(self) -> None:
@@ -154,8 +146,20 @@ class Coordinator:
                 task.add_done_callback(self._tasks.discard)
             elif isinstance(effect, events.Expired):
                 log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
-                self.store.close_assignment(effect.lease.assignment)
+                self._expired.append(effect.lease.assignment)
         return effects
+
+    async def _note_expired(self) -> None:
+        """Close the leases that ran out, all in one commit; what fails is noted with the next."""
+        if expired := list(self._expired):
+            await asyncio.to_thread(self.store.close_assignments, expired)
+            del self._expired[: len(expired)]
+
+    def _leave_out(self, effects: list[events.Effect]) -> None:
+        """Keep what the engine declined of stored updates out of all versions."""
+        declined = {e.update: str(e.error) for e in effects if isinstance(e, events.Decline)}
+        if declined:
+            self.store.reject_updates(declined)
 
     # --- devices ---
 
@@ -187,6 +191,7 @@ class Coordinator:
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
         self.store.add_device(device, request.name[:80], _hash(credential), request.profile, time.time())
         self._seen[device] = self.now()
+        self._apply(events.Joined(device))
         log.info("device %s (%s) joined", device, request.name[:80])
         return JoinReply(device, credential, self.federation)
 
@@ -214,9 +219,10 @@ class Coordinator:
             version=lease.version,
             rank=lease.rank,
             carry_rank=lease.carry_rank,
-            steps=self.federation.training.steps,
+            steps=lease.steps,
             seed=int(hashlib.sha256(lease.assignment.encode()).hexdigest()[:8], 16),
             expires_in_s=max(0.0, lease.expires_at - self.now()),
+            start=self.store.start(lease.version),
         )
 
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
@@ -236,19 +242,23 @@ class Coordinator:
 
     # --- uploads ---
 
+    def bytes_arrived(self, device: str, id: str, size_bytes: int) -> None:
+        """A piece of an upload is stored: the device is alive, however slow its link is."""
+        self._apply(events.BytesArrived(device, id, size_bytes))
+
     async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once.
 
         Raises:
             AdapterError, TooLarge: it cannot be merged, and its assignment is over. The device gets new work
                 after a pause: the same work again would be refused again.
+            StaleUpdate: it counts no more; says why, and which version to train from.
         """
         assignment = self.require_assignment(device, id)
         if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)
         self.uploads.check_claims(assignment, update)
-        self.engine.require_mergeable(assignment.version)
-        self.engine.require_ration(device)
+        _raise_declined(self._apply(events.Offered(device, id, assignment.version)))
         try:
             stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
         except (AdapterError, TooLarge) as error:
@@ -259,7 +269,9 @@ class Coordinator:
         if stored.factor < 1.0:
             log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
         if await asyncio.to_thread(self.uploads.keep, stored):
-            self._apply(events.Stored(_buffered(stored)))
+            effects = self._apply(events.Stored(buffered(stored), update.steps))
+            await asyncio.to_thread(self._leave_out, effects)  # a round may have ended meanwhile
+            _raise_declined(effects)
         return UpdateReply(id, self.engine.state.version)
 
     # --- versions ---
@@ -274,71 +286,53 @@ class Coordinator:
         self.serving.require(version, rank, self.engine.state.version)
 
     async def _merge(self, effect: events.Merge) -> None:
-        """Do a merge off the event loop, publish it, and tell the engine how it went."""
-        started, policy = time.monotonic(), self.engine.policy
+        """Do a merge off the event loop, publish it, and tell the engine how it went, whatever happened."""
+        started = time.monotonic()
+        try:
+            outcome = await asyncio.to_thread(self._merged, effect)
+        except Exception:
+            log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
+            outcome = events.MergeFailed()
+        if isinstance(outcome, events.Merged):
+            took_s, count = time.monotonic() - started, len(effect.weights)
+            log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
+        self._apply(outcome)
+
+    def _merged(self, effect: events.Merge) -> events.Merged | events.MergeFailed:
+        """A merge in a worker thread. Updates that turn out to be damaged are left out for good."""
+        policy = self.engine.policy
         try:
             noise = self.privacy.noise(policy.buffer_size) if self.privacy else None
-            version = await asyncio.to_thread(self.merger.merge, effect, policy.server_learning_rate, noise)
+            version = self.merger.merge(effect, policy.server_learning_rate, noise)
         except BadUpdates as error:
             for update, reason in error.reasons.items():
                 log.error("update %s: %s; it is left out", update, reason)
             self.store.reject_updates(error.reasons)
-            self._apply(events.MergeFailed(tuple(error.reasons)))
+            return events.MergeFailed(tuple(error.reasons))
         except Exception:
-            log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
-            self._apply(events.MergeFailed(()))
-        else:
-            log.info(
-                "version %d: %d updates, rank %d, %.1f s",
-                version.version,
-                len(effect.weights),
-                version.rank,
-                time.monotonic() - started,
-            )
-            self._apply(events.Merged(version.version, version.rank))
+            # The disk may have said no to a commit that it had done.
+            if (there := self.store.version(effect.version)) is None:
+                raise
+            version = there
+        return events.Merged(version.version, version.rank)
 
     # --- views ---
 
     def status(self) -> Status:
         """The federation at a glance."""
-        state, now = self.engine.state, self.now()
-        versions = self.store.versions(20)
-        devices, enrolled = [], self.store.devices()
-        for d in enrolled:
-            lease = state.leases.get(d.id)
-            devices.append(
-                DeviceStatus(
-                    id=d.id,
-                    name=d.name,
-                    rank=d.rank,
-                    updates=d.updates,
-                    mean_staleness=d.mean_staleness,
-                    state="training" if lease else "idle",
-                    steps_done=lease.steps_done if lease else 0,
-                    steps=self.federation.training.steps if lease else 0,
-                    seen_s_ago=now - self._seen.get(d.id, now),
-                )
-            )
+        now = self.now()
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
-        return Status(
-            federation=self.federation.id,
-            version=state.version,
-            buffered=len(state.buffer),
-            buffer_size=self.engine.policy.buffer_size,
-            aggregating=bool(state.merging),
-            version_ranks={str(v.version): v.rank for v in versions},
-            discarded_shares={str(v.version): v.discarded_share for v in versions},
-            devices=tuple(devices),
-            refused=sum(d.refused for d in enrolled),
-            clipped=self.store.clipped(),
-            norm_bound=self.uploads.norm_bound(),
-            epsilon=spent.epsilon if spent else 0.0,
-            delta=spent.delta if spent else 0.0,
+        overview = Overview(self.federation, self.engine, self.store)
+        return overview.status(
+            {device: now - seen for device, seen in self._seen.items()}, self.uploads.norm_bound(), spent
         )
 
 
-def _buffered(stored: StoredUpdate) -> events.Buffered:
-    return events.Buffered(stored.id, stored.device, stored.version, stored.update.examples)
+def _raise_declined(effects: list[events.Effect]) -> None:
+    """Raise the reason, if the engine declined an update."""
+    for effect in effects:
+        if isinstance(effect, events.Decline):
+            raise effect.error
 
 
 def _hash(token: str) -> str:

@@ -11,13 +11,13 @@ import dataclasses
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import from_json, to_json
 
@@ -56,6 +56,10 @@ MIGRATIONS = [
     """
     ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
     ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
+    """,
+    # A device gives one update from each version, in rising order.
+    """
+    CREATE INDEX updates_device ON updates(device, version) WHERE rejected IS NULL;
     """,
 ]
 
@@ -220,10 +224,28 @@ class Store:
         rows = self._rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
         return from_json(Assignment, json.loads(rows[0][0])) if rows else None
 
-    def open_assignments(self) -> list[tuple[str, Assignment]]:
-        """(device, assignment) for every lease that is neither delivered nor expired."""
-        rows = self._rows("SELECT device, record FROM assignments WHERE open = 1")
-        return [(str(device), from_json(Assignment, json.loads(record))) for device, record in rows]
+    def open_assignments(self) -> list[tuple[str, Assignment, float]]:
+        """(device, assignment, when it was granted) of every lease that is neither delivered nor expired."""
+        rows = self._rows("SELECT device, record, granted_at FROM assignments WHERE open = 1")
+        return [(str(device), from_json(Assignment, json.loads(record)), at) for device, record, at in rows]
+
+    def paces_s(self, newest: int) -> dict[str, tuple[float, ...]]:
+        """Device -> seconds a step, from the grant to the update, of its newest assignments; oldest first.
+
+        By clock times: where the clock was put back in between, nothing is known.
+        """
+        rows = self._rows(
+            "SELECT device, pace_s FROM (SELECT u.device AS device, u.received_at AS at, "
+            "(u.received_at - a.granted_at) / MAX(1, json_extract(u.record, '$.steps')) AS pace_s, "
+            "ROW_NUMBER() OVER (PARTITION BY u.device ORDER BY u.received_at DESC) AS age "
+            "FROM updates u JOIN assignments a ON a.id = u.assignment WHERE u.rejected IS NULL) "
+            "WHERE age <= ? AND pace_s > 0 ORDER BY at",
+            newest,
+        )
+        found: dict[str, tuple[float, ...]] = {}
+        for device, pace_s in rows:
+            found[device] = (*found.get(device, ()), pace_s)
+        return found
 
     def refuse(self, device: str, assignment: str) -> None:
         """Count a refused adapter, and end its assignment: the device gets other work."""
@@ -231,10 +253,10 @@ class Store:
             db.execute("UPDATE devices SET refused = refused + 1 WHERE id = ?", (device,))
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (assignment,))
 
-    def close_assignment(self, id: str) -> None:
-        """A lease that expired. Its update may still come."""
+    def close_assignments(self, ids: Iterable[str]) -> None:
+        """Leases that expired. Their updates may still come."""
         with self._transaction() as db:
-            db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (id,))
+            db.executemany("UPDATE assignments SET open = 0 WHERE id = ?", ((id,) for id in ids))
 
     # --- updates ---
 
@@ -246,6 +268,7 @@ class Store:
 
         Raises:
             ProtocolError: another adapter was handed in for this assignment before.
+            StaleUpdate: another update of this device, from this version or a newer one, came first.
         """
         with self._transaction() as db:
             known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
@@ -255,6 +278,11 @@ class Store:
                         f"assignment {stored.id} was delivered before, with digest {known[0][:12]}"
                     )
                 return False
+            newer = "SELECT version FROM updates WHERE device = ? AND version >= ? AND rejected IS NULL"
+            if row := db.execute(newer, (stored.device, stored.version)).fetchone():
+                raise StaleUpdate(
+                    f"an update of this device from version {row[0]} is in; it counts once from each version"
+                )
             db.execute(
                 "INSERT INTO updates(assignment, device, version, record, digest, received_at, factor, norm) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -276,6 +304,11 @@ class Store:
         """Digest of the update that was acknowledged for an assignment, if one was."""
         rows = self._rows("SELECT digest FROM updates WHERE assignment = ?", assignment)
         return str(rows[0][0]) if rows else None
+
+    def rejection(self, assignment: str) -> str | None:
+        """Why the update of an assignment is in no version and never will be; None if nothing says so."""
+        rows = self._rows("SELECT rejected FROM updates WHERE assignment = ?", assignment)
+        return rows[0][0] if rows else None
 
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
@@ -364,6 +397,11 @@ class Store:
         """A published version."""
         rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
         return Version(*rows[0]) if rows else None
+
+    def start(self, number: int) -> str:
+        """What tells a version from another that once had its number; "" for 0, and for one not published."""
+        stored = self.version(number)
+        return stored.digest[:16] if stored else ""
 
     # --- privacy ---
 

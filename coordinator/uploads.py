@@ -10,7 +10,7 @@ from coordinator.blobs import Blobs
 from coordinator.rules import RULES, SumRule, served
 from coordinator.store import Store, StoredUpdate
 from edge_sdk.core import codec
-from edge_sdk.core.errors import AdapterError, ProtocolError, TooLarge
+from edge_sdk.core.errors import AdapterError, ProtocolError, StaleUpdate, TooLarge
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Assignment, Federation, Update
 
@@ -36,9 +36,15 @@ class Uploads:
         return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
 
     def is_known(self, id: str, update: Update) -> bool:
-        """Whether this very update was acknowledged before; what was sent again of it is dropped."""
+        """Whether this very update was acknowledged before; what was sent again of it is dropped.
+
+        Raises:
+            StaleUpdate: it was, and then left out.
+        """
         if self._store.update_digest(id) != update.digest:
             return False
+        if reason := self._store.rejection(id):
+            raise StaleUpdate(f"this update was left out: {reason}")
         self._blobs.discard(id)  # a device that heard no answer has sent it all again
         return True
 

@@ -185,7 +185,7 @@ def test_a_condition_that_nobody_can_tell_is_named_once(make: Callable[..., Agen
     assert texts(events, "notice") == [told]
 
 
-@pytest.mark.parametrize("coordinator", [{"max_staleness": 0}], indirect=True)
+@pytest.mark.parametrize("coordinator", [{"max_staleness": 0, "lease_s": 50.0}], indirect=True)
 def test_paused_work_that_can_count_no_more_is_dropped(make: Callable[..., Agent]) -> None:
     events: list[Event] = []
     agent: Agent

@@ -163,6 +163,9 @@ class Assignment:
     steps: int
     seed: int
     expires_in_s: float
+    # The first 16 hex digits of the SHA-256 of the stored global adapter of `version`; "" for version 0.
+    # After a restored backup one number may stand for two adapters: files are kept by number and this.
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -242,3 +245,4 @@ class Status:
     # Differential privacy of the device whose updates entered most versions so far; delta is 0 without it.
     epsilon: float = 0.0
     delta: float = 0.0
+    start: str = ""  # of the newest version, as in Assignment

@@ -23,6 +23,7 @@ from edge_sdk.core.errors import (
     NotFound,
     OffsetConflict,
     ProtocolError,
+    StaleUpdate,
     TooLarge,
     Unauthorised,
 )
@@ -189,6 +190,19 @@ def test_a_heartbeat_shows_in_the_status(device: Device) -> None:
     assert device.transport.heartbeat(work.id, Heartbeat(7)).directive == "continue"
     (shown,) = [known for known in device.transport.status().devices if known.id == device.id]
     assert (shown.state, shown.rank, shown.steps_done) == ("training", 4, 7)
+
+
+def test_a_start_is_named_by_what_it_holds(merging: CoordinatorProcess) -> None:
+    with member(merging) as device:
+        first = device.work()
+        assert (first.version, first.start, device.transport.status().start) == (0, "", "")
+        device.hand_in(first)
+        wait_for_version(device.transport, 1)
+        second = device.work()
+        (blob,) = [path for path in (merging.data / "blobs").rglob(f"{second.start}*") if path.is_file()]
+        assert len(second.start) == 16
+        assert codec.sha256_file(blob).startswith(second.start)
+        assert device.transport.status().start == second.start
 
 
 # --- uploading ------------------------------------------------------------------------------------
@@ -433,7 +447,7 @@ def test_a_repeated_delivery_gets_the_same_answer_and_counts_once(
     assert device.hand_in(work, content) == device.hand_in(work, content)
     assert device.transport.status().buffered == before + 1
     assert not (coordinator.data / "uploads" / f"{work.id}.part").exists()  # sent again for nothing
-    with pytest.raises(ProtocolError, match="was delivered before"):
+    with pytest.raises(StaleUpdate, match="an update of this device from version 0 is in"):
         device.hand_in(work, seed=10)
 
 

@@ -10,10 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coordinator.engine import Engine, State
+from coordinator.engine import Engine
 from coordinator.events import (
+    Accept,
     Asked,
     Beat,
+    Decline,
     Effect,
     Expired,
     Grant,
@@ -21,14 +23,22 @@ from coordinator.events import (
     Merge,
     Merged,
     MergeFailed,
+    Offered,
+    Published,
     Refused,
     Tell,
     Tick,
     Wait,
 )
 from coordinator.policy import Policy
+from coordinator.state import State
 from edge_sdk.core.errors import InputError, StaleUpdate
 from tests.coordinator.effects import merge, names, stored
+
+
+def declined(effects: list[Effect]) -> StaleUpdate:
+    assert isinstance(effects[-1], Decline), effects
+    return effects[-1].error
 
 
 def granted(effects: list[Effect]) -> Grant:
@@ -46,7 +56,7 @@ def test_k_updates_make_a_version() -> None:
     due = merge(engine.handle(stored("c", "3"), 2.0))
     assert (due.version, names(due)) == (1, ["a", "b", "c"])
     assert engine.state.version == 0  # until it is on disk
-    assert engine.handle(Merged(1, 5), 3.0) == []
+    assert engine.handle(Merged(1, 5), 3.0) == [Published(1)]
     assert (engine.state.version, engine.state.version_rank) == (1, 5)
 
 
@@ -89,12 +99,12 @@ def test_a_device_contributes_once_to_a_version() -> None:
     engine.handle(stored(assignment, "d"), 1.0)
     (answer,) = engine.handle(Asked("d", 4, "a2"), 2.0)
     assert isinstance(answer, Wait)
-    assert answer.retry_after_s == 2.0
+    assert 2.0 <= answer.retry_after_s <= 3.0
     assert "version 0" in answer.reason
     engine.handle(stored("x", "e"), 3.0)
     engine.handle(Merged(1, 4), 4.0)
     assert granted(engine.handle(Asked("d", 4, "a3", carry_rank=9), 5.0)).lease == Lease(
-        "a3", "d", 1, 4, 605.0, carry_rank=4
+        "a3", "d", 1, 4, 605.0, carry_rank=4, granted_at=5.0
     )
 
 
@@ -102,8 +112,8 @@ def test_a_device_that_asks_again_gets_the_grant_that_it_holds() -> None:
     engine = Engine(Policy(lease_s=600.0), State(version=2, version_rank=7))
     first = granted(engine.handle(Asked("d", 4, "a1", carry_rank=8), 0.0))
     again = granted(engine.handle(Asked("d", 4, "a2", carry_rank=9), 599.0))
-    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7))
-    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7))
+    assert first == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7, granted_at=0.0))
+    assert again == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7, granted_at=0.0))
 
 
 def test_asking_at_another_rank_replaces_the_grant() -> None:
@@ -133,7 +143,7 @@ def test_a_device_that_can_hold_less_than_before_gets_another_grant() -> None:
 
 @pytest.mark.parametrize("mode", ["buffered", "synchronous"])
 def test_a_grant_that_can_no_longer_count_is_not_repeated(mode: Any) -> None:
-    engine = Engine(Policy(mode=mode, max_staleness=0, buffer_size=1))
+    engine = Engine(Policy(mode=mode, max_staleness=0, buffer_size=1, lease_s=59.0))
     old = granted(engine.handle(Asked("slow", 4, "a1"), 0.0)).lease
     engine.handle(stored("x", "fast"), 1.0)
     engine.handle(Merged(1, 4), 2.0)
@@ -148,7 +158,7 @@ def test_a_lease_expires_and_its_late_update_still_counts() -> None:
     lease = granted(engine.handle(Asked("d", 4, "a1"), 0.0)).lease
     assert engine.handle(Tick(), 9.9) == []
     assert engine.handle(Tick(), 10.0) == [Expired(lease)]
-    assert engine.state.leases == {}
+    assert not engine.state.training
     assert engine.handle(Tick(), 11.0) == []
     assert names(merge(engine.handle(stored("a1", "d"), 12.0))) == ["a1"]
 
@@ -157,16 +167,18 @@ def test_a_heartbeat_of_work_that_can_count_goes_on_and_leaves_a_trace() -> None
     engine = Engine(Policy(lease_s=10.0))
     engine.handle(Asked("d", 4, "a1"), 0.0)
     assert engine.handle(Beat("d", "a1", 0, 7), 1.0) == [Tell("continue")]
-    assert engine.state.leases["d"].steps_done == 7
+    assert engine.state.seats["d"].lease.steps_done  # type: ignore[union-attr] == 7
     engine.handle(Tick(), 10.0)  # expired: it may finish all the same
-    assert engine.handle(Beat("d", "a1", 0, 9), 11.0) == [Tell("continue")]
+    assert engine.handle(Beat("d", "a1", 0, 9), 11.0) == [Tell("finish")]
 
 
 def test_a_heartbeat_of_work_too_stale_is_told_to_abandon_it() -> None:
-    engine = Engine(Policy(max_staleness=2, buffer_size=1))
+    engine = Engine(Policy(max_staleness=2, buffer_size=1, lease_s=100.0))
     lease = granted(engine.handle(Asked("slow", 4, "a1"), 0.0)).lease
     for version in (1, 2, 3):
-        assert engine.handle(Beat("slow", "a1", 0, version), 1.0) == [Tell("continue")]
+        # One more version would make it too old: what it has now still counts.
+        word = "finish" if version == 3 else "continue"
+        assert engine.handle(Beat("slow", "a1", 0, version), 1.0) == [Tell(word)]  # type: ignore[arg-type]
         engine.handle(stored(f"u{version}", "fast", version - 1), 2.0)
         engine.handle(Merged(version, 4), 3.0)
     lease.steps_done = 3
@@ -176,11 +188,11 @@ def test_a_heartbeat_of_work_too_stale_is_told_to_abandon_it() -> None:
 
 
 def test_a_stale_update_is_refused_with_the_version_to_train_from() -> None:
-    engine = Engine(Policy(max_staleness=2), State(version=7))
-    engine.require_mergeable(5)
-    with pytest.raises(StaleUpdate, match="version 4, 3 behind; at most 2") as refusal:
-        engine.require_mergeable(4)
-    assert refusal.value.details == {"current_version": 7}
+    engine = Engine(Policy(max_staleness=2, lease_s=100.0), State(version=7))
+    assert engine.handle(Offered("d", "a5", 5), 0.0) == [Accept()]
+    error = declined(engine.handle(Offered("d", "a4", 4), 0.0))
+    assert "version 4, 3 behind; at most 2 merge. Train from version 7" in str(error)
+    assert error.details == {"current_version": 7}
 
 
 # --- merges ---------------------------------------------------------------------------------------
@@ -192,7 +204,9 @@ def test_updates_that_come_during_a_merge_are_for_the_next() -> None:
     assert engine.handle(stored("b", "2"), 1.0) == []
     assert engine.handle(stored("c", "3"), 2.0) == []
     assert engine.handle(Tick(), 1e6) == []  # one merge at a time, however long it takes
-    due = merge(engine.handle(Merged(1, 4), 1e6))
+    published, due = engine.handle(Merged(1, 4), 1e6)
+    assert published == Published(1)
+    assert isinstance(due, Merge)
     assert (due.version, names(due), [tau for _, _, tau in due.weights]) == (2, ["b", "c"], [1, 1])
 
 
@@ -236,10 +250,10 @@ def test_a_merge_that_fails_for_our_own_reasons_is_tried_less_and_less_often() -
 def test_a_merge_that_worked_forgets_the_failures() -> None:
     engine = Engine(Policy(buffer_size=1))
     for version in (1, 2):
-        engine.handle(stored(f"u{version}", "1"), 0.0)
+        engine.handle(stored(f"u{version}", "1", version - 1), 0.0)
         assert failed_at(engine, 100.0 * version) == 1
         engine.handle(Merged(version, 4), 100.0 * version + 50)
-    assert names(merge(engine.handle(stored("a", "1"), 250.0))) == ["a"]  # and nothing is held back
+    assert names(merge(engine.handle(stored("a", "1", 2), 250.0))) == ["a"]  # and nothing is held back
 
 
 def test_rejected_updates_do_not_delay_the_others() -> None:
@@ -279,8 +293,8 @@ def test_an_accepted_update_ends_the_pauses() -> None:
     lease = granted(engine.handle(Asked("d", 4, "a"), 0.0)).lease
     engine.handle(Refused("d", "a"), 1.0)
     engine.handle(stored("a", "d"), 1.5)  # mended and handed in again, for the same assignment
-    assert engine.state.refusals == {}
-    assert engine.state.leases == {}
+    assert engine.state.seats["d"].refusals == 0
+    assert not engine.state.training
     assert lease.assignment == "a"
 
 
@@ -325,9 +339,7 @@ def test_a_round_is_over_at_its_time_with_a_quorum_and_what_comes_later_is_refus
     assert engine.handle(Tick(), 34.0) == []
     assert names(merge(engine.handle(Tick(), 35.0))) == ["a1"]
     engine.handle(Merged(1, 4), 36.0)
-    with pytest.raises(StaleUpdate) as refusal:
-        engine.require_mergeable(0)
-    assert refusal.value.details == {"current_version": 1}
+    assert declined(engine.handle(Offered("2", "a2", 0), 37.0)).details == {"current_version": 1}
     assert engine.handle(Beat("2", "a2", 0, 3), 37.0)[-1] == Tell("abandon")
     assert granted(engine.handle(Asked("2", 4, "a5"), 38.0)).lease.version == 1
 
@@ -382,17 +394,17 @@ class Federation(RuleBasedStateMachine):
         timeout_s=st.sampled_from([5.0, 50.0]),
     )
     def start(self, mode: Any, buffer_size: int, quorum: int, max_staleness: int, timeout_s: float) -> None:
-        self.limit = 0 if mode == "synchronous" else max_staleness
         self.engine = Engine(
             Policy(
                 mode=mode,
                 buffer_size=buffer_size,
                 quorum=min(quorum, buffer_size),
                 timeout_s=timeout_s,
-                max_staleness=max_staleness,
+                max_staleness=max(max_staleness, int(20.0 // timeout_s)),
                 lease_s=20.0,
             )
         )
+        self.limit = self.engine.policy.staleness_limit
         self.now = 0.0
         self.version = 0
         self.work: dict[str, tuple[str, int]] = {}  # assignment -> device, version: delivered or not
@@ -414,6 +426,13 @@ class Federation(RuleBasedStateMachine):
                     assert tau == self.version - update.version
                 self.pending = effect
         return effects
+
+    def can_count(self, device: str, version: int) -> bool:
+        closed = self.engine.policy.mode == "synchronous" and self.pending is not None
+        counted = [
+            v for u, (owner, v) in self.acknowledged.items() if owner == device and u not in self.rejected
+        ]
+        return not closed and self.version - version <= self.limit and all(v < version for v in counted)
 
     def waits(self, device: str) -> bool:
         """Whether an update of this device, trained from the current version, is in and may yet count."""
@@ -451,7 +470,8 @@ class Federation(RuleBasedStateMachine):
         assignment = data.draw(st.sampled_from(sorted(self.work)))
         device, version = self.work[assignment]
         answer = self.send(Beat(device, assignment, version, 1))[-1]
-        assert answer == Tell("continue" if self.version - version <= self.limit else "abandon")
+        assert isinstance(answer, Tell)
+        assert (answer.directive == "abandon") == (not self.can_count(device, version))
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), examples=st.integers(1, 10**6))
@@ -462,12 +482,10 @@ class Federation(RuleBasedStateMachine):
         device, version = self.work[assignment]
         if assignment in self.acknowledged:
             return  # the store answers a repeated delivery
-        try:
-            self.engine.require_mergeable(version)
-        except StaleUpdate:
-            assert self.version - version > self.limit
+        answer = self.send(Offered(device, assignment, version))[-1]
+        assert isinstance(answer, Accept if self.can_count(device, version) else Decline)
+        if isinstance(answer, Decline):
             return
-        assert self.version - version <= self.limit
         self.acknowledged[assignment] = (device, version)
         self.send(stored(assignment, device, version, examples))
 
@@ -481,7 +499,7 @@ class Federation(RuleBasedStateMachine):
             return
         self.send(Refused(device, assignment))
         self.refused_until[device] = self.now + 3600.0
-        lease = self.engine.state.leases.get(device)
+        lease = self.engine.state.seat(device).lease
         assert lease is None or lease.assignment != assignment
 
     @rule(seconds=st.sampled_from([0.5, 6.0, 25.0]))
@@ -519,7 +537,7 @@ class Federation(RuleBasedStateMachine):
         places = sorted([*held, *self.counted_in, *self.rejected])
         assert places == sorted(self.acknowledged)
         assert state.version == self.version
-        assert len(state.leases) <= len(DEVICES)
+        assert len(state.training) <= len(DEVICES)
 
     def teardown(self) -> None:
         """Whatever happened: after the longest pause, in three timely rounds that succeed, all get work."""

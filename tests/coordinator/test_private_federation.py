@@ -185,18 +185,21 @@ def test_two_updates_of_a_device_go_into_two_versions(tmp_path: Path) -> None:
         CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy=privacy)) as coordinator,
         member(coordinator, "a") as a,
         member(coordinator, "b") as b,
+        member(coordinator, "c") as c,
     ):
         first = a.work()
-        time.sleep(0.8)
-        second = a.work()
+        for other in (b, c):
+            other.hand_in(other.work())
+        until_version(a, 1)
+        second = a.work()  # the first lease has expired; its update still counts
         a.hand_in(first)
         a.hand_in(second)
         assert a.transport.status().buffered == 2
         b.hand_in(b.work())
-        assert until_version(a, 1).buffered == 1
+        assert until_version(a, 2).buffered == 1
         b.hand_in(b.work())
-        status = until_version(a, 2)
-        assert status.epsilon == pytest.approx(accountant.epsilon({1.0: 2}, 1e-5))
+        status = until_version(a, 3)
+        assert status.epsilon == pytest.approx(accountant.epsilon({1.0: 3}, 1e-5))
         assert coordinator.stop() == 0
 
 

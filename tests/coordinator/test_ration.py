@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from coordinator.engine import SPENT, Engine, State
-from coordinator.events import Asked, Buffered, Effect, Grant, Merge, Merged, MergeFailed, Tick, Wait
+from coordinator.actions import SPENT
+from coordinator.engine import Engine
+from coordinator.events import (
+    Accept,
+    Asked,
+    Buffered,
+    Decline,
+    Effect,
+    Grant,
+    Merge,
+    Merged,
+    MergeFailed,
+    Offered,
+    Tick,
+    Wait,
+)
 from coordinator.policy import Policy
 from coordinator.ration import Ration
-from edge_sdk.core.errors import StaleUpdate
+from coordinator.state import State
 from tests.coordinator.effects import merge, names, stored
 
 
@@ -31,14 +44,14 @@ def test_a_second_update_of_a_device_waits_for_the_next_version() -> None:
     assert engine.handle(stored("late", "d", version=2), 0.0) == []
     assert engine.handle(stored("now", "d", version=3), 1.0) == []  # two updates, but one device
     assert names(merge(engine.handle(stored("x", "e", version=3), 2.0))) == ["late", "x"]
-    assert engine.handle(Merged(4, 8), 3.0) == []
+    engine.handle(Merged(4, 8), 3.0)
     assert names(merge(engine.handle(stored("y", "e", version=4), 4.0))) == ["now", "y"]
 
 
 def test_a_failed_merge_keeps_the_order() -> None:
     engine = Engine(Policy(buffer_size=2), State(version=3), Ration(most=5))
-    for name, device in (("late", "d"), ("now", "d"), ("x", "e")):
-        engine.handle(stored(name, device, version=3), 0.0)
+    for name, device, version in (("late", "d", 2), ("now", "d", 3), ("x", "e", 3)):
+        engine.handle(stored(name, device, version), 0.0)
     engine.handle(MergeFailed(("x",)), 1.0)
     assert engine.ration is not None
     assert engine.ration.left == {}  # what was not published cost nothing
@@ -60,26 +73,27 @@ def test_a_device_whose_budget_is_spent_waits_and_the_others_go_on() -> None:
     assert answer.reason == SPENT
     assert answer.retry_after_s > 60
     for version in range(2):
-        (grant,) = engine.handle(Asked("d", 4, f"a{version}"), 1.0)
+        grant = engine.handle(Asked("d", 4, f"a{version}"), 1.0)[-1]
         assert isinstance(grant, Grant)
-        engine.require_ration("d")
+        assert engine.handle(Offered("d", f"a{version}", version), 1.0) == [Accept()]
         merge(engine.handle(stored(f"u{version}", "d", version), 1.0))
         if version == 1:  # not published yet, but on its way
-            assert isinstance(engine.handle(Asked("d", 4, "b"), 2.0)[0], Wait)
+            assert isinstance(engine.handle(Asked("d", 4, "b"), 2.0)[-1], Wait)
         engine.handle(Merged(version + 1, 4), 3.0)
     (answer,) = engine.handle(Asked("d", 4, "a2"), 4.0)
     assert isinstance(answer, Wait)
     assert answer.reason == SPENT
-    with pytest.raises(StaleUpdate, match="privacy budget is spent"):
-        engine.require_ration("d")
+    (refusal,) = engine.handle(Offered("d", "a2", 2), 4.0)
+    assert isinstance(refusal, Decline)
+    assert "privacy budget is spent" in str(refusal.error)
     assert isinstance(engine.handle(Asked("new", 4, "a3"), 5.0)[0], Grant)
 
 
 def test_without_privacy_nothing_is_rationed() -> None:
-    engine = Engine(Policy(buffer_size=2))
-    engine.handle(stored("one", "d"), 0.0)
-    engine.require_ration("d")
-    assert names(merge(engine.handle(stored("two", "d"), 0.0))) == ["one", "two"]
+    engine = Engine(Policy(buffer_size=2), State(version=1))
+    engine.handle(stored("one", "d", 0), 0.0)
+    assert engine.handle(Offered("d", "two", 1), 0.0) == [Accept()]
+    assert names(merge(engine.handle(stored("two", "d", 1), 0.0))) == ["one", "two"]
 
 
 class RationedFederation(RuleBasedStateMachine):
@@ -105,15 +119,15 @@ class RationedFederation(RuleBasedStateMachine):
     @rule(device=st.sampled_from("abcde"), behind=st.integers(0, 3), asks_first=st.booleans())
     def hand_in(self, device: str, behind: int, asks_first: bool) -> None:
         """Without asking first: of two deliveries at the same moment both may be acknowledged."""
-        try:
-            self.engine.require_ration(device)
-        except StaleUpdate:
-            if asks_first:
-                return
         self.count += 1
         version = max(0, self.engine.state.version - behind)
-        self.accepted.append(f"u{self.count}")
-        self.follow(self.engine.handle(stored(f"u{self.count}", device, version, self.count), self.now))
+        offer = Offered(device, f"u{self.count}", version)
+        if asks_first and self.engine.handle(offer, self.now) != [Accept()]:
+            return
+        effects = self.engine.handle(stored(f"u{self.count}", device, version, self.count), self.now)
+        if not any(isinstance(effect, Decline) for effect in effects):
+            self.accepted.append(f"u{self.count}")
+        self.follow(effects)
 
     @rule(seconds=st.sampled_from([1.0, 10.0]))
     def wait(self, seconds: float) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.store import MIGRATIONS, Store, StoredUpdate, Version
-from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import to_json
 
@@ -78,9 +78,9 @@ def test_a_device_has_one_open_assignment(store: Store) -> None:
     for id in ("a", "b"):
         store.add_assignment("d", assignment(id, rank=2), 2.0)
     store.add_assignment("e", assignment("c"), 2.0)
-    assert store.open_assignments() == [("d", assignment("b", rank=2)), ("e", assignment("c"))]
-    store.close_assignment("b")
-    assert store.open_assignments() == [("e", assignment("c"))]
+    assert store.open_assignments() == [("d", assignment("b", rank=2), 2.0), ("e", assignment("c"), 2.0)]
+    store.close_assignments(["b"])
+    assert store.open_assignments() == [("e", assignment("c"), 2.0)]
     assert store.assignment("b", "d") is not None  # its update may still come
 
 
@@ -101,14 +101,14 @@ def test_another_adapter_for_the_same_assignment_is_refused(store: Store) -> Non
 
 
 def test_unmerged_updates_come_oldest_first(store: Store) -> None:
-    for id, at in (("a", 7.0), ("b", 5.0), ("c", 6.0)):
-        deliver(store, id, at=at)
+    for version, (id, at) in enumerate((("a", 7.0), ("b", 5.0), ("c", 6.0))):
+        deliver(store, id, version=version, at=at)
     assert [stored.id for stored in store.unmerged()] == ["b", "c", "a"]
 
 
 def test_publish_marks_its_updates(store: Store) -> None:
-    for id, device in (("a", "d"), ("b", "e"), ("c", "d")):
-        deliver(store, id, device)
+    for number, (id, device) in enumerate((("a", "d"), ("b", "e"), ("c", "d"))):
+        deliver(store, id, device, number)
     store.publish(version(1), [("a", 0.25, 0), ("b", 0.75, 2)])
     assert [stored.id for stored in store.unmerged()] == ["c"]
     assert store.versions(5) == [version(1)]
@@ -116,8 +116,8 @@ def test_publish_marks_its_updates(store: Store) -> None:
 
 
 def test_an_update_is_in_one_version_only_and_the_second_is_dropped_whole(store: Store) -> None:
-    for id in ("a", "b"):
-        deliver(store, id)
+    for id, device in (("a", "d"), ("b", "e")):
+        deliver(store, id, device)
     store.publish(version(1), [("a", 1.0, 0)])
     with pytest.raises(sqlite3.IntegrityError, match="update a is merged already"):
         store.publish(version(2), [("b", 0.5, 0), ("a", 0.5, 0)])
@@ -127,9 +127,31 @@ def test_an_update_is_in_one_version_only_and_the_second_is_dropped_whole(store:
     assert [v.version for v in store.versions(5)] == [2, 1]
 
 
+def test_a_device_gives_one_update_from_each_version_in_rising_order(store: Store) -> None:
+    deliver(store, "a", version=3)
+    for id, number in (("b", 3), ("c", 2)):
+        store.add_assignment("d", assignment(id, number), 2.0)
+        with pytest.raises(StaleUpdate, match="an update of this device from version 3 is in"):
+            store.add_update(StoredUpdate(id, "d", number, UPDATE), 6.0)
+    deliver(store, "e", "e", version=3)
+    store.reject_updates({"a": "its blob is gone"})
+    deliver(store, "f", version=3)  # what is left out does not count
+
+
+def test_paces_are_seconds_a_step_of_the_newest_assignments(store: Store) -> None:
+    """Granted at 2.0 and of 20 steps, all of them; where the clock was put back, nothing is known."""
+    for number, at in enumerate((22.0, 42.0, 1.0, 82.0)):
+        deliver(store, f"d{number}", "d", number, at)
+    deliver(store, "e0", "e", 0, 12.0)
+    assert store.paces_s(8) == {"d": (1.0, 2.0, 4.0), "e": (0.5,)}
+    assert store.paces_s(1) == {"d": (4.0,), "e": (0.5,)}
+    store.reject_updates({"d3": "it was damaged"})
+    assert store.paces_s(1) == {"d": (2.0,), "e": (0.5,)}
+
+
 def test_a_version_is_published_once(store: Store) -> None:
-    for id in ("a", "b"):
-        deliver(store, id)
+    for id, device in (("a", "d"), ("b", "e")):
+        deliver(store, id, device)
     store.publish(version(1), [("a", 1.0, 0)])
     with pytest.raises(sqlite3.IntegrityError):
         store.publish(version(1), [("b", 1.0, 0)])
@@ -149,14 +171,15 @@ def test_a_rejected_update_is_in_no_version_and_holds_its_device_up_no_longer(st
 
 def measured(store: Store, id: str, device: str, at: float, norm: float, factor: float = 1.0) -> None:
     """Deliver an update of this norm."""
-    store.add_assignment(device, assignment(id), 2.0)
-    assert store.add_update(StoredUpdate(id, device, 0, UPDATE, factor, norm), at)
+    number = int(at)  # a newer one each time
+    store.add_assignment(device, assignment(id, number), 2.0)
+    assert store.add_update(StoredUpdate(id, device, number, UPDATE, factor, norm), at)
 
 
 def test_recent_norms_are_those_of_accepted_updates_newest_first(path: Path, store: Store) -> None:
     for id, device, at, norm in (("a", "d", 5.0, 1.0), ("b", "e", 7.0, 2.0), ("c", "d", 6.0, 3.0)):
         measured(store, id, device, at, norm)
-    deliver(store, "from before norms were kept", at=8.0)
+    deliver(store, "from before norms were kept", version=8, at=8.0)
     measured(store, "x", "e", 9.0, 9.0)
     store.reject_updates({"x": "rotten"})
     store.publish(version(1), [("a", 1.0, 0)])  # merged or not
@@ -251,7 +274,7 @@ def test_what_a_device_entered_is_counted_from_the_versions(store: Store) -> Non
 
 
 def test_a_private_version_takes_one_update_of_a_device(store: Store) -> None:
-    merged = [(deliver(store, id, "d", 0).id, 0.5, 0) for id in ("a", "b")]
+    merged = [(deliver(store, id, "d", number).id, 0.5, 0) for number, id in enumerate("ab")]
     with pytest.raises(sqlite3.IntegrityError, match="device d has two updates in private version 1"):
         store.publish(replace(version(1), noise_multiplier=1.0), merged)
     assert store.version(1) is None

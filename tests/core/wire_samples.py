@@ -62,7 +62,7 @@ RECORDS: tuple[Any, ...] = (
     messages.JoinRequest("attic", BASE.fingerprint, {"memory": "8 GiB"}),
     messages.JoinReply("d-1", "secret", FEDERATION),
     messages.Ask(4, carry_rank=12),
-    messages.Assignment(id="a-1", version=7, rank=4, carry_rank=16, steps=20, seed=99, expires_in_s=600.0),
+    messages.Assignment("a-1", 7, 4, carry_rank=16, steps=20, seed=99, expires_in_s=600.0, start="01ab" * 4),
     messages.NotNow(5.0, "nothing to do"),
     messages.Heartbeat(7),
     messages.HeartbeatReply("finish"),
@@ -92,6 +92,7 @@ RECORDS: tuple[Any, ...] = (
         0.75,
         epsilon=3.5,
         delta=1e-5,
+        start="23cd" * 4,
     ),
 )
 
