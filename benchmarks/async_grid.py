@@ -1,7 +1,7 @@
 """Federations in virtual time that are compared: policies, seeds, and a log with one JSON line for each.
 
-A row keeps its whole curve, so that targets can be chosen after it, and a grid that was stopped goes on where it
-was. Seeds are the outer loop, so that a grid that is not yet done holds whole comparisons.
+A row keeps its whole curve. A grid that was stopped goes on where it was. Seeds are the outer loop, so that a
+grid that is not yet done holds whole comparisons.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.async_learning import RANK_CAP, TRAINING, Base, RealLearner
+from benchmarks.async_report import Goal
 from benchmarks.rules_clients import Clients, NaturalInstructions, SmartHome, check_there
 from benchmarks.rules_grid import Log, dealt
 from benchmarks.virtual_devices import MEDIAN_TRAIN_S, draw, median_step_s
@@ -31,15 +32,20 @@ MOST_S = 30 * 24 * 3600.0  # virtual
 
 @dataclass(frozen=True)
 class Case:
-    """One federation. It runs until `updates` are merged, and on until `target` is reached or `most_updates`."""
+    """One federation. It runs until the goal's updates are merged, and on, to half as many again at most,
+    until the goal's loss is reached.
+    """
 
     data: str
     label: str
     policy: Policy
     seed: int
-    updates: int
-    most_updates: int
-    target: float = 0.0
+    goal: Goal
+
+    @property
+    def most_updates(self) -> int:
+        """The end, whatever was reached."""
+        return self.goal.updates + self.goal.updates // 2
 
     @property
     def key(self) -> Row:
@@ -47,10 +53,8 @@ class Case:
         return {
             "data": self.data,
             "seed": self.seed,
-            "updates": self.updates,
-            "most_updates": self.most_updates,
-            "target": self.target,
             "settings": asdict(self.policy),
+            "goal": asdict(self.goal),
         }
 
 
@@ -73,24 +77,15 @@ class Grid:
 
     def run(self, cases: Sequence[Case]) -> list[Row]:
         """The rows of `cases`, in their order, each labelled; each is run unless the log has it."""
-        return [
-            {**(self._log.find(case) or self._run(case)), "policy": case.label, "seed": case.seed} for case in cases
-        ]
-
-    def devices(self, seed: int) -> list[VirtualDevice]:
-        """The devices of a seed: one a client."""
-        return drawn(self._clients(seed), seed)
-
-    def _clients(self, seed: int) -> Clients:
-        return self._source.clients(seed)
+        return [{**(self._log.find(case) or self._run(case)), "policy": case.label} for case in cases]
 
     def _run(self, case: Case) -> Row:
-        clients = self._clients(case.seed)
+        clients = self._source.clients(case.seed)
         devices = drawn(clients, case.seed)
         with tempfile.TemporaryDirectory() as folder:
             eta = case.policy.server_learning_rate
             learner = RealLearner(self._base, clients.participants, Path(folder), eta, case.seed)
-            row = {**case.key, "label": case.label, **followed(case, devices, learner)}
+            row = {**case.key, **followed(case, devices, learner)}
         self._log.add(row)
         last = row["curve"][-1]
         self._said(
@@ -111,7 +106,9 @@ def drawn(clients: Clients, seed: int) -> list[VirtualDevice]:
 def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner) -> Row:
     """Run a case; its curve of losses, and what became of all work."""
     began = time.monotonic()
-    federation = VirtualFederation(Engine(case.policy, steps=TRAINING.steps), devices, CONDITIONS, learner, case.seed)
+    federation = VirtualFederation(
+        Engine(case.policy, steps=TRAINING.steps), devices, CONDITIONS, learner, case.seed
+    )
     trace = federation.trace
     curve = [{"at_s": 0.0, "version": 0, "updates": 0, "loss": learner.loss(0)}]
 
@@ -121,8 +118,9 @@ def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner)
             return False
         loss = learner.loss(published.version)
         curve.append({"at_s": published.at_s, "version": published.version, "updates": merged, "loss": loss})
-        reached = any(point["loss"] <= case.target for point in curve)
-        return merged >= case.updates and (reached or merged >= case.most_updates)
+        if merged < case.goal.updates:
+            return False
+        return merged >= case.most_updates or case.goal.time_s({"curve": curve}) is not None
 
     federation.run(stop, MOST_S)
     by_device = Counter(device for version in trace.versions for device in version.devices)
@@ -139,14 +137,6 @@ def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner)
     }
 
 
-def cases(
-    data: str, policies: Mapping[str, Policy], seeds: Sequence[int], updates: int, target: float
-) -> list[Case]:
-    """All policies of every seed; what has not reached the target by `updates` goes on to half as many again."""
-    return [
-        Case(data, label, policy, seed, updates, updates + updates // 2, target)
-        for seed in seeds
-        for label, policy in policies.items()
-    ]
-
-
+def cases(data: str, policies: Mapping[str, Policy], seeds: Sequence[int], goal: Goal) -> list[Case]:
+    """All policies of every seed."""
+    return [Case(data, label, policy, seed, goal) for seed in seeds for label, policy in policies.items()]

@@ -2,12 +2,13 @@
 
 A class is a sheet without a speed (see `profiles/README.md`), so that speeds are *assumed* here, by one rule
 from what the sheet does hold: 15 GFLOP/s for each compute thread; an accelerator that shares the machine's
-memory counts as 100 GFLOP/s a thread of its processor, a card with memory of its own as 10 TFLOP/s. Only ratios
-matter: the size of the base is chosen such that the device in the middle trains `MEDIAN_TRAIN_S` an assignment.
+memory counts as 100 GFLOP/s a thread of its processor, a card with memory of its own as 10 TFLOP/s. Only
+ratios matter: the device in the middle trains `MEDIAN_TRAIN_S` an assignment, as if a base had been chosen
+for that.
 
-On top comes what a class cannot tell, other programs, heat, an old charger: a step is longer by a factor drawn
-from a Pareto distribution (of at least 1, exponent 2). Then the tail is put where it is asked for: the slowest
-device is made `TAIL` times slower than the median, and any that was drawn slower than that as slow as that.
+On top comes what a class cannot tell, other programs, heat, an old charger: a step is longer by a factor from
+a Pareto distribution (1 at least, exponent 2). Then the tail is put where it is asked for: the slowest device
+is made `TAIL` times slower than the one in the middle, and none is slower than that.
 """
 
 from __future__ import annotations

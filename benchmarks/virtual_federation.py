@@ -116,6 +116,7 @@ class Trace:
 
     versions: list[Published] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    fates: dict[int, list[bool]] = field(default_factory=dict)  # device: which of its attempts are to be lost
     trained_s: float = 0.0  # device-seconds
     wasted_s: float = 0.0  # of these, on what was lost, abandoned or declined
 
@@ -229,6 +230,7 @@ class VirtualFederation:
         device, conditions, fate = self._devices[place], self._conditions, self._fates[place]
         lost, moment, slower, away = fate.random(), fate.random(), fate.normal(), fate.exponential()
         self.trace.counts["granted"] += 1
+        self.trace.fates.setdefault(place, []).append(lost < conditions.drop_out)
         step_s = device.step_s * float(np.exp(conditions.jitter * slower))
         attempt = _Attempt(lease, step_s, self.now + device.download_s, lease.steps)
         self._attempts[place] = attempt

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks import async_report
 from benchmarks.virtual_devices import TAIL, draw, gflops, median_step_s
 from benchmarks.virtual_federation import (
     Conditions,
@@ -19,7 +17,7 @@ from benchmarks.virtual_federation import (
     Work,
 )
 from coordinator.engine import Engine
-from coordinator.events import Merge
+from coordinator.events import Effect, Event, Merge
 from coordinator.policy import Policy
 from edge_sdk.core.profile import load_profile
 
@@ -117,13 +115,10 @@ def test_a_buffer_of_one_does_not_wait_for_the_slow_device() -> None:
 
 
 def test_a_lease_that_runs_out_frees_its_place_in_the_round() -> None:
-    never = device("never", 1e9)
-    lease_s = 50.0
-    policy = synchronous(lease_s=lease_s)
-    trace = run(federation(policy, [never, device("a", 1.0), device("b", 1.0)]), 1)
-    at_s = trace.versions[0].at_s
+    never = device("never", 1e9)  # it asks first, so that it has one of the two places
+    trace = run(federation(synchronous(lease_s=50.0), [never, device("a", 1.0), device("b", 1.0)]), 1)
     assert set(trace.versions[0].devices) == {1, 2}
-    assert at_s == pytest.approx(STEPS, abs=1.0) or lease_s <= at_s <= lease_s + STEPS + 5.0
+    assert 50.0 + STEPS <= trace.versions[0].at_s <= 50.0 + STEPS + 2 * PATIENT.retry_s
 
 
 def test_a_device_past_its_deadline_hands_in_what_it_has() -> None:
@@ -145,7 +140,7 @@ class Watching(Engine):
         super().__init__(policy, steps=STEPS)
         self.times: list[float] = []
 
-    def handle(self, event, now):  # type: ignore[no-untyped-def]
+    def handle(self, event: Event, now: float) -> list[Effect]:
         self.times.append(now)
         return super().handle(event, now)
 
@@ -173,9 +168,7 @@ def test_no_device_hands_in_before_it_can_have_trained(drop_out: float) -> None:
 def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
     conditions = replace(EXACT, drop_out=0.2, jitter=0.3, away_s=20.0)
     devices = [device(f"d{i}", 1.0 + i) for i in range(5)]
-    first, again, other = (
-        run(federation(PATIENT, devices, conditions, seed=seed), 15) for seed in (3, 3, 4)
-    )
+    first, again, other = (run(federation(PATIENT, devices, conditions, seed=seed), 15) for seed in (3, 3, 4))
     assert first == again
     assert first.versions != other.versions
 
@@ -183,12 +176,15 @@ def test_the_same_seed_is_the_same_run_and_another_is_not() -> None:
 def test_policies_of_one_seed_meet_the_same_fates() -> None:
     """The n-th attempt of a device is lost, or not, whatever the policy is."""
     conditions = replace(EXACT, drop_out=0.5, away_s=20.0)
-    lost = []
-    for policy in (PATIENT, replace(PATIENT, buffer_size=1, quorum=1)):
-        trace = run(federation(policy, [device("only", 1.0)], conditions, seed=7), 6, most_s=400.0)
-        lost.append(trace.counts["lost"])
-    only = run(federation(replace(PATIENT, buffer_size=1, quorum=1), [device("only", 1.0)], conditions, seed=7), 6)
-    assert only.counts["lost"] == lost[1] > 0
+    devices = [device("a", 1.0), device("b", 3.0)]
+    fates = []
+    for policy in (PATIENT, synchronous(lease_s=30.0)):
+        simulation = federation(policy, devices, conditions, seed=7)
+        fates.append(run(simulation, 20).fates)
+    for place in range(len(devices)):
+        both = min(len(fate[place]) for fate in fates)
+        assert both >= 8
+        assert fates[0][place][:both] == fates[1][place][:both]
 
 
 # --- drop-outs ---
@@ -259,38 +255,3 @@ def test_classes_are_as_fast_as_their_sheets_suggest() -> None:
         gflops(load_profile(name)) for name in ("raspberry-pi-5-8gb", "laptop-cpu-16gb", "rtx-4090-24gb")
     )
     assert (pi, laptop, card) == (4 * 15.0, 12 * 15.0, 10_000.0)
-
-
-# --- what is reported ---
-
-
-def curve(seed: int, *points: tuple[float, int, float]) -> dict[str, object]:
-    return {
-        "policy": "buffered",
-        "seed": seed,
-        "ended_s": points[-1][0],
-        "curve": [{"at_s": at_s, "updates": updates, "loss": loss} for at_s, updates, loss in points],
-    }
-
-
-def test_a_run_that_never_arrives_bounds_the_speed_up() -> None:
-    fast = curve(0, (0, 0, 4.0), (10, 8, 3.0), (20, 16, 2.5))
-    slow = curve(0, (0, 0, 4.0), (100, 8, 3.5), (400, 16, 2.9))
-    assert async_report.time_to(fast, 3.0) == 10
-    assert async_report.speedups([fast], [slow], 3.0) == [40.0]
-    assert async_report.speedups([fast], [slow], 2.5) == [20.0]  # at least: the other had not arrived at 400
-    assert async_report.speedups([slow], [fast], 2.5) == [0.0]
-    assert async_report.loss_after(fast, 9) == 2.5
-    assert async_report.loss_at(slow, 399) == 3.5
-
-
-def test_the_interval_of_a_median_lies_within_the_values() -> None:
-    found = async_report.bootstrapped([2.0, 3.0, 4.0, 5.0, 9.0])
-    assert found.median == 4.0
-    assert 2.0 <= found.low < 4.0 < found.high <= 9.0
-    assert async_report.bootstrapped([3.0] * 5) == async_report.Estimate(3.0, 3.0, 3.0)
-
-
-def test_devices_that_take_part_alike_all_count() -> None:
-    assert async_report.effective_devices({"updates_by_device": [3, 3, 3, 0]}) == pytest.approx(3.0)
-    assert Counter([1, 1, 2])[1] == 2
