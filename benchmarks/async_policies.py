@@ -29,7 +29,7 @@ FUNCTIONS: tuple[Name, ...] = ("constant", "polynomial", "hinge")
 
 
 def candidates() -> dict[str, Policy]:
-    """What was compared on a seed and clients that no result uses; rounds have the lease that suits them best."""
+    """What was compared on a seed that no result uses; POLICIES have the lease that suits rounds best."""
     rounds, over, buffers = POLICIES[SYNCHRONOUS], POLICIES[OVER], POLICIES[BUFFERED]
     found = {f"{SYNCHRONOUS}, lease {s:g}": replace(rounds, lease_s=s) for s in LEASES_S}
     found |= {f"{OVER}, lease {s:g}": replace(over, lease_s=s) for s in LEASES_S[:2]}

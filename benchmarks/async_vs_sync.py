@@ -3,6 +3,7 @@
     python -m benchmarks.async_vs_sync --quick                        # under three minutes; no result
     python -m benchmarks.async_vs_sync --log runs/async.jsonl --json runs/async.json --plots docs
     python -m benchmarks.async_vs_sync --tune --log runs/async.jsonl  # what the policies were chosen from
+    python -m benchmarks.async_vs_sync --times                        # no learning: other deadlines, a minute
 
 Time is virtual: what devices, links and drop-outs cost is drawn (benchmarks/virtual_devices.py). The engine,
 the trainer, the aggregation, the base and the text are the real ones. A federation takes one to two minutes
@@ -27,6 +28,7 @@ from benchmarks.async_grid import Grid, cases
 from benchmarks.async_plots import plot
 from benchmarks.async_policies import POLICIES, candidates, sweep_of_k, sweep_of_staleness
 from benchmarks.async_report import Goal, as_json, summary_table, verdict
+from benchmarks.async_times import table as times_table
 from benchmarks.rules_clients import TUNING_SEED
 from benchmarks.rules_grid import Log
 from coordinator.policy import Policy
@@ -36,7 +38,7 @@ from edge_sdk.processor import cpu_name
 Row = dict[str, Any]
 
 DATA = Path("../shared/data/natural_instructions/clients.jsonl.xz")
-GOAL = Goal(loss_share=0.75, updates=48)
+GOAL = Goal(loss_share=0.75, updates=40)
 QUICK_GOAL, QUICK_SEEDS = Goal(loss_share=0.8, updates=24), 2
 
 
@@ -97,6 +99,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, default=DATA, help="clients.jsonl.xz of Natural Instructions")
     parser.add_argument("--tune", action="store_true", help="compare candidates, on clients kept for that")
+    parser.add_argument("--times", action="store_true", help="no learning: when updates come, by deadline")
     parser.add_argument("--log", type=Path, help="a JSON line for each federation; goes on where it was")
     parser.add_argument("--plots", type=Path, help="a folder for async_vs_sync.png")
     parser.add_argument("--json", type=Path, help="all rows, and the speed-up")
@@ -114,6 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(text, highlight=False)
 
     say(f"{cpu_name()}, one compute thread; hours are virtual")
+    if options.times:
+        console.print(times_table(range(options.seeds), GOAL.updates))
+        return 0
     try:
         found = measured(options, say)
     except EdgeError as error:
