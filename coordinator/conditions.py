@@ -38,11 +38,11 @@ def must_pause(at: Situation) -> bool:
 
 
 def round_is_full(at: Situation) -> bool:
-    """The synchronous round has its devices, or is being merged."""
+    """The synchronous round has its devices, keeps a place for who waits longer, or is being merged."""
     if at.policy.mode != "synchronous":
         return False
-    full = len(at.state.in_round() - {at.device}) >= at.policy.round_size
-    return full or at.state.phase == "merging"
+    free = at.policy.round_size - len(at.state.in_round() - {at.device})
+    return at.state.phase == "merging" or not at.state.line.has_turn(at.device, free, at.now)
 
 
 def no_slot(at: Situation) -> bool:
