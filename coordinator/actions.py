@@ -58,7 +58,7 @@ def repeat_grant(at: Situation) -> list[Effect]:
 
 def wait_for_budget(at: Situation) -> list[Effect]:
     """Wait."""
-    return [Wait(SPENT_RETRY_S, SPENT)]
+    return _wait(at, SPENT, SPENT_RETRY_S)
 
 
 def wait_for_own_update(at: Situation) -> list[Effect]:
@@ -96,8 +96,9 @@ def _wait_in_line(at: Situation, slots: int, reason: str) -> list[Effect]:
     return [Wait(retry_s, f"{reason}; you are in line")]
 
 
-def _wait(at: Situation, reason: str) -> list[Effect]:
-    return [Wait(at.state.line.wait(at.device, at.policy.retry_s, at.event.assignment, at.now), reason)]
+def _wait(at: Situation, reason: str, at_least_s: float = 0.0) -> list[Effect]:
+    at_least_s = max(at_least_s, at.policy.retry_s)
+    return [Wait(at.state.line.wait(at.device, at_least_s, at.event.assignment, at.now), reason)]
 
 
 # --- work in hand ---
