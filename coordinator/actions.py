@@ -74,6 +74,7 @@ def wait_for_version(at: Situation) -> list[Effect]:
 def wait_after_refusal(at: Situation) -> list[Effect]:
     """Wait."""
     assert at.seat.work_from is not None
+    at.state.line.leave(at.device)
     return [Wait(at.seat.work_from - at.now, "your last update was refused; there is new work after a pause")]
 
 
@@ -97,7 +98,9 @@ def _wait_in_line(at: Situation, slots: int, reason: str) -> list[Effect]:
 
 
 def _wait(at: Situation, reason: str, at_least_s: float = 0.0) -> list[Effect]:
+    """It could not use a slot: were it to keep a place in line, those behind it might wait for each other."""
     at_least_s = max(at_least_s, at.policy.retry_s)
+    at.state.line.leave(at.device)
     return [Wait(at.state.line.wait(at.device, at_least_s, at.event.assignment, at.now), reason)]
 
 

@@ -21,7 +21,7 @@ def update_waits(at: Situation) -> bool:
 def same_work(at: Situation) -> bool:
     """It asks for the work that it holds, which can still count."""
     lease, event = at.seat.lease, at.event
-    if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version):
+    if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version) or budget_spent(at):
         return False
     return bool(lease.rank == event.rank and lease.carry_rank <= event.carry_rank)
 
