@@ -145,7 +145,9 @@ class Judge:
         return [u for i, u in enumerate(self.pool) if all(u.device != o.device for o in self.pool[:i])]
 
     def is_overdue(self, now: float) -> bool:
-        return bool(self.pool) and self.pool_since is not None and now - self.pool_since >= self.policy.timeout_s
+        return (
+            bool(self.pool) and self.pool_since is not None and now - self.pool_since >= self.policy.timeout_s
+        )
 
     def is_due(self, now: float) -> bool:
         if self.merge or now < self.rest_until or not self.pool:
@@ -213,7 +215,13 @@ class Judge:
             self.of(device).paces = list(paces)
         for lease in event.leases:
             self.of(lease.device).held = Held(
-                lease.assignment, lease.version, lease.rank, lease.carry_rank, lease.steps, lease.expires_at, None
+                lease.assignment,
+                lease.version,
+                lease.rank,
+                lease.carry_rank,
+                lease.steps,
+                lease.expires_at,
+                None,
             )
         for update in event.buffer:
             if self.is_synchronous and update.version < self.version:
@@ -426,7 +434,9 @@ class Judge:
         discount = [DISCOUNTS[self.policy.staleness](tau) for tau in taus]
         wanted: list[float] = [d / self.policy.buffer_size for d in discount]
         if self.most == 0:
-            raw = [min(u.examples, self.policy.max_examples) * d for u, d in zip(taken, discount, strict=True)]
+            raw = [
+                min(u.examples, self.policy.max_examples) * d for u, d in zip(taken, discount, strict=True)
+            ]
             wanted = [weight / sum(raw) for weight in raw]
             assert sum(weight for _, weight, _ in merge.weights) == pytest.approx(1.0)
         assert [weight for _, weight, _ in merge.weights] == pytest.approx(wanted)

@@ -45,7 +45,7 @@ def policies(draw: st.DrawFn) -> Policy:
     lease_s = draw(st.sampled_from([20.0, 60.0]))
     least = int(lease_s // timeout_s)
     over = draw(st.sampled_from([0.0, 0.3, 1.0])) if synchronous else 0.0
-    slots = draw(st.sampled_from([None, 1, 2, 4]))
+    slots = draw(st.sampled_from([None, 1, 1, 3]))
     if synchronous and slots is not None:
         slots = max(slots, math.ceil(k * (1 + over)))
     return Policy(
@@ -67,7 +67,7 @@ def policies(draw: st.DrawFn) -> Policy:
 class Network(RuleBasedStateMachine):
     """Six devices, a coordinator that is killed now and then, and all that can happen between them."""
 
-    @initialize(policy=policies(), most=st.sampled_from([0, 0, None, 2, 5]))
+    @initialize(policy=policies(), most=st.sampled_from([0, 0, None, 1, 3]))
     def start(self, policy: Policy, most: int | None) -> None:
         self.policy, self.most = policy, most
         self.disk, self.judge = Disk(), Judge(policy, most, STEPS)
@@ -296,6 +296,7 @@ def all_get_work(world: Network) -> None:
         if not waiting or too_few_have_budget(world):
             return
         for device in [device for device in DEVICES if retry_at[device] <= service.now]:
+            settle(world)  # merges take no time: a round that merges has no work
             answer = to_its_end(service.ask(device, 4, 2, world.id()))
             retry_at[device] = service.now + (answer[2] if answer[0] == "wait" else 0.1)
             if answer[0] == "work":
