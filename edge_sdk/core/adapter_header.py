@@ -56,14 +56,11 @@ class Contents:
 def shape_of(end: str, shape: tuple[int, int], rank: int) -> list[int]:
     """The shape of the tensor whose name ends so, for a module of shape (out, in)."""
     out_features, in_features = shape
-    return {
-        WEIGHT_A: [rank, in_features],
-        WEIGHT_B: [out_features, rank],
-        INT8_A: [rank, in_features],
-        INT8_B: [rank, out_features],
-        SCALES_A: [rank, blocks_of(in_features)],
-        SCALES_B: [rank, blocks_of(out_features)],
-    }[end]
+    if end in (WEIGHT_A, INT8_A):
+        return [rank, in_features]
+    if end == WEIGHT_B:
+        return [out_features, rank]
+    return [rank, {INT8_B: out_features, SCALES_A: blocks_of(in_features)}.get(end, blocks_of(out_features))]
 
 
 def layout(shape: tuple[int, int], rank: int, dtype: WireDtype) -> list[tuple[str, str, list[int]]]:
@@ -198,9 +195,13 @@ def _rank_of(
     most = min(rank, *shape)
     end_a, end_b = ends[:2]
     a, b = header[PREFIX + module + end_a], header[PREFIX + module + end_b]
-    said = (a.get("shape"), b.get("shape")) if isinstance(a, dict) and isinstance(b, dict) else None
-    fits = (r for r in range(1, most) if said == (shape_of(end_a, shape, r), shape_of(end_b, shape, r)))
-    return next(fits, most)
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return most
+    said = a.get("shape"), b.get("shape")
+    claimed = said[0][0] if isinstance(said[0], list) and said[0] else None  # A has a row a component
+    if type(claimed) is not int or not 1 <= claimed < most:
+        return most
+    return claimed if said == (shape_of(end_a, shape, claimed), shape_of(end_b, shape, claimed)) else most
 
 
 def _check_entry(

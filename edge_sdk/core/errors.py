@@ -13,7 +13,9 @@ EdgeError
 │   ├── TooLarge          413  a body or file over its cap
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
-│   ├── InternalError     500  a bug or a broken disk on the answering side
+│   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
+│   ├── DiskFull          507  no room on the answering side's disk; the same request succeeds once there is
+│   ├── Busy              503  more at a time than can be taken in; carries how long to wait
 │   ├── Unwritable        507  a file of this side cannot be written: its disk is full, or read-only
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
@@ -134,6 +136,20 @@ class Unwritable(OurFault):
 
     status = 507
     title = "cannot write"
+
+
+class DiskFull(OurFault):
+    """The answering side has no room to keep what it was sent. Its host must make some; nothing is lost."""
+
+    status = 507
+    title = "disk full"
+
+
+class Busy(OurFault):
+    """More comes at a time than the answering side takes in. `details["retry_after_s"]`: how long to wait."""
+
+    status = 503
+    title = "busy"
 
 
 class BadUpdates(OurFault):

@@ -135,7 +135,9 @@ def test_the_federation_of_a_folder_is_fixed_and_its_policy_is_not(tmp_path: Pat
     with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator:
         with member(coordinator) as device:
             federation = device.transport.federation()
-        assert "cannot listen on 127.0.0.1" in serve(coordinator, "--port", coordinator.port)
+        assert "cannot listen on 127.0.0.1" in serve(
+            coordinator, "--data", tmp_path / "other", "--port", coordinator.port
+        )
         assert coordinator.stop() == 0
         text = coordinator.config.read_text()
         for key, old, new in (
