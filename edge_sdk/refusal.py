@@ -20,7 +20,7 @@ from edge_sdk.core.errors import (
     from_problem,
 )
 from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE
-from edge_sdk.patience import WAIT, asked_wait_s
+from edge_sdk.patience import WAIT, asked_wait_s, within_reason
 
 PASSING = (408, 425, 429)  # and all from 500 on: the same request may succeed later
 BODYLESS: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}  # what HEAD is refused with
@@ -29,8 +29,11 @@ BODYLESS: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}  # wha
 def error_of(response: httpx.Response) -> EdgeError:
     """The error behind an answer whose body was read; it carries the wait that the answer asks for."""
     error = _error(response)
-    error.details.pop(WAIT, None)
-    if (wait_s := asked_wait_s(response.headers)) is not None:
+    said = error.details.pop(WAIT, None)
+    wait_s = asked_wait_s(response.headers)
+    if wait_s is None and type(said) in (int, float):
+        wait_s = within_reason(float(said))
+    if wait_s is not None:
         error.details[WAIT] = wait_s
     return error
 
