@@ -28,7 +28,7 @@ def rows(coordinator: CoordinatorProcess, query: str) -> list[Any]:
 
 
 def check_versions(coordinator: CoordinatorProcess) -> int:
-    """Versions run from 1 without a gap, each with updates and a whole file; how many there are."""
+    """Versions run from 1 without a gap, each with updates and, but for old ones, a whole file; how many."""
     versions = rows(coordinator, "SELECT version, digest, collected FROM versions ORDER BY version")
     assert [number for number, _, _ in versions] == list(range(1, len(versions) + 1))
     for number, digest, collected in versions:
