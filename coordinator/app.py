@@ -94,7 +94,7 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
         return _problem(ProtocolError("the body stopped coming; send it again"), 408)
     except (ConnectionError, web.RequestPayloadError) as error:
         log.info("%s %s broke off (%s)", request.method, request.path, str(error) or type(error).__name__)
-        return _problem(ProtocolError("the body broke off; send the rest of it"))
+        return _problem(ProtocolError("the body broke off; send the rest of it"), 408)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _problem(InternalError("the coordinator failed at this request; its log says why"))
@@ -185,11 +185,11 @@ async def heartbeat(request: web.Request) -> web.Response:
 
 
 async def upload_offset(request: web.Request) -> web.Response:
-    """HEAD /v1/assignments/{id}/adapter: how many bytes are stored."""
+    """HEAD /v1/assignments/{id}/adapter: how many bytes are stored; all, once they are acknowledged."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
     coordinator.require_assignment(_device(request), id)
     request.app[INTAKE].require_room()  # said before the bytes come
-    return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.blobs.offset(id))})
+    return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.uploads.stored_bytes(id))})
 
 
 async def upload(request: web.Request) -> web.Response:

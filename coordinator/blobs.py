@@ -26,7 +26,7 @@ from coordinator.failpoints import reach
 from coordinator.pins import Pins
 from coordinator.running_digests import RunningDigests
 from edge_sdk.core.codec import sha256_file
-from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
+from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge, UploadLost
 
 Writer = Callable[[Iterable[bytes]], str]
 """Stores a blob durably and returns its digest."""
@@ -133,7 +133,7 @@ class Blobs:
         """Where the bytes of a finished upload can be read before it becomes a blob, or because it is one.
 
         Raises:
-            ProtocolError: the bytes have another digest; they are dropped, so that the upload can restart.
+            UploadLost: the bytes have another digest; they are dropped, so that the upload can restart.
         """
         with blaming(_shown(self.upload_path(id))), self._lock(id):
             return self._whole(id, digest)
@@ -142,7 +142,7 @@ class Blobs:
         """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
 
         Raises:
-            ProtocolError: as `whole`.
+            UploadLost: as `whole`.
         """
         blob, upload = self.path(digest), self.upload_path(id)
         with blaming(_shown(upload)), self._lock(id):
@@ -159,11 +159,11 @@ class Blobs:
         if blob.exists():
             return blob
         if not upload.exists():
-            raise ProtocolError("nothing was uploaded for this assignment; send the adapter first")
+            raise UploadLost("nothing was uploaded for this assignment; send the adapter first")
         actual = self._digests.of(id, upload.stat().st_size) or sha256_file(upload)
         if actual != digest:
             self.discard(id)
-            raise ProtocolError(
+            raise UploadLost(
                 f"the uploaded bytes have SHA-256 {actual[:12]}…, not {digest[:12]}…; upload again"
             )
         return upload

@@ -324,6 +324,12 @@ class Store:
         rows = self._rows("SELECT rejected FROM updates WHERE assignment = ?", assignment)
         return rows[0][0] if rows else None
 
+    def update_bytes(self, assignment: str) -> int:
+        """Size of the adapter that was acknowledged for an assignment; 0 if none was."""
+        query = "SELECT json_extract(record, '$.size_bytes') FROM updates WHERE assignment = ?"
+        rows = self._rows(query, assignment)
+        return int(rows[0][0]) if rows else 0
+
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
         rows = self._rows(

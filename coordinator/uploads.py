@@ -37,6 +37,10 @@ class Uploads:
         federation = self._federation
         return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
 
+    def stored_bytes(self, id: str) -> int:
+        """How much of an upload is here. A device that heard no acknowledgement needs not send it again."""
+        return self._blobs.offset(id) or self._store.update_bytes(id)
+
     def is_known(self, id: str, update: Update) -> bool:
         """Whether this very update was acknowledged before; what was sent again of it is dropped.
 

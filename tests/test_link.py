@@ -8,16 +8,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.core.codec import encode
 from edge_sdk.core.errors import Unreachable
+from edge_sdk.core.lora import LoraFactors
 from edge_sdk.link import KEPT, LEAST_BYTES, Link, load_link, save_link
 from edge_sdk.transport import Transport
 
 MB = 1_000_000
 SIZE_BYTES = 3 * LEAST_BYTES
+ADAPTER = encode({"layer": LoraFactors(np.ones((64, 128), np.float32), np.ones((128, 256), np.float32))}, 1.0)
 rates = st.floats(1, 1e12)
 
 
@@ -82,6 +86,7 @@ def test_a_damaged_file_means_not_measured(tmp_path: Path, content: bytes | None
 
 
 def test_a_disk_that_takes_nothing_ends_no_transfer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "gone").touch()
     with caplog.at_level(logging.WARNING, "edge_sdk"):
         save_link(tmp_path / "gone" / "link.json", after(1.0))
     assert "the link is measured anew next time" in caplog.text
@@ -91,16 +96,16 @@ def test_a_disk_that_takes_nothing_ends_no_transfer(tmp_path: Path, caplog: pyte
 
 
 class Files(http.server.BaseHTTPRequestHandler):
-    """Serves SIZE_BYTES to any GET, promises more than it sends below version 9, and takes any upload."""
+    """Serves ADAPTER to any GET, promises more than it sends below version 9, and takes any upload."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self.send_response(200)
         broken = "/versions/9/" in self.path
-        self.send_header("Content-Length", str(SIZE_BYTES * (2 if broken else 1)))
+        self.send_header("Content-Length", str(len(ADAPTER) * (2 if broken else 1)))
         self.end_headers()
-        self.wfile.write(bytes(SIZE_BYTES))
+        self.wfile.write(ADAPTER)
         self.close_connection = broken
 
     def do_HEAD(self) -> None:
@@ -109,10 +114,10 @@ class Files(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def do_PATCH(self) -> None:
-        while size := int(self.rfile.readline(), 16):
-            self.rfile.read(size + 2)
-        self.rfile.readline()
+        size_bytes = int(self.headers["Content-Length"])
+        self.rfile.read(size_bytes)
         self.send_response(204)
+        self.send_header("Upload-Offset", str(int(self.headers["Upload-Offset"]) + size_bytes))
         self.end_headers()
 
     def log_message(self, *arguments: object) -> None:

@@ -140,6 +140,23 @@ def check_header(header: Mapping[str, Any], data_bytes: int, shapes: Shapes, ran
     return Contents(ranks, ends)
 
 
+def check_whole(header: Mapping[str, Any], data_bytes: int) -> None:
+    """Check that a file holds what its header says, from the first byte to the last, whatever its modules.
+
+    Raises:
+        AdapterError: it is cut short, has more, or is something else.
+    """
+    if not header:
+        raise AdapterError("the file holds no tensor")
+    for name, entry in header.items():
+        shape, dtype = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "dtype"))
+        sized = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        if module_of(name) == name or not (sized and isinstance(dtype, str) and dtype in ITEM_BYTES):
+            raise AdapterError(f"tensor {name[:120]!r} is none of an adapter")
+        _check_range(name, entry, data_bytes)
+    _check_layout(header, data_bytes)
+
+
 def own_contents(header: Mapping[str, Any]) -> Contents:
     """What a file holds that this side wrote itself."""
     ends = ends_of(header)

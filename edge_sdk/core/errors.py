@@ -4,6 +4,7 @@ EdgeError
 ├── TheirFault                 the other side, the user or a file is wrong: say what and what to do
 │   ├── InputError        400  a file, flag, setting or record that somebody typed (exit code 2)
 │   ├── ProtocolError     400  a message that does not follow the wire format
+│   │   └── UploadLost    409  the bytes of an upload are not what was announced; send them again
 │   ├── Unauthorised      401  no credential, or a wrong one
 │   ├── NotFound          404  no such assignment, version or file
 │   ├── BaseMismatch      409  another base model than the federation's
@@ -15,6 +16,7 @@ EdgeError
 │   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
 │   ├── DiskFull          507  no room on the answering side's disk; the same request succeeds once there is
 │   ├── Busy              503  more at a time than can be taken in; carries how long to wait
+│   ├── Unwritable        507  a file of this device cannot be written: its disk is full, or read-only
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
@@ -59,6 +61,13 @@ class ProtocolError(TheirFault):
     """A message does not follow the wire format; names the field."""
 
     title = "bad message"
+
+
+class UploadLost(ProtocolError):
+    """The bytes of an upload are missing or have another digest, and were dropped: send them from byte 0."""
+
+    status = 409
+    title = "upload lost"
 
 
 class Unauthorised(TheirFault):
@@ -134,6 +143,13 @@ class Busy(OurFault):
 
     status = 503
     title = "busy"
+
+
+class Unwritable(OurFault):
+    """A file that must survive cannot be written. What it would replace is as it was; try again later."""
+
+    status = 507
+    title = "cannot write"
 
 
 class BadUpdates(OurFault):
