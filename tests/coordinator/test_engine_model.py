@@ -23,7 +23,9 @@ from hypothesis.stateful import (
     rule,
 )
 
+from coordinator import actions as do
 from coordinator import engine as engine_module
+from coordinator.events import Joined, Tick
 from coordinator.policy import Policy
 from coordinator.transitions import VERSION, WORK
 from tests.coordinator.model_service import Answer, Disk, Job, Service
@@ -108,6 +110,8 @@ class Network(RuleBasedStateMachine):
         self.acknowledged: set[str] = set()
         self.count = 0
         self.restarts(0.0)
+        for device in DEVICES:
+            self.service.apply(Joined(device))
 
     def restarts(self, now: float) -> None:
         """What was not on disk is gone, and so are the requests that were being answered."""
@@ -385,5 +389,18 @@ def test_on_long_walks_the_laws_hold_and_every_row_is_taken(monkeypatch: pytest.
             world.step(of(*KINDS), of(*DEVICES), of)
             world.laws_hold()
         world.teardown()
+    a_round_ends_while_an_update_is_stored()
     never = [row for row in (*WORK, *VERSION) if id(row) not in taken]
-    assert never == []
+    assert [(row.event, row.do) for row in never] == [(Tick, do.nothing)]  # ticks go to leases that are over
+
+
+def a_round_ends_while_an_update_is_stored() -> None:
+    """Which walks seldom meet."""
+    world = Network()
+    world.begin(Policy(mode="synchronous", buffer_size=1, over_selection=1.0), 0)
+    for device in "pq":
+        world.ask(device, 4, 0)
+    for device in "pq":
+        world.hand_in(device, 0, STEPS, 30, good=True, mishap=3)
+    world.teardown()
+    assert world.judge.published[0] == ("a1",)
