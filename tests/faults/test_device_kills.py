@@ -166,7 +166,7 @@ def test_many_random_kills(zygote: Zygote, coordinator: CoordinatorProcess, tmp_
             proxy.on(*step, Throttle(60_000), times=10**6) for step in (("GET", "/versions/"), ("PATCH", ""))
         ]
         victim = Victim(zygote, coordinator, proxy.url, tmp_path)
-        random_kills(victim, 150, seed=2)
+        random_kills(victim, 60, seed=2)
         assert victim.finish()
         assert {"training", "outbox"} <= set(victim.hit)
         assert all(rule.triggered for rule in slow)
