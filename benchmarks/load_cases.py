@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,11 +56,11 @@ class Template:
         return to_json(made)
 
 
-def templates(dtype: WireDtype) -> tuple[Template, ...]:
+def templates(dtype: WireDtype, model: Model = MODEL, types: Sequence[Ranks] = TYPES) -> tuple[Template, ...]:
     """One for each type."""
-    shapes = MODEL.shapes()
+    shapes = model.shapes()
     made = []
-    for place, kind in enumerate(TYPES):
+    for place, kind in enumerate(types):
         rng = np.random.default_rng(place)
         ranks = {name: min(kind.of(name), *shape) for name, shape in shapes.items()}
         modules = ((name, update(shapes[name], ranks[name], rng)) for name in sorted(shapes))
@@ -70,17 +71,23 @@ def templates(dtype: WireDtype) -> tuple[Template, ...]:
     return tuple(made)
 
 
-def configuration(folder: Path, dtype: WireDtype, policy: dict[str, Any]) -> Path:
+def configuration(
+    folder: Path,
+    dtype: WireDtype,
+    policy: dict[str, Any],
+    model: Model = MODEL,
+    types: Sequence[Ranks] = TYPES,
+) -> Path:
     """Write the coordinator's configuration and base record into `folder`."""
-    base = Base(MODEL.name, FINGERPRINT, MODEL.shapes())
+    base = Base(model.name, FINGERPRINT, model.shapes())
     (folder / "base.json").write_text(json.dumps(to_json(base)))
-    ladder = sorted({kind.largest for kind in TYPES})
+    ladder = sorted({kind.largest for kind in types})
     lines = [
         'base = "base.json"',
         "[federation]",
         f"ladder = {ladder}",
         f"rank_cap = {ladder[-1]}",
-        f"mixed_ranks = {[[k.attention, k.mlp] for k in TYPES if k.attention != k.mlp]}",
+        f"mixed_ranks = {[[k.attention, k.mlp] for k in types if k.attention != k.mlp]}",
         f"scaling = {SCALING}",
         f'upload_dtype = "{dtype}"',
         f'download_dtype = "{dtype}"',

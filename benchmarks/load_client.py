@@ -88,6 +88,12 @@ class Connection:
             self.close()
             raise
 
+    async def send_only(self, content: bytes) -> None:
+        """Send bytes and expect no answer."""
+        await self.open()
+        assert self._socket is not None
+        await asyncio.get_running_loop().sock_sendall(self._socket, content)
+
     async def open(self) -> None:
         """Connect, if not connected."""
         if self._socket is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.load_cases import FINGERPRINT, Template
-from benchmarks.load_client import Connection, Reply, Tally, head_of, json_request
+from benchmarks.load_client import BrokenOff, Connection, Reply, Tally, head_of, json_request
 from edge_sdk.core import messages
 from edge_sdk.core.wire_dtype import WireDtype
 
@@ -90,17 +90,21 @@ async def join(
 
 
 async def hand_in(device: Device, connection: Connection, tally: Tally) -> bool:
-    """HEAD, PATCH and POST of one update; whether it was acknowledged."""
-    reply = await patiently("offset", connection, tally, device.offset())
-    offset = reply.offset or 0
-    reply = await patiently("upload", connection, tally, *device.upload(offset))
-    if reply.status == 409:  # a cut connection's last bytes came after the offset was asked for
-        return await hand_in(device, connection, tally)
-    reply = await patiently("update", connection, tally, device.update())
-    if reply.status == 202:
-        device.delivered += 1
-        device.assignment = None
-    return reply.status == 202
+    """HEAD, PATCH and POST of one update; whether it was acknowledged. A cut connection is taken up again."""
+    while True:
+        try:
+            reply = await patiently("offset", connection, tally, device.offset())
+            reply = await patiently("upload", connection, tally, *device.upload(reply.offset or 0))
+            if reply.status == 409:  # a cut connection's last bytes came after the offset was asked for
+                continue
+            reply = await patiently("update", connection, tally, device.update())
+        except (BrokenOff, OSError, TimeoutError):
+            await asyncio.sleep(random.uniform(0.5, 2.0))
+            continue
+        if reply.status == 202:
+            device.delivered += 1
+            device.assignment = None
+        return reply.status == 202
 
 
 async def patiently(route: str, connection: Connection, tally: Tally, *parts: bytes | memoryview) -> Reply:

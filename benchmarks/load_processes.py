@@ -78,6 +78,7 @@ class Sample:
 
     at_s: float
     rss_bytes: int
+    mapped_bytes: int  # of that, pages of files, which the system takes back when it needs them
     files: int
     cpu_s: float
     uploaded_bytes: int = 0
@@ -108,9 +109,11 @@ class Watch:
             process = psutil.Process(self.server.process.pid)
             with process.oneshot():
                 times = process.cpu_times()
+                memory = process.memory_info()
                 sample = Sample(
                     time.monotonic() - self._began,
-                    process.memory_info().rss,
+                    memory.rss,
+                    getattr(memory, "shared", 0),
                     process.num_fds(),
                     times.user + times.system,
                     self.uploaded_bytes,

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -74,6 +74,14 @@ class Case:
         }
 
 
+class Keyed(Protocol):
+    """What a log can find: anything with a key of its own."""
+
+    @property
+    def key(self) -> Row:
+        """What tells it from all others in the log."""
+
+
 class Log:
     """The rows that are done, in a file if one is named."""
 
@@ -81,7 +89,7 @@ class Log:
         self._path = path
         self.rows: list[Row] = list(_read(path)) if path and path.exists() else []
 
-    def find(self, case: Case) -> Row | None:
+    def find(self, case: Keyed) -> Row | None:
         """The row of `case`, if it is done."""
         wanted = case.key
         return next((row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())), None)

@@ -24,7 +24,7 @@ COLOURS = {
 }
 
 
-def _pyplot() -> Any:
+def headless_pyplot() -> Any:
     """Matplotlib without a screen, imported only when something is drawn."""
     import matplotlib
 
@@ -36,7 +36,7 @@ def _pyplot() -> Any:
 
 def plot_toy(rows: Sequence[Row], path: Path) -> None:
     """Bars of the mean error over seeds, by ranks and rule, synchronous and buffered."""
-    pyplot = _pyplot()
+    pyplot = headless_pyplot()
     modes = [mode for mode in MOST_STALE if any(row["mode"] == mode for row in rows)]
     figure, axes = pyplot.subplots(1, len(modes), figsize=(5.5 * len(modes), 4.2), sharey=True, squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):
@@ -64,7 +64,7 @@ def plot_toy(rows: Sequence[Row], path: Path) -> None:
 
 def plot_training(rows: Sequence[Row], path: Path) -> None:
     """Above, losses of seen clients by version; below, each seed's difference to the baseline at the end."""
-    pyplot = _pyplot()
+    pyplot = headless_pyplot()
     compared = {row["mix"] for row in rows if row["way"] != BASELINE}
     mixes = [mix for mix in dict.fromkeys(row["mix"] for row in rows) if mix in compared]
     figure, axes = pyplot.subplots(2, len(mixes), figsize=(4.2 * len(mixes), 7), squeeze=False, sharey="row")

@@ -23,6 +23,7 @@ from coordinator.store import DATABASE, Store
 from edge_sdk.core.codec import sha256_file
 from edge_sdk.core.errors import InputError
 
+_UNFINISHED = f".{DATABASE}-new"
 TRIES = 20  # each is a version later than the one before; versions come no faster than blobs are copied
 
 
@@ -36,6 +37,12 @@ class Backup:
 
     def __str__(self) -> str:
         return f"version {self.version}, {self.buffered} buffered updates, {self.files} files"
+
+
+def require_finished(folder: Path) -> None:
+    """Raise InputError for a backup that broke off: a new federation would begin in it."""
+    if (folder / _UNFINISHED).exists() and not (folder / DATABASE).exists():
+        raise InputError(f"{folder}: this backup broke off and is not whole; restore another one")
 
 
 def back_up(data: Path, out: Path) -> Backup:
@@ -56,7 +63,7 @@ def back_up(data: Path, out: Path) -> Backup:
 
 
 def _back_up(data: Path, out: Path) -> Backup:
-    rows, source, copies = out / f".{DATABASE}-new", Blobs(data), Blobs(out)
+    rows, source, copies = out / _UNFINISHED, Blobs(data), Blobs(out)
     gone: set[str] = set()
     for _ in range(TRIES):
         with contextlib.closing(sqlite3.connect(data / DATABASE)) as db:

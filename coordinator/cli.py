@@ -15,7 +15,7 @@ from aiohttp import web
 
 from coordinator import __version__, failpoints, ledger
 from coordinator.app import KEEP_ALIVE_S, build_app
-from coordinator.backup import back_up
+from coordinator.backup import back_up, require_finished
 from coordinator.blobs import Blobs
 from coordinator.folder_lock import only_coordinator
 from coordinator.service import Coordinator
@@ -79,6 +79,7 @@ def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     settings, by = load_settings(options.config), decompose_on(options.device)
+    require_finished(options.data)
     with only_coordinator(options.data):
         asyncio.run(_listen(options, settings, by))
     return 0
@@ -159,7 +160,7 @@ def _export(options: argparse.Namespace) -> int:
     if version is None:
         raise InputError(f"--version {number}: there are 1 to {versions[0].version}")
     if version.collected:
-        kept = [known.version for known in store.versions(number) if not known.collected]
+        kept = [known.version for known in store.versions(versions[0].version) if not known.collected]
         raise InputError(f"--version {number} was collected; there are {', '.join(map(str, kept))}")
     rank = options.rank or max(1, version.rank)
     if not 1 <= rank <= federation.rank_cap:

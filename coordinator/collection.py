@@ -5,8 +5,8 @@ files that devices start from once no device does, uploads of assignments that c
 killed processes were writing. What stays:
 
 - the newest `[storage] keep_versions` versions, for export;
-- the newest (staleness limit + 2), from which a late update may still come: one more than count, because work
-  on a version may just be under way to a device while the next one is published;
+- the newest from which a late update may still come, and one more, because work on a version may just be
+  under way to a device while the next one is published;
 - the version of every open assignment, and of every update that is in no version yet;
 - every blob that somebody holds a pin on: an upload or a version whose row is about to be written.
 
@@ -48,10 +48,10 @@ class Collector:
     `newest`: so many versions are there, whoever needs them.
     """
 
-    def __init__(self, store: Store, blobs: Blobs, keep_versions: int, max_staleness: int) -> None:
+    def __init__(self, store: Store, blobs: Blobs, keep_versions: int, staleness_limit: int) -> None:
         self._store, self._blobs = store, blobs
-        self._max_staleness = max_staleness
-        self.newest = max(keep_versions, max_staleness + 2)
+        self._staleness_limit = staleness_limit
+        self.newest = max(keep_versions, staleness_limit + 2)
 
     def tidy(self) -> Collected:
         """Before anything else runs: remove what killed processes were writing, and every cached file.
@@ -95,7 +95,7 @@ class Collector:
     def _collect_uploads(self, found: Collected) -> None:
         """Those whose update is here, or comes from a version that is too old to merge."""
         newest = self._store.versions(1)
-        oldest = (newest[0].version if newest else 0) - self._max_staleness
+        oldest = (newest[0].version if newest else 0) - self._staleness_limit
         for id in self._blobs.upload_ids()[:MOST_FILES]:
             if not self._store.may_come(id, oldest):
                 self._remove(self._blobs.upload_path(id), found, "upload-collected")

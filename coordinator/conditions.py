@@ -21,7 +21,7 @@ def update_waits(at: Situation) -> bool:
 def same_work(at: Situation) -> bool:
     """It asks for the work that it holds, which can still count."""
     lease, event = at.seat.lease, at.event
-    if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version):
+    if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version) or budget_spent(at):
         return False
     return bool(lease.rank == event.rank and lease.carry_rank <= event.carry_rank)
 
@@ -38,11 +38,11 @@ def must_pause(at: Situation) -> bool:
 
 
 def round_is_full(at: Situation) -> bool:
-    """The synchronous round has its devices, or is being merged."""
+    """The synchronous round has its devices, keeps a place for who waits longer, or is being merged."""
     if at.policy.mode != "synchronous":
         return False
-    full = len(at.state.in_round() - {at.device}) >= at.policy.round_size
-    return full or at.state.phase == "merging"
+    free = at.policy.round_size - len(at.state.in_round() - {at.device})
+    return at.state.phase == "merging" or not at.state.line.has_turn(at.device, free, at.now)
 
 
 def no_slot(at: Situation) -> bool:

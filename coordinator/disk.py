@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from edge_sdk.core.errors import DiskFull, InternalError, OurFault
+from edge_sdk.core.errors import DiskFull, InternalError
 
+_LEAST_ROOM_BYTES = 64 << 10  # below this SQLite cannot begin to work
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of SQLite's errors those that a disk causes; others are bugs, and stay what they are.
 _SQLITE_FULL = sqlite3.SQLITE_FULL
@@ -23,8 +25,12 @@ _SQLITE_OF_THE_DISK = {
 }
 
 
-def disk_error(file: str, error: OSError | sqlite3.Error) -> OurFault | None:
+def disk_error(
+    file: str, error: OSError | sqlite3.Error, folder: Path | None = None
+) -> DiskFull | InternalError | None:
     """What to tell a device of this, or None where no disk is to blame. `file`: what was used, most likely.
+
+    `folder`: where it lies. SQLite has other words than "full" for the room that its shared memory needs.
 
     Returns:
         DiskFull: there is no room.
@@ -34,18 +40,19 @@ def disk_error(file: str, error: OSError | sqlite3.Error) -> OurFault | None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
         if code != _SQLITE_FULL and code not in _SQLITE_OF_THE_DISK:
             return None
-        full, reason = code == _SQLITE_FULL, str(error)
+        no_room = folder is not None and shutil.disk_usage(folder).free < _LEAST_ROOM_BYTES
+        full, reason = code == _SQLITE_FULL or (code == sqlite3.SQLITE_IOERR and no_room), str(error)
     else:
         full, reason = error.errno in _FULL, error.strerror or str(error)
         if isinstance(error.filename, str | Path):  # the very file, where the system says which
             file = "/".join(Path(error.filename).parts[-2:])
     if full:
         return DiskFull(
-            f"the coordinator has no room to write {file} ({reason}); this goes on by itself once its host "
-            "makes room"
+            f"the coordinator has no room to write {file} ({reason}); its host must make some; nothing is "
+            "lost"
         )
     return InternalError(
-        f"the coordinator's disk fails at {file} ({reason}); this goes on by itself once its host mends that"
+        f"the coordinator's disk fails at {file} ({reason}); its host must mend that; nothing is lost"
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from edge_sdk.core.errors import Busy
 
 PLACES = 16  # uploads whose bytes are read at a time
-QUEUE = 256  # that wait for a place; each holds what came with its head, at most some 100 KB
+QUEUE = 256  # that may wait for a place; each holds what came with its head, at most 256 KB
+OVERFLOW = 3  # times QUEUE that are let wait all the same: who was not told before its bytes were on the way
 RETRY_S = 2.0  # who is refused comes back after this or up to twice as much
 PIECE_BYTES = 1 << 20  # bytes that are written at once
 PIECE_S = 1.0  # and the longest that any wait for that, so that a slow link loses little at a crash
@@ -40,12 +41,16 @@ class Intake:
     """The places of uploads. Belongs to one event loop."""
 
     def __init__(self, places: int = PLACES, queue: int = QUEUE) -> None:
-        self._places, self._most = asyncio.Semaphore(places), places + queue
+        self._places, self._enough = asyncio.Semaphore(places), places + queue
+        self._most = self._enough + OVERFLOW * queue
         self._inside = 0
 
     def require_room(self) -> None:
-        """Raise Busy if an upload would be refused now."""
-        if self._inside >= self._most:
+        """Raise Busy if an upload had better not begin now."""
+        self._require_fewer_than(self._enough)
+
+    def _require_fewer_than(self, most: int) -> None:
+        if self._inside >= most:
             retry_s = random.uniform(RETRY_S, 2 * RETRY_S)
             raise Busy(
                 "more uploads come than can be taken in at a time; try again later", retry_after_s=retry_s
@@ -58,7 +63,7 @@ class Intake:
         Raises:
             Busy: the queue is full.
         """
-        self.require_room()
+        self._require_fewer_than(self._most)
         self._inside += 1
         try:
             # Where nothing is read already, aiohttp holds the connection back and will let it go itself.

@@ -79,7 +79,7 @@ class Coordinator:
         self.collector = Collector(
             self.store, self.blobs, settings.storage.keep_versions, settings.policy.staleness_limit
         )
-        require_sound(folder, self.store, self.blobs, self.collector.newest, self.federation.scaling)
+        require_sound(folder, self.store, self.blobs, self.collector.newest)
         self.collector.tidy()
         self.join_token = join_token(folder)
         steps = self.federation.training.steps

@@ -21,7 +21,7 @@ from coordinator.disk import disk_error
 from coordinator.failpoints import Point, reach
 from coordinator.group_commit import GroupCommit
 from coordinator.schema import MIGRATIONS, migrate, schema_of
-from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
+from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import from_json, to_json
 
@@ -88,6 +88,13 @@ class Device:
     refused: int
 
 
+def _require_whole(db: sqlite3.Connection, path: Path) -> None:
+    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        reason = " ".join(str(found).split())
+        raise InputError(f"{path} is damaged ({reason}); restore the folder from a backup")
+
+
 # What nobody may need any more, in SQL: see needed_versions and needed_digests.
 _NEEDED = """(version > (SELECT MAX(version) FROM versions) - ?
     OR version IN (SELECT version FROM assignments WHERE open = 1)
@@ -113,6 +120,7 @@ class Store:
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
             if upgrade:
+                _require_whole(self._db, path)
                 migrate(self._db, path)
             elif (have := schema_of(self._db, path)) < len(MIGRATIONS):
                 raise InputError(
@@ -122,6 +130,8 @@ class Store:
             self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._reader.execute("PRAGMA query_only = ON")
         except (sqlite3.DatabaseError, OSError) as error:
+            if isinstance(disk_error(path.name, error, path.parent), DiskFull):
+                raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
             raise InputError(f"{path}: not a usable coordinator database ({error})") from error
         self._commits = GroupCommit(self._db)
 
@@ -145,7 +155,7 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            found = disk_error(self._path.name, error)
+            found = disk_error(self._path.name, error, self._path.parent)
             if found is None:
                 raise
             raise found from error
@@ -155,11 +165,6 @@ class Store:
         with self._lock:
             self._reader.close()
         self._commits.close()
-
-    def damage(self) -> str | None:
-        """The first thing that SQLite finds wrong with its own file, or None."""
-        ((found,),) = self._rows("PRAGMA quick_check(1)")
-        return None if found == "ok" else str(found)
 
     # --- federation ---
 

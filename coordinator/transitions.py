@@ -87,6 +87,7 @@ WORK: tuple[Row[WorkPhase], ...] = (
     _W(("training",), Offered, when.cannot_count, "idle", do.expire_and_decline),
     _W(("late",), Offered, when.cannot_count, "idle", do.decline),
     _W(_ANY, Offered, None, None, do.accept),
+    _W(_ANY, Stored, when.budget_spent, None, do.decline_unpaid),
     _W(_ANY, Stored, when.stray_and_void, None, do.decline),
     _W(_ANY, Stored, when.other_work, None, do.take_in),
     _W(("training",), Stored, when.cannot_count, "idle", do.expire_and_decline),

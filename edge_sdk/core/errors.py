@@ -16,7 +16,7 @@ EdgeError
 │   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
 │   ├── DiskFull          507  no room on the answering side's disk; the same request succeeds once there is
 │   ├── Busy              503  more at a time than can be taken in; carries how long to wait
-│   ├── Unwritable        507  a file of this side cannot be written: its disk is full, or read-only
+│   ├── Unwritable        507  a file of this device cannot be written: its disk is full, or read-only
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
@@ -131,13 +131,6 @@ class InternalError(OurFault):
     title = "internal error"
 
 
-class Unwritable(OurFault):
-    """A file that must survive cannot be written. What it would replace is as it was; try again later."""
-
-    status = 507
-    title = "cannot write"
-
-
 class DiskFull(OurFault):
     """The answering side has no room to keep what it was sent. Its host must make some; nothing is lost."""
 
@@ -150,6 +143,13 @@ class Busy(OurFault):
 
     status = 503
     title = "busy"
+
+
+class Unwritable(OurFault):
+    """A file that must survive cannot be written. What it would replace is as it was; try again later."""
+
+    status = 507
+    title = "cannot write"
 
 
 class BadUpdates(OurFault):

@@ -1,0 +1,142 @@
+"""Federations in virtual time that are compared: policies, seeds, and a log with one JSON line for each.
+
+A row keeps its whole curve. A grid that was stopped goes on where it was. Seeds are the outer loop, so that a
+grid that is not yet done holds whole comparisons.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.async_learning import RANK_CAP, TRAINING, Base, RealLearner
+from benchmarks.async_report import Goal
+from benchmarks.rules_clients import Clients, NaturalInstructions, SmartHome, check_there
+from benchmarks.rules_grid import Log, dealt
+from benchmarks.virtual_devices import MEDIAN_TRAIN_S, draw, median_step_s
+from benchmarks.virtual_federation import Conditions, Published, VirtualDevice, VirtualFederation
+from coordinator.engine import Engine
+from coordinator.policy import Policy
+
+Row = dict[str, Any]
+
+CONDITIONS = Conditions(drop_out=0.2, away_s=MEDIAN_TRAIN_S)
+EVALUATED = 8  # updates between two looks at the loss, at least
+MOST_S = 30 * 24 * 3600.0  # virtual
+
+
+@dataclass(frozen=True)
+class Case:
+    """One federation. It runs until the goal's updates are merged, and on, to half as many again at most,
+    until the goal's loss is reached.
+    """
+
+    data: str
+    label: str
+    policy: Policy
+    seed: int
+    goal: Goal
+
+    @property
+    def most_updates(self) -> int:
+        """The end, whatever was reached."""
+        return self.goal.updates + self.goal.updates // 2
+
+    @property
+    def key(self) -> Row:
+        """What tells it from all others in the log."""
+        return {
+            "data": self.data,
+            "seed": self.seed,
+            "settings": asdict(self.policy),
+            "goal": asdict(self.goal),
+        }
+
+
+class Grid:
+    """Runs what is not in the log yet.
+
+    Args:
+        data: `clients.jsonl.xz` of Natural Instructions, or None for smart-home commands.
+        log: where rows go.
+        said: is told of every row.
+    """
+
+    def __init__(self, data: Path | None, log: Log, said: Callable[[str], None]) -> None:
+        self.name = "natural-instructions" if data else "smart-home"
+        if data:
+            check_there(data)
+        self._base = Base()
+        self._source = NaturalInstructions(data, self._base.tokens) if data else SmartHome()
+        self._log, self._said = log, said
+
+    def run(self, cases: Sequence[Case]) -> list[Row]:
+        """The rows of `cases`, in their order, each labelled; each is run unless the log has it."""
+        return [{**(self._log.find(case) or self._run(case)), "policy": case.label} for case in cases]
+
+    def _run(self, case: Case) -> Row:
+        clients = self._source.clients(case.seed)
+        devices = drawn(clients, case.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            eta = case.policy.server_learning_rate
+            learner = RealLearner(self._base, clients.participants, Path(folder), eta, case.seed)
+            row = {**case.key, **followed(case, devices, learner)}
+        self._log.add(row)
+        last = row["curve"][-1]
+        self._said(
+            f"{case.label}, seed {case.seed}: loss {last['loss']:.3f} after {last['updates']} updates, "
+            f"{last['at_s'] / 3600:.1f} virtual hours ({row['seconds']:.0f} s)"
+        )
+        return row
+
+
+def drawn(clients: Clients, seed: int) -> list[VirtualDevice]:
+    """One device a client; ranks are the paper's uniform mix, and all carry the whole global adapter."""
+    ranks = dealt("uniform", len(clients.participants), seed)
+    devices = draw(ranks, TRAINING.steps, seed)
+    assert abs(max(d.step_s for d in devices) / median_step_s(devices) - 50.0) < 1e-6
+    return [replace(device, carry_rank=RANK_CAP) for device in devices]
+
+
+def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner) -> Row:
+    """Run a case; its curve of losses, and what became of all work."""
+    began = time.monotonic()
+    federation = VirtualFederation(
+        Engine(case.policy, steps=TRAINING.steps), devices, CONDITIONS, learner, case.seed
+    )
+    trace = federation.trace
+    curve = [{"at_s": 0.0, "version": 0, "updates": 0, "loss": learner.loss(0)}]
+
+    def stop(published: Published) -> bool:
+        merged, last = trace.merged, curve[-1]
+        if merged // EVALUATED == last["updates"] // EVALUATED:
+            return False
+        loss = learner.loss(published.version)
+        curve.append({"at_s": published.at_s, "version": published.version, "updates": merged, "loss": loss})
+        if merged < case.goal.updates:
+            return False
+        return merged >= case.most_updates or case.goal.time_s({"curve": curve}) is not None
+
+    federation.run(stop, MOST_S)
+    by_device = Counter(device for version in trace.versions for device in version.devices)
+    return {
+        "curve": curve,
+        "ended_s": federation.now,
+        "counts": dict(trace.counts),
+        "trained_s": trace.trained_s,
+        "wasted_s": trace.wasted_s,
+        "updates_by_device": [by_device[place] for place in range(len(devices))],
+        "devices": [asdict(device) for device in devices],
+        "staleness": [tau for version in trace.versions for tau in version.staleness],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def cases(data: str, policies: Mapping[str, Policy], seeds: Sequence[int], goal: Goal) -> list[Case]:
+    """All policies of every seed."""
+    return [Case(data, label, policy, seed, goal) for seed in seeds for label, policy in policies.items()]

@@ -1,0 +1,210 @@
+"""What curves of loss by virtual time say: time to a target, losses at equal cost, speed-ups with intervals.
+
+A row that did not reach the target is never left out. Its time counts as longer than all that was run: a
+policy that is compared with it is at least that much faster, and one that did not get there itself is not
+faster at all (a speed-up of 0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from benchmarks.rules_report import Difference
+
+Row = dict[str, Any]
+
+SYNCHRONOUS, OVER, BUFFERED = "synchronous", "synchronous_over", "buffered"
+RESAMPLES = 10_000
+HOUR_S = 3600.0
+WANTED_SPEEDUP = 3.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What federations are to reach. Seeds have other clients, and so other losses to begin with.
+
+    `loss_share`: the target, as a share of the loss of the base alone. `updates`: after so many, losses are
+    compared at equal work.
+    """
+
+    loss_share: float
+    updates: int
+
+    def target(self, row: Row) -> float:
+        """The loss to reach (nats per token); the same for all policies of a seed."""
+        return self.loss_share * float(row["curve"][0]["loss"])
+
+    def time_s(self, row: Row) -> float | None:
+        """Virtual seconds until a version of at most that loss was out; None: not in this run."""
+        target = self.target(row)
+        return next((float(point["at_s"]) for point in row["curve"] if point["loss"] <= target), None)
+
+    def final(self, row: Row) -> Row:
+        """The first version, of those looked at, that holds so many updates; else the last."""
+        curve: list[Row] = row["curve"]
+        return next((point for point in curve if point["updates"] >= self.updates), curve[-1])
+
+
+def loss_at(row: Row, at_s: float) -> float:
+    """Loss of the newest version, of those looked at, that was out by then."""
+    return float([point["loss"] for point in row["curve"] if point["at_s"] <= at_s][-1])
+
+
+def speedups(ours: Sequence[Row], theirs: Sequence[Row], goal: Goal) -> list[float]:
+    """How many times sooner ours reach the target, seed by seed, with lower bounds where theirs never do."""
+    by_seed = {row["seed"]: row for row in theirs}
+    found = []
+    for row in ours:
+        own, other = goal.time_s(row), by_seed[row["seed"]]
+        theirs_s = goal.time_s(other) or other["ended_s"]
+        found.append(theirs_s / own if own else 0.0)
+    return found
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median over seeds and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+
+def bootstrapped(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Median of paired values, with the percentile interval of resampled seeds (Efron 1979, Ann. Statist. 7).
+
+    With few seeds an interval of medians can be no wider than the values themselves.
+    """
+    drawn = np.random.default_rng(seed).choice(np.asarray(values), (RESAMPLES, len(values)))
+    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
+    return Estimate(median(values), float(low), float(high))
+
+
+def by_policy(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by label, in the order of their first."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["policy"], []).append(row)
+    return found
+
+
+def effective_devices(row: Row) -> float:
+    """(Σn)² / Σn² of the updates of each device (Kish): as many devices as if all took part alike."""
+    counts = np.asarray(row["updates_by_device"], float)
+    return float(counts.sum() ** 2 / (counts**2).sum())
+
+
+def difference(ours: Sequence[Row], theirs: Sequence[Row], goal: Goal, at: str) -> Difference:
+    """Loss less theirs, seed by seed: after equal `updates`, or at the `hour` at which ours has so many."""
+    by_seed = {row["seed"]: row for row in theirs}
+    values = []
+    for row in ours:
+        end, other = goal.final(row), by_seed[row["seed"]]
+        their_loss = goal.final(other)["loss"] if at == "updates" else loss_at(other, end["at_s"])
+        values.append(end["loss"] - their_loss)
+    return Difference(tuple(values))
+
+
+def summary_table(rows: Sequence[Row], goal: Goal, title: str = "policy") -> Table:
+    """One line a policy; hours are virtual, their medians over seeds with the range."""
+    labels = by_policy(rows)
+    heading = f"Until {goal.loss_share:.0%} of the base's held-out loss"
+    table = Table(title=heading, title_justify="left", box=box.MARKDOWN)
+    table.add_column(title, no_wrap=True)
+    n = goal.updates
+    columns = ["seeds", "reached", "hours", "times sooner", f"loss, {n} updates", f"hours, {n} updates"]
+    columns += ["staleness", "devices", "lost", "in vain"]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for label, found in labels.items():
+        table.add_row(label, *_cells(found, labels.get(SYNCHRONOUS, []), goal))
+    return table
+
+
+def _cells(rows: Sequence[Row], reference: Sequence[Row], goal: Goal) -> list[str]:
+    """The numbers of a policy."""
+    hours = [seconds / HOUR_S for row in rows if (seconds := goal.time_s(row))]
+    granted = sum(row["counts"]["granted"] for row in rows)
+    ends = [goal.final(row) for row in rows]
+    comparable = {row["seed"] for row in rows} <= {row["seed"] for row in reference}
+    return [
+        str(len(rows)),
+        f"{len(hours)}/{len(rows)}",
+        f"{median(hours):.2f} ({min(hours):.2f} to {max(hours):.2f})" if hours else "–",
+        str(bootstrapped(speedups(rows, reference, goal))) if comparable else "–",
+        f"{fmean(end['loss'] for end in ends):.3f}",
+        f"{median(end['at_s'] for end in ends) / HOUR_S:.2f}",
+        f"{fmean(tau for row in rows for tau in row['staleness']):.1f}",
+        f"{fmean(effective_devices(row) for row in rows):.1f}",
+        f"{sum(row['counts'].get('lost', 0) for row in rows) / granted:.0%}",
+        f"{sum(row['wasted_s'] for row in rows) / sum(row['trained_s'] for row in rows):.0%}",
+    ]
+
+
+def verdict(rows: Sequence[Row], goal: Goal) -> str:
+    """The result in words."""
+    labels = by_policy(rows)
+    lines = []
+    for other in (SYNCHRONOUS, OVER):
+        ours, theirs = labels[BUFFERED], labels[other]
+        each = speedups(ours, theirs, goal)
+        found = bootstrapped(each)
+        never = sum(goal.time_s(row) is None for row in theirs)
+        bounds = f"; {never} of {len(theirs)} are lower bounds, it had not arrived" if never else ""
+        after = difference(ours, theirs, goal, "updates")
+        same = difference(ours, theirs, goal, "hour")
+        lines.append(
+            f"buffered reaches the target {found} times sooner than {other} (median, 95 % bootstrap interval "
+            f"of {len(each)} paired seeds: {', '.join(f'{one:.1f}' for one in each)}{bounds}); loss after "
+            f"{goal.updates} updates {after}, at the same hour {same}"
+        )
+    reached = bootstrapped(speedups(labels[BUFFERED], labels[SYNCHRONOUS], goal)).median >= WANTED_SPEEDUP
+    lines.append(f"goal of {WANTED_SPEEDUP:g} times: {'reached' if reached else 'not reached'}")
+    return "\n".join(lines)
+
+
+def as_json(rows: Sequence[Row], goal: Goal) -> Row:
+    """The numbers for machines."""
+    labels = by_policy(rows)
+    kept = ("curve", "counts", "updates_by_device", "staleness", "devices", "settings")
+    found: Row = {"loss_share": goal.loss_share, "updates": goal.updates, "rows": []}
+    for row in rows:
+        reached = goal.time_s(row)
+        end = goal.final(row)
+        found["rows"].append(
+            {
+                "policy": row["policy"],
+                "seed": row["seed"],
+                "time_to_target_s": reached,
+                "censored_at_s": None if reached else row["ended_s"],
+                "target_loss": goal.target(row),
+                "final_loss": end["loss"],
+                "final_s": end["at_s"],
+                **{name: row[name] for name in kept},
+            }
+        )
+    if BUFFERED in labels and SYNCHRONOUS in labels:
+        each = speedups(labels[BUFFERED], labels[SYNCHRONOUS], goal)
+        sooner = bootstrapped(each)
+        found |= {"speedup_median": sooner.median, "speedup_low": sooner.low, "speedup_high": sooner.high}
+        found["speedups"] = each
+    return found
+
+
+def hours_of(row: Row, goal: Goal) -> tuple[float, bool]:
+    """Virtual hours to the target and True, or to the end of a run that did not get there and False."""
+    reached = goal.time_s(row)
+    seconds = row["ended_s"] if reached is None else reached
+    assert math.isfinite(seconds)
+    return seconds / HOUR_S, reached is not None
