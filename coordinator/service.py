@@ -168,6 +168,8 @@ class Coordinator:
             elif isinstance(effect, events.Expired):
                 log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
                 self._expired.append(effect.lease.assignment)
+            elif isinstance(effect, events.Published):
+                self._collect_soon()
         return effects
 
     async def _note_expired(self) -> None:
@@ -325,7 +327,6 @@ class Coordinator:
         if isinstance(outcome, events.Merged):
             took_s, count = time.monotonic() - started, len(effect.weights)
             log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
-            self._collect_soon()
         self._apply(outcome)
 
     def _merged(self, effect: events.Merge) -> events.Merged | events.MergeFailed:
