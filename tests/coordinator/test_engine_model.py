@@ -389,7 +389,7 @@ def test_on_long_walks_the_laws_hold_and_every_row_is_taken(monkeypatch: pytest.
         world.teardown()
     a_round_ends_while_an_update_is_stored()
     a_device_may_fall_behind_no_further()
-    never = [row for row in (*WORK, *VERSION) if id(row) not in taken]
+    never: list[Any] = [row for row in (*WORK, *VERSION) if id(row) not in taken]
     assert [(row.event, row.do) for row in never] == [(Tick, do.nothing)]  # ticks go to leases that are over
 
 
