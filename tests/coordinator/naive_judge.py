@@ -157,7 +157,7 @@ class Judge:
 
     # --- events ---
 
-    def saw(self, event: Event, now: float, effects: list[Effect]) -> None:
+    def saw(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 one case an event
         """Check what was done about an event."""
         effects = list(effects)
         match event:
