@@ -96,7 +96,7 @@ class Coordinator:
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
         self._status = SharedAnswer(self._status_text)
-        self._checking = asyncio.Semaphore(cores())  # more at a time would only take longer each
+        self._checking = asyncio.Semaphore(4 * cores())  # more would only hold more in memory
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
