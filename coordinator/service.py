@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from coordinator import events, ledger
 from coordinator.blobs import Blobs
@@ -88,6 +89,7 @@ class Coordinator:
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
         self.trouble = Trouble()
         self._seen: dict[str, float] = {}
+        self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
         self._tasks: set[asyncio.Task[None]] = set()
         self._collecting: asyncio.Task[None] | None = None
         self._expired: list[str] = []  # assignments whose end is not on disk yet
@@ -280,6 +282,11 @@ class Coordinator:
                 after a pause: the same work again would be refused again.
             StaleUpdate: it counts no more; says why, and which version to train from.
         """
+        # One at a time of a device: the same request sent twice must not be answered before it is decided.
+        async with self._delivering.setdefault(device, asyncio.Lock()):
+            return await self._deliver(device, id, update)
+
+    async def _deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         assignment = self.require_assignment(device, id)
         if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)

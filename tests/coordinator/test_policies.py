@@ -262,7 +262,7 @@ def test_two_offers_of_one_device_at_once_count_once() -> None:
     expired, answer = engine.handle(stored("b", "d"), 3.0)
     assert isinstance(expired, Expired)
     assert isinstance(answer, Decline)
-    assert "an update of this device from version 0 is in" in str(answer.error)
+    assert "this device handed in other work" in str(answer.error)
     assert [update.update for update in engine.state.buffer] == ["a"]
 
 

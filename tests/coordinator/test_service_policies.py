@@ -133,7 +133,7 @@ def test_of_two_updates_from_one_version_one_counts_and_the_other_is_told_why(tm
 
         answers = sorted(together(2, deliver), key=lambda answer: answer.status_code)
         assert [answer.status_code for answer in answers] == [202, 409]
-        assert "an update of this device from version 0 is in" in answers[1].json()["detail"]
+        assert "this device handed in other work" in answers[1].json()["detail"]
         assert rows(coordinator, "SELECT COUNT(*) FROM updates WHERE rejected IS NULL") == [(1,)]
         assert isinstance(one.transport.ask(Ask(4)), NotNow)
 
