@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,8 +48,15 @@ def give_memory_back() -> None:
 
 
 def take_turns_often() -> None:
-    """Let the event loop have the interpreter soon, whatever worker threads do."""
+    """Let the event loop have the interpreter soon, whatever worker threads do.
+
+    The search for cycles looks at everything that ten thousand connections are made of; so it looks rarely,
+    and never at what is there for good.
+    """
     sys.setswitchinterval(SWITCH_S)
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def disk_threads() -> ThreadPoolExecutor:
