@@ -291,8 +291,8 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(phase, f"{row['rss_bytes_max'] / 1e6:.0f}", str(row["files_max"]))
     console.print(table)
     console.print(
-        f"versions {found['versions']}   polls {found['polls_per_s']:.0f}/s   told to wait {found['told_to_wait']}   "
-        f"errors {found['error_count']}",
+        f"versions {found['versions']}   polls {found['polls_per_s']:.0f}/s   "
+        f"told to wait {found['told_to_wait']}   errors {found['error_count']}",
         highlight=False,
     )
     for error in found["errors"]:
