@@ -95,7 +95,9 @@ class Connection:
         await asyncio.get_running_loop().sock_sendall(self._socket, content)
 
     async def open(self) -> None:
-        """Connect, if not connected."""
+        """Connect, if not connected, or hung up on while nothing was sent."""
+        if self._socket is not None and _is_hung_up(self._socket):
+            self.close()
         if self._socket is None:
             made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             made.setblocking(False)
@@ -144,6 +146,16 @@ class Connection:
         if not piece:
             raise BrokenOff("closed before the answer was whole")
         return piece
+
+
+def _is_hung_up(line: socket.socket) -> bool:
+    """Whether the other side has closed an idle connection, as servers do."""
+    try:
+        return line.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 @dataclass

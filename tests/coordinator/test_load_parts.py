@@ -179,7 +179,7 @@ def test_the_load_benchmark_measures_every_route_without_an_error(
     )
     found = asyncio.run(coordinator_load.Run(plan, tmp_path).go())
     assert found["errors"] == []
-    routes = {"ask", "download", "heartbeat", "join", "offset", "poll", "status", "update", "upload"}
+    routes = {"ask", "heartbeat", "join", "offset", "poll", "status", "update", "upload"}
     assert routes <= set(found["routes"])
     assert found["ingest_mb_s"] > 0
     assert found["sink_mb_s"] > 0
