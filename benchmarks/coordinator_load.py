@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Plan:
     active_s: float  # over which the active devices come
     idle: int  # devices that poll at the end
     idle_s: float
+    retry_s: float = 10.0  # the host's policy
     dtype: WireDtype = "float32"
 
 
@@ -63,7 +64,12 @@ class Run:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self.kinds: tuple[Template, ...] = templates(plan.dtype)
-        policy = {"buffer_size": plan.uploads, "timeout_s": 3600.0, "retry_s": 10.0, "lease_s": 3600.0}
+        policy = {
+            "buffer_size": plan.uploads,
+            "timeout_s": 3600.0,
+            "retry_s": plan.retry_s,
+            "lease_s": 3600.0,
+        }
         self.server = coordinator(folder, configuration(folder, plan.dtype, policy))
         (folder / "sink").mkdir()
         self.sink = Server(["benchmarks.load_sink", str(folder / "sink")], folder / "sink.log")
@@ -295,7 +301,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to keep the data (default: a temporary folder)")
     options = parser.parse_args()
     base = QUICK if options.quick else FULL
-    plan = Plan(base.uploads, base.active_s, base.idle, base.idle_s, options.dtype)
+    plan = replace(base, dtype=options.dtype)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:

@@ -22,6 +22,7 @@ from coordinator.join_token import join_token
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.overview import Overview
+from coordinator.parallel import cores
 from coordinator.ration import Ration
 from coordinator.recalling import buffered, recalled
 from coordinator.remembered import Assignments, Credentials
@@ -95,6 +96,7 @@ class Coordinator:
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
         self._status = SharedAnswer(self._status_text)
+        self._checking = asyncio.Semaphore(cores())  # more at a time would only take longer each
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
@@ -282,7 +284,8 @@ class Coordinator:
         self.uploads.check_claims(assignment, update)
         _raise_declined(self._apply(events.Offered(device, id, assignment.version)))
         try:
-            stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
+            async with self._checking:
+                stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
         except (AdapterError, TooLarge) as error:
             log.warning("update %s of %s refused: %s", id, device, error)
             await asyncio.to_thread(self.store.refuse, device, id)

@@ -54,8 +54,8 @@ class Journal:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(
-                f"{self.folder}: another agent trains with this state folder; stop that one, or name another "
-                "folder for this one"
+                f"{self.folder}: another agent trains with this state folder; stop that one, or give this "
+                "one a folder of its own (--state, or Options.state_dir)"
             ) from error
         except (OSError, NotImplementedError) as error:
             raise InputError(f"{self.folder}: cannot be locked ({error}); name another folder") from error

@@ -10,6 +10,7 @@ from dataclasses import replace
 from edge_sdk.core.errors import OurFault, Unreachable
 from edge_sdk.core.lora import Adapter
 from edge_sdk.membership import Membership
+from edge_sdk.patience import asked_by
 from edge_sdk.published import PublishedAdapters, Served
 from edge_sdk.resident import ResidentModel
 from edge_sdk.worker_messages import Question
@@ -41,9 +42,9 @@ class Serving:
                 try:
                     self._newest = self._ask(stopping)
                     self.online, wait_s = True, FRESH_S
-                except (Unreachable, OurFault):
+                except (Unreachable, OurFault) as error:
                     self._newest = max(self._newest, self._published.newest_on_disk())
-                    self.online, wait_s = False, OFFLINE_S
+                    self.online, wait_s = False, max(OFFLINE_S, asked_by(error))
                 self._due = time.monotonic() + wait_s
             return self._newest.version
 

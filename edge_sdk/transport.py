@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import httpx
 
 from edge_sdk.core import messages
-from edge_sdk.core.errors import InputError, OffsetConflict, ProtocolError, Unreachable
+from edge_sdk.core.errors import InputError, OffsetConflict, OurFault, ProtocolError, Unreachable
 from edge_sdk.core.messages import (
     Ask,
     Assignment,
@@ -71,6 +71,7 @@ class Transport:
         self._link_file = link_file
         self.link = load_link(link_file) if link_file else Link()
         self.server_date: str | None = None
+        self._most_piece_bytes = MOST_PIECE_BYTES
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
 
     def close(self) -> None:
@@ -120,12 +121,17 @@ class Transport:
             piece_began = time.monotonic()
             try:
                 offset = self._append(route, piece, stopping)
+            except (Unreachable, OurFault):
+                # A proxy may take no body of that size: this upload goes on, and the next begins, below it.
+                self._most_piece_bytes = max(PIECE_BYTES, piece.size_bytes // 2)
+                raise
             except OffsetConflict:
                 conflicts += 1
                 if conflicts == UPLOAD_TRIES:
                     raise Unreachable(f"the upload met another sender {conflicts} times") from None
                 offset = self._stored_bytes(route)
             piece_bytes = _next_piece_bytes(piece_bytes, time.monotonic() - piece_began)
+            piece_bytes = min(piece_bytes, self._most_piece_bytes)
         if size_bytes > first:
             self._measured(self.link.with_upload(size_bytes - first, time.monotonic() - began))
 

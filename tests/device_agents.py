@@ -23,8 +23,6 @@ from edge_sdk.worker_messages import Setup
 from tests.processes import PATIENCE_S, CoordinatorProcess
 from tests.test_federation import configuration, write_data
 
-TOKEN = "handed out by the host"
-
 
 def federation_config(
     folder: Path, base: Base, steps: int = 3, checkpoint_s: float = 3600.0, **policy: Any

@@ -48,6 +48,26 @@ def test_a_damaged_session_is_named(journal: Journal, content: bytes) -> None:
         journal.load()
 
 
+@pytest.mark.parametrize("name", ["setting", "credential", "federation"])
+def test_a_session_of_an_older_release_gives_one_line(journal: Journal, name: str) -> None:
+    """One that lacks what this release needs, as if the field had come later."""
+    journal.save(TRAINING)
+    path = journal.folder / "session.json"
+    record = json.loads(path.read_text())
+    del record[name]
+    path.write_text(json.dumps(record))
+    with pytest.raises(
+        InputError, match=rf"^\S*session.json: not a session \(Session.{name} is missing.*anew$"
+    ):
+        journal.load()
+
+
+def test_a_session_that_cannot_be_read_gives_one_line(journal: Journal) -> None:
+    (journal.folder / "session.json").mkdir()
+    with pytest.raises(InputError, match=r"session.json: cannot be read \(Is a directory\)"):
+        journal.load()
+
+
 def test_a_session_of_a_newer_protocol_is_named(journal: Journal) -> None:
     journal.save(IDLE)
     path = journal.folder / "session.json"

@@ -95,6 +95,10 @@ def test_a_disk_that_takes_nothing_ends_no_transfer(tmp_path: Path, caplog: pyte
 # --- real transfers ---------------------------------------------------------------------------------
 
 
+MOST_BODY_BYTES = 1 << 20  # as nginx has it unless told otherwise
+taken: list[int] = []  # bodies of uploads
+
+
 class Files(http.server.BaseHTTPRequestHandler):
     """Serves ADAPTER to any GET, promises more than it sends below version 9, and takes any upload."""
 
@@ -110,12 +114,17 @@ class Files(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.send_response(200)
-        self.send_header("Upload-Offset", str(SIZE_BYTES if "/done/" in self.path else 10))
+        narrow = sum(taken) if "/narrow/" in self.path else 10
+        self.send_header("Upload-Offset", str(SIZE_BYTES if "/done/" in self.path else narrow))
         self.end_headers()
 
     def do_PATCH(self) -> None:
         size_bytes = int(self.headers["Content-Length"])
         self.rfile.read(size_bytes)
+        if "/narrow/" in self.path and size_bytes > MOST_BODY_BYTES:
+            self.send_error(413)
+            return
+        taken.append(size_bytes)
         self.send_response(204)
         self.send_header("Upload-Offset", str(int(self.headers["Upload-Offset"]) + size_bytes))
         self.end_headers()
@@ -169,3 +178,21 @@ def test_the_date_of_the_answer_is_kept(transport: Transport, tmp_path: Path) ->
     (tmp_path / "file").write_bytes(bytes(SIZE_BYTES))
     transport.upload("done", tmp_path / "file")
     assert str(transport.server_date).endswith("GMT")
+
+
+def test_pieces_of_an_upload_grow_as_long_as_they_get_through(transport: Transport, tmp_path: Path) -> None:
+    """A proxy takes no body above 1 MiB: one attempt finds that out, and no later one tries it again."""
+    (tmp_path / "file").write_bytes(bytes(6 << 20))
+    taken.clear()
+    failures = 0
+    while True:
+        try:
+            transport.upload("narrow", tmp_path / "file")
+            break
+        except Unreachable as error:
+            assert "413" in str(error)
+            failures += 1
+    assert failures == 1
+    assert sum(taken) == 6 << 20
+    assert taken[:3] == [256 << 10, 512 << 10, 1 << 20]
+    assert max(taken) == 1 << 20

@@ -76,8 +76,8 @@ class Victim:
     def events(self) -> list[dict[str, Any]]:
         return events_in(self._logs[-1])
 
-    def kill_when(self, moment: Callable[[], bool]) -> None:
-        """Start it, kill it at a moment, and note what it was at."""
+    def kill_when(self, moment: Callable[[], bool], later_s: float = 0.0) -> None:
+        """Start it, kill it at a moment or a little later, and note what it was at."""
         checkpoint = self.state / "checkpoint.safetensors"
         before, reached = self.session, checkpointed_step(checkpoint)
         pid = self.start()
@@ -85,7 +85,8 @@ class Victim:
         while not moment():
             assert lives(pid), self.events()
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.002)
+        time.sleep(later_s)
         kill(pid)
         if before["phase"] == "training":
             taken = [event["step"] for event in self.events() if event["kind"] == "step"]
@@ -145,11 +146,11 @@ def test_kills_at_every_phase(zygote: Zygote, coordinator: CoordinatorProcess, t
 
 
 def random_kills(victim: Victim, kills: int, seed: int) -> None:
+    """At so many events of a life (a step is one), and up to a third of a second later."""
     draw = random.Random(seed)
     for _ in range(kills):
-        wait_s = draw.uniform(0.0, 2.5)
-        began = time.monotonic()
-        victim.kill_when(lambda: time.monotonic() - began >= wait_s)  # noqa: B023  used up within
+        events, wait_s = draw.randrange(STEPS + 6), draw.uniform(0.0, 0.3)
+        victim.kill_when(lambda: len(victim.events()) >= events, wait_s)  # noqa: B023  used up within
 
 
 def test_random_kills(zygote: Zygote, coordinator: CoordinatorProcess, tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_many_random_kills(zygote: Zygote, coordinator: CoordinatorProcess, tmp_
             proxy.on(*step, Throttle(60_000), times=10**6) for step in (("GET", "/versions/"), ("PATCH", ""))
         ]
         victim = Victim(zygote, coordinator, proxy.url, tmp_path)
-        random_kills(victim, 150, seed=2)
+        random_kills(victim, 60, seed=2)
         assert victim.finish()
         assert {"training", "outbox"} <= set(victim.hit)
         assert all(rule.triggered for rule in slow)

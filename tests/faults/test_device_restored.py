@@ -89,7 +89,6 @@ def test_devices_go_on_with_a_coordinator_that_was_restored(
     red.agent._part.serving._due = 0.0
     assert red.agent.refresh() == 1  # what answers is what the federation has
     trained(red, 2)
-    assert red.agent._membership.session.last_version == 2 or red.agent.transport.status().version == 3
     red.agent._part.serving._due = 0.0
     assert red.agent.refresh() == 3
     again = served_here(red)
