@@ -39,8 +39,8 @@ from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from edge_sdk.processor import cpu_name
 
 GOAL_RATIO, GOAL_RSS_BYTES = 0.7, 300e6
-SLICES = 8  # turns of sink and coordinator
-CONNECTIONS = 64  # uploads at a time
+TURN = 100  # uploads, about, before it is the other's turn: enough that its end, when few are left, is short
+CONNECTIONS = 32  # uploads at a time
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,9 @@ class Run:
         sent = {"sink": 0, "ingest": 0}
         seconds = {"sink": 0.0, "ingest": 0.0}
         shares = []
-        for turn in range(SLICES):
-            part = devices[turn * len(devices) // SLICES : (turn + 1) * len(devices) // SLICES]
+        turns = max(1, len(devices) // TURN)
+        for turn in range(turns):
+            part = devices[turn * len(devices) // turns : (turn + 1) * len(devices) // turns]
             size, took = sum(device.kind.size_bytes for device in part), {}
             for name in ("sink", "ingest") if turn % 2 else ("ingest", "sink"):
                 # Sink files stay until the end: freeing their blocks would slow down whoever writes next.
@@ -157,6 +158,7 @@ class Run:
         self.found |= {f"{name}_mb_s": sent[name] / seconds[name] / 1e6 for name in sent}
         self.found["client_processor_share"] = sum(shares) / len(shares)
         self.found["uploaded_bytes"] = sent["ingest"]
+        self.found["at_full_load"] = ignored.quantiles()
         self.tally.errors += ignored.errors
 
     async def version(self, number: int) -> None:

@@ -243,6 +243,7 @@ class Soak:
 
     def _result(self, code: int) -> dict[str, Any]:
         books = self.books
+        _, *tracebacks = self.server.log.read_text(errors="replace").split("Traceback")
         found = examine(self.folder / "data", books.acknowledged)
         return {
             **found,
@@ -261,7 +262,8 @@ class Soak:
             "rss_before_kills_bytes": self.rss_before_kills,
             "files_max": self.watch.largest("files"),
             "exit_code": code,
-            "tracebacks": self.server.log.read_text(errors="replace").count("Traceback"),
+            "tracebacks": len(tracebacks),
+            "first_traceback": tracebacks[0][:2000] if tracebacks else "",
         }
 
 
