@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from edge_sdk.processor import cpu_name
 
 GOAL_RATIO, GOAL_RSS_BYTES = 0.7, 300e6
-SLICES = 8  # turns of sink and coordinator
-CONNECTIONS = 64  # uploads at a time
+TURN = 100  # uploads, about, before it is the other's turn: enough that its end, when few are left, is short
+CONNECTIONS = 32  # uploads at a time
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Plan:
     active_s: float  # over which the active devices come
     idle: int  # devices that poll at the end
     idle_s: float
+    retry_s: float = 10.0  # the host's policy
     dtype: WireDtype = "float32"
 
 
@@ -63,7 +64,12 @@ class Run:
     def __init__(self, plan: Plan, folder: Path) -> None:
         self.plan, self.folder = plan, folder
         self.kinds: tuple[Template, ...] = templates(plan.dtype)
-        policy = {"buffer_size": plan.uploads, "timeout_s": 3600.0, "retry_s": 10.0, "lease_s": 3600.0}
+        policy = {
+            "buffer_size": plan.uploads,
+            "timeout_s": 3600.0,
+            "retry_s": plan.retry_s,
+            "lease_s": 3600.0,
+        }
         self.server = coordinator(folder, configuration(folder, plan.dtype, policy))
         (folder / "sink").mkdir()
         self.sink = Server(["benchmarks.load_sink", str(folder / "sink")], folder / "sink.log")
@@ -135,8 +141,9 @@ class Run:
         sent = {"sink": 0, "ingest": 0}
         seconds = {"sink": 0.0, "ingest": 0.0}
         shares = []
-        for turn in range(SLICES):
-            part = devices[turn * len(devices) // SLICES : (turn + 1) * len(devices) // SLICES]
+        turns = max(1, len(devices) // TURN)
+        for turn in range(turns):
+            part = devices[turn * len(devices) // turns : (turn + 1) * len(devices) // turns]
             size, took = sum(device.kind.size_bytes for device in part), {}
             for name in ("sink", "ingest") if turn % 2 else ("ingest", "sink"):
                 # Sink files stay until the end: freeing their blocks would slow down whoever writes next.
@@ -151,6 +158,7 @@ class Run:
         self.found |= {f"{name}_mb_s": sent[name] / seconds[name] / 1e6 for name in sent}
         self.found["client_processor_share"] = sum(shares) / len(shares)
         self.found["uploaded_bytes"] = sent["ingest"]
+        self.found["at_full_load"] = ignored.quantiles()
         self.tally.errors += ignored.errors
 
     async def version(self, number: int) -> None:
@@ -295,7 +303,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to keep the data (default: a temporary folder)")
     options = parser.parse_args()
     base = QUICK if options.quick else FULL
-    plan = Plan(base.uploads, base.active_s, base.idle, base.idle_s, options.dtype)
+    plan = replace(base, dtype=options.dtype)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:

@@ -6,9 +6,10 @@
 
 A real coordinator process, and light devices over real HTTP: they follow the protocol, with its pauses and
 its back-off, and wait where others train. 30 % of them are stragglers, ten times as slow, whose leases run
-out; in one assignment of ten a device drops out and forgets it; in one of ten its upload is cut in the middle.
-At the end every update that got its 202 must be in exactly one version, or in the buffer, or left out with a
+out; in one assignment of ten a device drops out and forgets it; in one of ten its upload is cut half-way. At
+the end every update that got its 202 must be in exactly one version, or in the buffer, or left out with a
 reason; versions must be whole. Exit code 1 if anything is lost, or if memory was not flat.
+"""
 
 from __future__ import annotations
 
@@ -74,6 +75,10 @@ class Member:
         self._chance = random.Random(device.number)
         self._tally = Tally()
         self.ends = False
+
+    def hang_up(self) -> None:
+        """Close the connection."""
+        self._connection.close()
 
     async def live(self) -> None:
         """Take part until `ends` is set; every outage is waited out with back-off and jitter."""
@@ -204,6 +209,8 @@ class Soak:
             for life in lives:
                 life.cancel()
             await asyncio.gather(*lives, return_exceptions=True)
+            for member in members:
+                member.hang_up()
             await asyncio.sleep(1.0)
             code = await asyncio.to_thread(self.server.stop)
         finally:
@@ -236,6 +243,7 @@ class Soak:
 
     def _result(self, code: int) -> dict[str, Any]:
         books = self.books
+        _, *tracebacks = self.server.log.read_text(errors="replace").split("Traceback")
         found = examine(self.folder / "data", books.acknowledged)
         return {
             **found,
@@ -254,7 +262,8 @@ class Soak:
             "rss_before_kills_bytes": self.rss_before_kills,
             "files_max": self.watch.largest("files"),
             "exit_code": code,
-            "tracebacks": self.server.log.read_text(errors="replace").count("Traceback"),
+            "tracebacks": len(tracebacks),
+            "first_traceback": tracebacks[0][:2000] if tracebacks else "",
         }
 
 

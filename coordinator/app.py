@@ -40,7 +40,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
 BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
-KEEP_ALIVE_S = 30.0  # an idle connection is closed; devices that wait come back after longer than that
+KEEP_ALIVE_S = 15.0  # an idle connection is closed then: longer than between heartbeats, shorter than waits
 
 
 def build_app(coordinator: Coordinator) -> web.Application:
@@ -209,8 +209,8 @@ async def upload(request: web.Request) -> web.Response:
         coordinator.bytes_arrived(device, id, end - at)
         return end
 
-    async with request.app[INTAKE].place(request.transport):
-        offset = await receive(request.content, offset, append)
+    async with request.app[INTAKE].place(request.transport) as place:
+        offset = await receive(request.content, offset, append, place)
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 

@@ -18,6 +18,12 @@ from coordinator.app import KEEP_ALIVE_S, build_app
 from coordinator.backup import back_up, require_finished
 from coordinator.blobs import Blobs
 from coordinator.folder_lock import only_coordinator
+from coordinator.process_limits import (
+    disk_threads,
+    give_memory_back,
+    raise_file_limit,
+    take_turns_often,
+)
 from coordinator.service import Coordinator
 from coordinator.serving import export
 from coordinator.settings import Settings, load_settings
@@ -29,6 +35,7 @@ from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import from_json
 
 SHOWN_VERSIONS = 5
+BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,6 +87,10 @@ def _serve(options: argparse.Namespace) -> int:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     settings, by = load_settings(options.config), decompose_on(options.device)
     require_finished(options.data)
+    give_memory_back()
+    take_turns_often()
+    if notice := raise_file_limit():
+        print(notice, flush=True)
     with only_coordinator(options.data):
         asyncio.run(_listen(options, settings, by))
     return 0
@@ -91,11 +102,12 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
     if sys.platform != "win32":  # Windows loops have no signal handlers; Ctrl-C raises there instead
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(options.data, settings, by)
     runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, options.host, options.port)
+        site = web.TCPSite(runner, options.host, options.port, backlog=BACKLOG)
         try:
             await site.start()
         except (OSError, OverflowError) as error:

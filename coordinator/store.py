@@ -209,8 +209,10 @@ class Store:
     # --- assignments ---
 
     def add_assignment(self, device: str, assignment: Assignment, now: float) -> None:
-        """Remember a lease; it replaces any that the device held."""
+        """Remember a lease; it replaces any that the device held. Twice is the same as once."""
         with self._transaction("assignment-written", "assignment-committed") as db:
+            if db.execute("SELECT 1 FROM assignments WHERE id = ?", (assignment.id,)).fetchone():
+                return  # the device asked twice at once
             db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
             db.execute("UPDATE devices SET rank = ? WHERE id = ?", (assignment.rank, device))
             db.execute(

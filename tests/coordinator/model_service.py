@@ -74,14 +74,13 @@ class Disk:
     updates: dict[str, Kept] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)  # of version 1, 2, ...
 
-    def add_work(self, id: str, work: Work) -> bool:
-        """False where the id is there: SQLite says that a key must be unique."""
+    def add_work(self, id: str, work: Work) -> None:
+        """Twice is the same as once."""
         if id in self.work:
-            return False
+            return
         for other in self.work.values():
             other.open &= other.device != work.device
         self.work[id] = work
-        return True
 
     def add_update(self, id: str, kept: Kept) -> bool | str:
         """Whether it is new, or why it is refused."""
@@ -157,6 +156,7 @@ class Service:
     merge: Merge | None = None  # under way
     outcome: Merged | MergeFailed | None = None  # of it, on disk, of which the engine has not heard
     expired: list[str] = field(default_factory=list)
+    untold: set[str] = field(default_factory=set)  # updates on disk of which the engine has not heard
 
     def __post_init__(self) -> None:
         ration = None
@@ -203,8 +203,7 @@ class Service:
             left_s = lease.expires_at - self.now
             row = Work(device, lease.version, lease.rank, lease.carry_rank, steps, left_s, self.wall)
             yield
-            if not self.disk.add_work(id, row):
-                return ("failed",)
+            self.disk.add_work(id, row)
             yield
         return ("work", device, id)
 
@@ -220,8 +219,8 @@ class Service:
 
     def deliver(self, device: str, id: str, steps: int, examples: int, is_good: bool) -> Job:
         work = self.disk.work[id]
-        if known := self.disk.updates.get(id):
-            return ("stale", id) if known.rejected is not None else ("acknowledged", id)
+        if id in self.disk.updates:
+            return (yield from self._known(id))
         if _declined(self.apply(Offered(device, id, work.version))):
             return ("stale", id)
         yield
@@ -234,14 +233,22 @@ class Service:
         added = self.disk.add_update(id, kept)
         if isinstance(added, str):
             return ("stale", id)
+        if not added:
+            return (yield from self._known(id))
+        self.untold.add(id)
         yield
-        if added:
-            update = Buffered(id, device, work.version, examples)
-            if reason := _declined(self.apply(Stored(update, steps))):
-                yield
-                self.disk.reject(id, reason)
-                return ("stale", id)
-        return ("acknowledged", id)
+        reason = _declined(self.apply(Stored(Buffered(id, device, work.version, examples), steps)))
+        if reason:
+            yield
+            self.disk.reject(id, reason)
+        self.untold.discard(id)
+        return ("stale", id) if reason else ("acknowledged", id)
+
+    def _known(self, id: str) -> Job:
+        """It was stored before; whether it counts is known when the engine has heard of it."""
+        while id in self.untold:
+            yield
+        return ("stale", id) if self.disk.updates[id].rejected is not None else ("acknowledged", id)
 
     # --- by itself ---
 

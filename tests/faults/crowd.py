@@ -48,7 +48,7 @@ class FakeDevice(threading.Thread):
                     self._once(Path(folder))
                 except (Unreachable, OurFault) as error:
                     self.crowd.unanswered[type(error).__name__] += 1
-                    time.sleep(0.03)
+                    time.sleep(0.1)
                 except EdgeError as error:
                     self.refused[error.title] += 1
                     self._outbox = None

@@ -18,6 +18,7 @@ from coordinator.store import Store
 from edge_sdk.core.errors import InputError
 from edge_sdk.transport import Transport
 from tests.coordinator.devices import Device, configuration, member
+from tests.faults.conftest import Run
 from tests.faults.crowd import Crowd
 from tests.faults.outside import Seen, blob, rows, temporaries
 from tests.faults.test_kills import BACKING_UP, busy
@@ -37,7 +38,7 @@ def test_backups_while_uploads_go_on_and_versions_are_collected(tmp_path: Path) 
     with CoordinatorProcess(tmp_path, busy(tmp_path, "innovation")) as coordinator:
         with Crowd(coordinator, 4) as crowd:
             seen = Seen()
-            for number in range(3):
+            for number in range(2):
                 time.sleep(0.5)
                 before, out = crowd.acknowledged, tmp_path / f"backup {number}"
                 done = command("coordinator.cli", "backup", "--data", coordinator.data, "--out", out)
@@ -108,7 +109,7 @@ def data(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("point", BACKING_UP)
-def test_a_backup_that_broke_off_is_none(data: Path, tmp_path: Path, point: Point) -> None:
+def test_a_backup_that_broke_off_is_none(run: Run, data: Path, tmp_path: Path, point: Point) -> None:
     out = tmp_path / "out"
     arguments = ("backup", "--data", data, "--out", out)
     done = command("coordinator.cli", *arguments, environ={VARIABLE: f"{point}=kill"})
@@ -121,18 +122,19 @@ def test_a_backup_that_broke_off_is_none(data: Path, tmp_path: Path, point: Poin
         (("serve", "--data", out, "--config", config), "this backup broke off and is not whole"),
         (arguments, "is there and not empty; name a new folder"),
     ):
-        done = command("coordinator.cli", *again)
+        done = run(*again)
         assert done.returncode == 2
         assert reason in done.stderr
         assert done.stderr.count("\n") == 1
-    assert command("coordinator.cli", "backup", "--data", data, "--out", tmp_path / "b").returncode == 0
+    assert run("backup", "--data", data, "--out", tmp_path / "b").returncode == 0
     Seen().check(tmp_path / "b", [])
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
-def test_a_backup_that_the_disk_does_not_take_is_one_line(data: Path, tmp_path: Path, error: str) -> None:
-    arguments = ("backup", "--data", data, "--out", tmp_path / "out")
-    done = command("coordinator.cli", *arguments, environ={VARIABLE: f"backup-blob={error}"})
+def test_a_backup_that_the_disk_does_not_take_is_one_line(
+    run: Run, data: Path, tmp_path: Path, error: str
+) -> None:
+    done = run("backup", "--data", data, "--out", tmp_path / "out", fail=f"backup-blob={error}")
     assert done.returncode == 2
     assert done.stderr.startswith(f"edge-coordinator: {tmp_path}/out: the backup failed (")
     assert done.stderr.count("\n") == 1

@@ -31,10 +31,18 @@ from tests.coordinator.devices import (
     member,
     random_adapter,
 )
+from tests.faults.conftest import Run
 from tests.faults.outside import Seen, blob, rows
-from tests.processes import PATIENCE_S, CoordinatorProcess, command
+from tests.processes import PATIENCE_S, CoordinatorProcess
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts are Linux's")
+
+
+def armed(folder: Path, policy: dict[str, object], fail: str) -> CoordinatorProcess:
+    """A coordinator that meets this error, not started yet."""
+    made = CoordinatorProcess(folder, configuration(folder, policy))
+    made.environment[VARIABLE] = fail
+    return made
 
 
 def wait_for_version(coordinator: CoordinatorProcess, version: int) -> None:
@@ -70,10 +78,7 @@ def errors_in(coordinator: CoordinatorProcess) -> list[str]:
 def test_an_update_waits_at_its_device_until_the_disk_is_mended(
     tmp_path: Path, point: str, file: str, error: str, kind: type[OurFault], cause: str
 ) -> None:
-    with CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 1})) as coordinator:
-        coordinator.kill()
-        coordinator.environment[VARIABLE] = f"{point}@1={error}"
-        coordinator.start()
+    with armed(tmp_path, {"buffer_size": 1}, f"{point}@1={error}") as coordinator:
         with member(coordinator) as device:
             work = device.work()
             with pytest.raises(kind, match=cause.format(file) + "; its host must .*; nothing is lost"):
@@ -87,11 +92,8 @@ def test_an_update_waits_at_its_device_until_the_disk_is_mended(
 
 @pytest.mark.parametrize("point", ["version-written", "blob-written@2-3", "collected-written"])
 def test_a_merge_waits_until_there_is_room(tmp_path: Path, point: str) -> None:
-    config = configuration(tmp_path, {"buffer_size": 1})
-    with CoordinatorProcess(tmp_path, config) as coordinator:
-        coordinator.kill()
-        coordinator.environment[VARIABLE] = f"{point if '@' in point else point + '@1-2'}=ENOSPC"
-        coordinator.start()
+    point = point if "@" in point else f"{point}@1-2"
+    with armed(tmp_path, {"buffer_size": 1}, f"{point}=ENOSPC") as coordinator:
         with member(coordinator) as device:
             work = device.work()
             device.hand_in(work)  # it is acknowledged: what is left to do is the host's
@@ -104,10 +106,7 @@ def test_a_merge_waits_until_there_is_room(tmp_path: Path, point: str) -> None:
 
 def test_what_expires_meanwhile_is_noted_later(tmp_path: Path) -> None:
     policy = {"buffer_size": 3, "lease_s": 1.0, "timeout_s": 5.0}
-    with CoordinatorProcess(tmp_path, configuration(tmp_path, policy)) as coordinator:
-        coordinator.kill()
-        coordinator.environment[VARIABLE] = "expiry-written@1-3=EROFS"
-        coordinator.start()
+    with armed(tmp_path, policy, "expiry-written@1-3=EROFS") as coordinator:
         with member(coordinator) as device:
             device.work()
             deadline = time.monotonic() + PATIENCE_S
@@ -144,11 +143,13 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("point", ["migration-written", "meta-written", "token-written"])
 @pytest.mark.parametrize(("error", "cause"), [("ENOSPC", "No space left"), ("EROFS", "Read-only")])
-def test_a_start_that_cannot_write_is_one_line(tmp_path: Path, point: str, error: str, cause: str) -> None:
+def test_a_start_that_cannot_write_is_one_line(
+    run: Run, tmp_path: Path, point: str, error: str, cause: str
+) -> None:
     config = tmp_path / "c.toml"
     config.write_text(configuration(tmp_path))
     arguments = ("serve", "--data", tmp_path / "data", "--config", config, "--port", 0)
-    done = command("coordinator.cli", *arguments, environ={VARIABLE: f"{point}={error}"})
+    done = run(*arguments, fail=f"{point}={error}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("edge-coordinator: ")
     assert done.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ that come up under load are taken one after the other on one folder, with the de
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ import pytest
 from coordinator.failpoints import POINTS, VARIABLE, Point
 from edge_sdk.core import codec
 from tests.coordinator.devices import SCALING, Device, configuration, member, random_adapter, update_of
+from tests.faults.conftest import Run
 from tests.faults.crowd import Crowd
 from tests.faults.outside import Seen, blob, rows, temporaries
-from tests.processes import PATIENCE_S, CoordinatorProcess, command, environment
+from tests.processes import PATIENCE_S, ROOT, CoordinatorProcess, command, environment
 
 FIRST_START: tuple[Point, ...] = (
     "migration-written",
@@ -70,6 +72,13 @@ def test_every_point_is_reached_by_a_test() -> None:
     named = FIRST_START + UNDER_LOAD + AT_A_START + REJECTING + CLIPPING + MIGRATING + BACKING_UP
     assert len(POINTS) == len(set(POINTS))
     assert sorted(named) == sorted(POINTS)
+
+
+def test_the_table_in_the_design_names_every_point() -> None:
+    text = (ROOT / "docs" / "DESIGN.md").read_text()
+    table = text[text.index("| the last point before the kill") :]
+    rows_of_points = [line.split("|")[1] for line in table[: table.index("\n\n")].splitlines()[2:]]
+    assert sorted(re.findall(r"`([a-z-]+)`", " ".join(rows_of_points))) == sorted(POINTS)
 
 
 @dataclass
@@ -166,7 +175,7 @@ def test_killed_while_it_tidies_up(federation: Federation, point: Point) -> None
 
 def test_killed_at_any_time(federation: Federation) -> None:
     chance = random.Random(1)
-    for _ in range(5):
+    for _ in range(3):
         federation.kill_after(chance.uniform(0.0, 0.6))
 
 
@@ -190,15 +199,12 @@ def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
 
 
 def test_killed_at_its_first_start(tmp_path: Path) -> None:
-    with CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 1})) as coordinator:
-        coordinator.kill()
-        for path in sorted(coordinator.data.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        arguments = ("serve", "--data", coordinator.data, "--config", coordinator.config)
-        for point in FIRST_START:
-            done = command("coordinator.cli", *arguments, environ={VARIABLE: f"{point}=kill"})
-            assert (done.returncode, done.stderr) == (-9, f"reached {point}, time 1: killed\n")
-        coordinator.start()
+    coordinator = CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 1}))
+    arguments = ("serve", "--data", coordinator.data, "--config", coordinator.config)
+    for point in FIRST_START:
+        done = command("coordinator.cli", *arguments, environ={VARIABLE: f"{point}=kill"})
+        assert (done.returncode, done.stderr) == (-9, f"reached {point}, time 1: killed\n")
+    with coordinator:
         assert (coordinator.data / "join-token").stat().st_mode & 0o777 == 0o600
         assert len(coordinator.join_token) == 32
         with member(coordinator) as device:
@@ -241,15 +247,14 @@ def test_killed_while_it_leaves_out_a_damaged_update(tmp_path: Path, point: Poin
 @pytest.mark.parametrize("point", CLIPPING)
 def test_killed_while_it_clips_what_came_before_there_was_a_bound(tmp_path: Path, point: Point) -> None:
     config = configuration(tmp_path, {"buffer_size": 3}, history_least=3, norm_factor=2.0)
+    made = CoordinatorProcess(tmp_path, config)
+    made.environment[VARIABLE] = f"{point}=kill"
     with (
-        CoordinatorProcess(tmp_path, config) as coordinator,
+        made as coordinator,
         member(coordinator, "one") as one,
         member(coordinator, "two") as two,
         member(coordinator, "loud") as loud,
     ):
-        coordinator.kill()
-        coordinator.environment[VARIABLE] = f"{point}=kill"
-        coordinator.start()
         big = loud.work()
         loud.hand_in(big, codec.encode(random_adapter(4, 3, scale=5.0), SCALING))
         for device in (one, two):
@@ -287,8 +292,11 @@ def once_there_is_work(coordinator: CoordinatorProcess, device: Device) -> str:
         ("blob-renamed@x=kill", "is not written like"),
     ],
 )
-def test_a_fail_point_that_is_none_is_refused_at_the_start(tmp_path: Path, text: str, reason: str) -> None:
-    done = command("coordinator.cli", "status", "--data", tmp_path, environ={VARIABLE: text})
+def test_a_fail_point_that_is_none_is_refused_at_the_start(
+    run: Run, tmp_path: Path, text: str, reason: str
+) -> None:
+    done = run("serve", "--data", tmp_path / "data", fail=text)
+    assert not (tmp_path / "data").exists()
     assert done.returncode == 2
     assert done.stderr.startswith(f"edge-coordinator: {VARIABLE}: ")
     assert reason in done.stderr

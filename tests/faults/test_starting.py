@@ -10,23 +10,26 @@ from pathlib import Path
 import pytest
 
 from tests.coordinator.devices import configuration, member
+from tests.faults.conftest import Run
 from tests.faults.outside import blob, rows
 from tests.faults.test_backup import waited_for
-from tests.processes import CoordinatorProcess, command
+from tests.processes import CoordinatorProcess
 
 
-def refused(data: Path, config: Path) -> str:
-    done = command("coordinator.cli", "serve", "--data", data, "--config", config, "--port", 0)
+def refused(run: Run, data: Path, config: Path) -> str:
+    done = run("serve", "--data", data, "--config", config, "--port", 0)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"edge-coordinator: {data}")
     assert done.stderr.count("\n") == 1
     return done.stderr
 
 
-def test_one_coordinator_on_one_folder_and_a_kill_leaves_no_lock(tmp_path: Path) -> None:
+def test_one_coordinator_on_one_folder_and_a_kill_leaves_no_lock(run: Run, tmp_path: Path) -> None:
     with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator:
         again = coordinator.data.parent / "." / coordinator.data.name
-        assert "a coordinator is running on this folder; stop that one" in refused(again, coordinator.config)
+        assert "a coordinator is running on this folder; stop that one" in refused(
+            run, again, coordinator.config
+        )
         assert coordinator.is_running()
         with member(coordinator) as device:
             device.work()
@@ -69,30 +72,37 @@ def cut(path: Path) -> None:
     ],
 )
 def test_a_version_that_is_not_what_it_was_is_told_at_the_start(
-    original: CoordinatorProcess, tmp_path: Path, version: int, spoil: Callable[[Path], None], reason: str
+    run: Run,
+    original: CoordinatorProcess,
+    tmp_path: Path,
+    version: int,
+    spoil: Callable[[Path], None],
+    reason: str,
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(original.data, data)
     ((digest,),) = rows(data, f"SELECT digest FROM versions WHERE version = {version}")
     spoil(blob(data, digest))
-    said = refused(data, original.config)
+    said = refused(run, data, original.config)
     assert f"the file of version {version}, blobs/{digest[:2]}/{digest}, {reason}" in said
     assert "restore the folder from a backup" in said
 
 
-def test_a_damaged_database_is_told_at_the_start(original: CoordinatorProcess, tmp_path: Path) -> None:
+def test_a_damaged_database_is_told_at_the_start(
+    run: Run, original: CoordinatorProcess, tmp_path: Path
+) -> None:
     data = tmp_path / "data"
     shutil.copytree(original.data, data)
     path = data / "coordinator.sqlite"
     content = bytearray(path.read_bytes())
     content[4096:8192] = bytes(4096)  # the second page
     path.write_bytes(content)
-    assert "database" in refused(data, original.config)
+    assert "database" in refused(run, data, original.config)
     with pytest.raises(sqlite3.DatabaseError):
         sqlite3.connect(path).execute("SELECT * FROM meta, devices, updates").fetchall()
 
 
-def test_an_export_of_what_was_collected_says_which_there_are(tmp_path: Path) -> None:
+def test_an_export_of_what_was_collected_says_which_there_are(run: Run, tmp_path: Path) -> None:
     policy = {"buffer_size": 1, "max_staleness": 1, "lease_s": 1.0, "timeout_s": 1.0}
     config = configuration(tmp_path, policy) + "[storage]\nkeep_versions = 1\n"
     with CoordinatorProcess(tmp_path, config) as coordinator:
@@ -102,10 +112,10 @@ def test_an_export_of_what_was_collected_says_which_there_are(tmp_path: Path) ->
                 waited_for(coordinator, number)
         assert coordinator.stop() == 0
     out = ("--out", tmp_path / "out", "--data", coordinator.data)
-    done = command("coordinator.cli", "export", "--version", 1, *out)
+    done = run("export", "--version", 1, *out)
     assert done.returncode == 2
     assert done.stderr == "edge-coordinator: --version 1 was collected; there are 5, 4, 3\n"
-    assert command("coordinator.cli", "export", "--version", 3, *out).returncode == 0
+    assert run("export", "--version", 3, *out).returncode == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
