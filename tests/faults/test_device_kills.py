@@ -110,7 +110,9 @@ class Victim:
         device_id = self.session["device_id"]
         wait_until(lambda: all(u["merged_version"] for u in updates(self._coordinator, device_id)))
         found = updates(self._coordinator, device_id)
-        assert {update["steps"] for update in found} == {STEPS}
+        # One that is killed often is late and told to finish: fewer steps then, and counted as such.
+        assert all(1 <= update["steps"] <= STEPS for update in found)
+        assert all(update["examples"] == 2 * update["steps"] for update in found)
         assert self.session["delivered"] == len(found)
         arrived = {update["assignment"]: update["digest"] for update in found}
         assert self.finished.items() <= arrived.items()
