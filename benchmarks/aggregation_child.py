@@ -135,7 +135,7 @@ def version(folder: Path) -> dict[str, Any]:
     addends = [Addend(p.stem, 1 / len(ranks), p, rank) for p, rank in zip(paths, ranks, strict=True)]
     with tempfile.TemporaryDirectory(dir=folder) as blobs:
         began, processor = time.perf_counter(), time.process_time()
-        aggregate(federation(model), 1.0, Start(0), addends, Blobs(Path(blobs)))
+        aggregate(federation(model), 1.0, Start(0), addends, Blobs(Path(blobs)).write)
         wall, processor = time.perf_counter() - began, time.process_time() - processor
     return {"seconds": wall, "processor_s": processor, "peak_rss_bytes": rss_bytes()}
 

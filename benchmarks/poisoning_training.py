@@ -103,7 +103,7 @@ class Federation:
         """Train and merge version `at[1] + 1`."""
         addends = self._updates(case, at, data, published)
         current, blobs, eta = published.starts[at[1]], published.blobs, 1.0
-        outcome = aggregate(self._federation(case.rule), eta, current, addends, blobs, case.admission)
+        outcome = aggregate(self._federation(case.rule), eta, current, addends, blobs.write, case.admission)
         published.starts.append(Start(at[1] + 1, blobs.path(outcome.digest)))
 
     def _federation(self, rule: RuleName) -> messages.Federation:

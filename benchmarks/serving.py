@@ -82,29 +82,29 @@ def seconds(work: Callable[[], Any], runs: int) -> tuple[float, float]:
 def plain_write(folder: Path, sizes: list[int]) -> None:
     """Files of these sizes, from memory."""
     piece = np.random.default_rng(0).bytes(1 << 20)
-    for place, size in enumerate(sizes):
-        with (folder / f"plain-{place}").open("wb") as file:
+    for number, size in enumerate(sizes):
+        with (folder / f"plain-{number}").open("wb") as file:
             for begin in range(0, size, len(piece)):
                 file.write(piece[: size - begin])
 
 
 def measure(of: Federation, blobs: Blobs, current: Path, dtype: WireDtype, runs: int) -> list[dict[str, Any]]:
     """All ways of making files in one dtype."""
-    wanted = [Rung(rank, dtype) for rank in LADDER]
-    write_rungs(of, 1, current, wanted, blobs)  # what is read lies in memory from here on
+    wanted, place = [Rung(rank, dtype) for rank in LADDER], blobs.caching
+    write_rungs(of, 1, current, wanted, place)  # what is read lies in memory from here on
     sizes = [blobs.cached(file_name(of, 1, rung)).stat().st_size for rung in wanted]
 
     def one_by_one() -> None:
         for rung in wanted:
-            write_rungs(of, 1, current, [rung], blobs)
+            write_rungs(of, 1, current, [rung], place)
 
     folder = blobs.cached("x").parent
     ways: dict[str, tuple[Callable[[], Any], list[int]]] = {
         "plain write": (lambda: plain_write(folder, sizes), sizes),
-        "ladder in one pass": (lambda: write_rungs(of, 1, current, wanted, blobs), sizes),
+        "ladder in one pass": (lambda: write_rungs(of, 1, current, wanted, place), sizes),
         "ladder, rank by rank": (one_by_one, sizes),
-        f"rank {LADDER[-1]} alone": (lambda: write_rungs(of, 1, current, wanted[-1:], blobs), sizes[-1:]),
-        f"rank {LADDER[0]} alone": (lambda: write_rungs(of, 1, current, wanted[:1], blobs), sizes[:1]),
+        f"rank {LADDER[-1]} alone": (lambda: write_rungs(of, 1, current, wanted[-1:], place), sizes[-1:]),
+        f"rank {LADDER[0]} alone": (lambda: write_rungs(of, 1, current, wanted[:1], place), sizes[:1]),
     }
     rows = []
     for way, (work, written) in ways.items():

@@ -58,7 +58,7 @@ def repeat_grant(at: Situation) -> list[Effect]:
 
 def wait_for_budget(at: Situation) -> list[Effect]:
     """Wait."""
-    return [Wait(SPENT_RETRY_S, SPENT)]
+    return _wait(at, SPENT, SPENT_RETRY_S)
 
 
 def wait_for_own_update(at: Situation) -> list[Effect]:
@@ -74,24 +74,34 @@ def wait_for_version(at: Situation) -> list[Effect]:
 def wait_after_refusal(at: Situation) -> list[Effect]:
     """Wait."""
     assert at.seat.work_from is not None
+    at.state.line.leave(at.device)
     return [Wait(at.seat.work_from - at.now, "your last update was refused; there is new work after a pause")]
 
 
 def wait_for_round(at: Situation) -> list[Effect]:
-    """Wait."""
-    return _wait(at, f"round {at.state.version} has its {at.policy.round_size} devices")
+    """Wait in line."""
+    places = at.policy.round_size
+    return _wait_in_line(at, places, f"round {at.state.version} has its {places} devices")
 
 
 def wait_for_slot(at: Situation) -> list[Effect]:
     """Wait in line."""
     slots = at.policy.concurrency
     assert slots is not None
-    retry_s = at.state.line.wait_for_slot(at.device, slots, at.policy.retry_s, at.event.assignment, at.now)
-    return [Wait(retry_s, f"{slots} devices are at work, as many as the host wants; you are in line")]
+    return _wait_in_line(at, slots, f"{slots} devices are at work, as many as the host wants")
 
 
-def _wait(at: Situation, reason: str) -> list[Effect]:
-    return [Wait(at.state.line.wait(at.device, at.policy.retry_s, at.event.assignment, at.now), reason)]
+def _wait_in_line(at: Situation, slots: int, reason: str) -> list[Effect]:
+    seed = at.event.assignment
+    retry_s = at.state.line.wait_for_slot(at.device, slots, at.policy.retry_s, seed, at.now)
+    return [Wait(retry_s, f"{reason}; you are in line")]
+
+
+def _wait(at: Situation, reason: str, at_least_s: float = 0.0) -> list[Effect]:
+    """It could not use a slot: were it to keep a place in line, those behind it might wait for each other."""
+    at_least_s = max(at_least_s, at.policy.retry_s)
+    at.state.line.leave(at.device)
+    return [Wait(at.state.line.wait(at.device, at_least_s, at.event.assignment, at.now), reason)]
 
 
 # --- work in hand ---
@@ -152,12 +162,12 @@ def accept(at: Situation) -> list[Effect]:
 
 
 def decline(at: Situation) -> list[Effect]:
-    """Decline, with the reason."""
+    """Decline."""
     return [Decline(at.event.assignment, _why_not(at, at.device, at.version))]
 
 
 def decline_unpaid(at: Situation) -> list[Effect]:
-    """Decline, with the reason."""
+    """Decline."""
     error = StaleUpdate(f"not taken in: {SPENT}; drop it", current_version=at.state.version)
     return [Decline(at.event.assignment, error)]
 

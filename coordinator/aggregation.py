@@ -1,6 +1,6 @@
 """One published version from its updates: streamed, so that memory holds a few modules' stacks, one a core.
 
-Runs in a worker thread and starts others; touches only the blobs it is given.
+Runs in a worker thread and starts others; reads only the files that it is given.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from coordinator.admission import Admission
-from coordinator.blobs import Blobs
+from coordinator.blobs import Writer
 from coordinator.parallel import cores, in_order
 from coordinator.privacy import Noise, clip_factor, noised, squared_norm_bound
 from coordinator.robust import gram, reweight
@@ -166,11 +166,11 @@ def aggregate(
     eta: float,
     current: Start,
     addends: Sequence[Addend],
-    blobs: Blobs,
+    write: Writer,
     how: Admission | Noise | None = None,
     by: Decompose = decompose,
 ) -> Outcome:
-    """Merge `addends` into the global adapter `current` and store the result as a blob.
+    """Merge `addends` into the global adapter `current` and store the result as a blob, by `write`.
 
     `how` says by which weights, by default by those of the addends; a Noise clips them and noises the sum.
     `by` decomposes sums without noise.
@@ -183,7 +183,7 @@ def aggregate(
         raise AdapterError("nothing to merge: the buffer is empty")
     try:
         sources = replace(_open(federation, current, addends), by=by)
-        return _aggregate(federation, eta, sources, blobs, how)
+        return _aggregate(federation, eta, sources, write, how)
     except (OSError, EdgeError) as error:
         found = faults(federation, addends)
         if not found:
@@ -192,7 +192,7 @@ def aggregate(
 
 
 def _aggregate(
-    federation: Federation, eta: float, sources: Sources, blobs: Blobs, how: Admission | Noise | None
+    federation: Federation, eta: float, sources: Sources, write: Writer, how: Admission | Noise | None
 ) -> Outcome:
     """Weigh the updates, and merge them module by module while the result is written."""
     shapes, rule = federation.base.modules, sources.rule
@@ -222,7 +222,7 @@ def _aggregate(
             outcome.discarded_energy += merged.discarded_energy
             yield name, merged.factors
 
-    outcome.digest = blobs.write(encode_chunks(shapes, ranks, federation.scaling, modules()))
+    outcome.digest = write(encode_chunks(shapes, ranks, federation.scaling, modules()))
     return outcome
 
 

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
+from coordinator.intake import Intake, receive
 from coordinator.ladder import Rung
 from coordinator.service import Coordinator
 from edge_sdk.core import codec, messages
-from edge_sdk.core.errors import EdgeError, InternalError, NotFound, ProtocolError, TooLarge, Unauthorised
+from edge_sdk.core.errors import (
+    Busy,
+    EdgeError,
+    InternalError,
+    NotFound,
+    OurFault,
+    ProtocolError,
+    TooLarge,
+    Unauthorised,
+)
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.wire_dtype import WIRE_DTYPES
 
 log = logging.getLogger("coordinator")
 COORDINATOR = web.AppKey("coordinator", Coordinator)
+INTAKE = web.AppKey("intake", Intake)
 Record = TypeVar("Record")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
 BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
-CHUNK_TIMEOUT_S = 60.0  # an upload that sends nothing for this long is cut; it resumes at its offset
+KEEP_ALIVE_S = 15.0  # an idle connection is closed then: longer than between heartbeats, shorter than waits
 
 
 def build_app(coordinator: Coordinator) -> web.Application:
     """The application that serves one federation."""
     app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
-    app[COORDINATOR] = coordinator
+    app[COORDINATOR], app[INTAKE] = coordinator, Intake()
     app.cleanup_ctx.append(_ticking)
     app.router.add_post(messages.JOIN, join)
     app.router.add_get(messages.FEDERATION, federation)
@@ -63,6 +77,14 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
     """Answer every error with a problem document that says what to do."""
     try:
         return await handler(request)
+    except Busy as error:
+        return _problem(error)
+    except OurFault as error:
+        resource = request.match_info.route.resource
+        request.app[COORDINATOR].trouble.log(
+            f"{request.method} {resource.canonical if resource else request.path}", error
+        )
+        return _problem(error)
     except EdgeError as error:
         return _problem(error)
     except web.HTTPException as error:
@@ -72,7 +94,7 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
         return _problem(ProtocolError("the body stopped coming; send it again"), 408)
     except (ConnectionError, web.RequestPayloadError) as error:
         log.info("%s %s broke off (%s)", request.method, request.path, str(error) or type(error).__name__)
-        return _problem(ProtocolError("the body broke off; send the rest of it"))
+        return _problem(ProtocolError("the body broke off; send the rest of it"), 408)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _problem(InternalError("the coordinator failed at this request; its log says why"))
@@ -80,9 +102,12 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
 
 def _problem(error: EdgeError, status: int | None = None) -> web.Response:
     document = {"title": error.title, "status": status or error.status, "detail": str(error), **error.details}
-    return web.json_response(
+    response = web.json_response(
         document, status=status or error.status, content_type=messages.PROBLEM_CONTENT_TYPE
     )
+    if isinstance(error, Busy):
+        response.headers["Retry-After"] = str(math.ceil(error.details["retry_after_s"]))
+    return response
 
 
 def _token(request: web.Request) -> str:
@@ -132,7 +157,7 @@ async def join(request: web.Request) -> web.Response:
     """POST /v1/join."""
     coordinator = request.app[COORDINATOR]
     coordinator.require_join_token(_token(request))
-    return _reply(coordinator.join(await _body(request, JoinRequest)), status=201)
+    return _reply(await coordinator.join(await _body(request, JoinRequest)), status=201)
 
 
 async def federation(request: web.Request) -> web.Response:
@@ -160,10 +185,11 @@ async def heartbeat(request: web.Request) -> web.Response:
 
 
 async def upload_offset(request: web.Request) -> web.Response:
-    """HEAD /v1/assignments/{id}/adapter: how many bytes are stored."""
+    """HEAD /v1/assignments/{id}/adapter: how many bytes are stored; all, once they are acknowledged."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
     coordinator.require_assignment(_device(request), id)
-    return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.blobs.offset(id))})
+    request.app[INTAKE].require_room()  # said before the bytes come
+    return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.uploads.stored_bytes(id))})
 
 
 async def upload(request: web.Request) -> web.Response:
@@ -177,13 +203,14 @@ async def upload(request: web.Request) -> web.Response:
     offset, cap = int(text), coordinator.uploads.cap(assignment)
     if (request.content_length or 0) > cap:
         raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
-    while True:
-        async with asyncio.timeout(CHUNK_TIMEOUT_S):
-            chunk = await request.content.readany()
-        if not chunk:
-            break
-        offset = await asyncio.to_thread(coordinator.blobs.append, id, offset, chunk, cap)
-        coordinator.bytes_arrived(device, id, len(chunk))
+
+    async def append(at: int, pieces: Sequence[bytes]) -> int:
+        end = await asyncio.to_thread(coordinator.blobs.append, id, at, pieces, cap)
+        coordinator.bytes_arrived(device, id, end - at)
+        return end
+
+    async with request.app[INTAKE].place(request.transport) as place:
+        offset = await receive(request.content, offset, append, place)
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 
@@ -201,13 +228,29 @@ async def adapter(request: web.Request) -> web.StreamResponse:
     dtype = request.match_info.get("dtype", "float32")
     if dtype not in WIRE_DTYPES:
         raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
-    rung = Rung(_number(request, "rank"), dtype)
-    path = await request.app[COORDINATOR].adapter(_number(request, "version"), rung)
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "Cache-Control": "private, max-age=31536000, immutable",
-    }
-    return web.FileResponse(path, headers=headers)
+    coordinator = request.app[COORDINATOR]
+    rung, version = Rung(_number(request, "rank"), dtype), _number(request, "version")
+    with contextlib.ExitStack() as held:
+        held.enter_context(coordinator.serving.holding(version, rung))
+        path = await coordinator.adapter(version, rung)
+        return HeldFile(path, held.pop_all())
+
+
+class HeldFile(web.FileResponse):
+    """An adapter that is not collected before it was sent."""
+
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Cache-Control": "private, max-age=31536000, immutable",
+        }
+        super().__init__(path, headers=headers)
+        self._held = held
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it, and let go of it."""
+        with self._held:
+            return await super().prepare(request)
 
 
 async def adapter_config(request: web.Request) -> web.Response:
@@ -223,4 +266,5 @@ async def adapter_config(request: web.Request) -> web.Response:
 async def status(request: web.Request) -> web.Response:
     """GET /v1/status, for devices and for the holder of the join token."""
     _member_or_host(request)
-    return _reply(request.app[COORDINATOR].status())
+    text = await request.app[COORDINATOR].status()
+    return web.Response(body=text, content_type="application/json")

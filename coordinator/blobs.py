@@ -4,7 +4,8 @@
     uploads/{id}.part   bytes received so far, appended at their end only
     cache/{name}        derived files that can be made again; atomic, but not fsynced
 
-Nothing above this module knows that it is a disk; an object store goes behind the same methods.
+Nothing above this module knows that it is a disk; an object store goes behind the same methods. Where the
+disk is full or fails, DiskFull or InternalError names the file.
 """
 
 from __future__ import annotations
@@ -15,23 +16,34 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+from coordinator.disk import blaming, fsync_file, fsync_folder
+from coordinator.failpoints import reach
+from coordinator.pins import Pins
+from coordinator.running_digests import RunningDigests
 from edge_sdk.core.codec import sha256_file
-from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
+from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge, UploadLost
+
+Writer = Callable[[Iterable[bytes]], str]
+"""Stores a blob durably and returns its digest."""
 
 
 class Blobs:
-    """A folder of blobs, uploads and cached files."""
+    """A folder of blobs, uploads and cached files. `pins` keeps blobs and cached files from being removed."""
 
     def __init__(self, folder: Path) -> None:
+        self.pins = Pins()
         self._blobs, self._uploads, self._cache = folder / "blobs", folder / "uploads", folder / "cache"
         for part in (self._blobs, self._uploads, self._cache):
             part.mkdir(parents=True, exist_ok=True)
         # An upload is written by one thread at a time; ids share locks, so that there are not ever more.
         self._locks = [threading.Lock() for _ in range(64)]
+        self._digests = RunningDigests()
+        self._durable_folders: set[Path] = set()  # whose names this process has seen on disk
 
     def path(self, digest: str) -> Path:
         """Where the blob of this digest lies or would lie."""
@@ -42,20 +54,30 @@ class Blobs:
     def is_intact(self, digest: str) -> bool:
         """Whether the blob is there with the bytes that it was stored with; reads all of it."""
         path = self.path(digest)
-        return path.exists() and sha256_file(path) == digest
+        with blaming(_shown(path)):
+            return path.exists() and sha256_file(path) == digest
 
-    def write(self, chunks: Iterable[bytes]) -> str:
-        """Store a blob durably and return its digest."""
+    def write(self, chunks: Iterable[bytes], keep: contextlib.ExitStack | None = None) -> str:
+        """Store a blob durably and return its digest. Until `keep` is closed it is not collected."""
         temporary = self._uploads / f".write-{os.getpid()}-{os.urandom(6).hex()}"
         digest = hashlib.sha256()
-        try:
-            with temporary.open("xb") as file:
-                for chunk in chunks:
-                    digest.update(chunk)
-                    file.write(chunk)
-            return self._adopt(temporary, digest.hexdigest())
-        finally:
-            temporary.unlink(missing_ok=True)
+        with blaming(_shown(temporary)):
+            try:
+                with temporary.open("xb") as file:
+                    for chunk in chunks:
+                        digest.update(chunk)
+                        file.write(chunk)
+                if keep:
+                    keep.enter_context(self.pins.hold(digest.hexdigest()))
+                return self._adopt(temporary, digest.hexdigest())
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[Writer]:
+        """What writes blobs of which none is collected before the block ends, when rows name them."""
+        with contextlib.ExitStack() as keep:
+            yield partial(self.write, keep=keep)
 
     def cached(self, name: str) -> Path:
         """Where the derived file `name` lies or would lie."""
@@ -65,13 +87,8 @@ class Blobs:
     def caching(self, name: str) -> Iterator[BinaryIO]:
         """Write a derived file so that readers see all of it or none: all, if the block ends well."""
         path = self.cached(name)
-        temporary = path.with_name(f".{name}-{os.urandom(6).hex()}")
-        try:
-            with temporary.open("xb") as file:
-                yield file
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with blaming(_shown(path)), written_whole(path) as file:
+            yield file
 
     # --- uploads ---
 
@@ -84,45 +101,57 @@ class Blobs:
     def offset(self, id: str) -> int:
         """Bytes stored of an upload."""
         path = self.upload_path(id)
-        return path.stat().st_size if path.exists() else 0
+        with blaming(_shown(path)):
+            return path.stat().st_size if path.exists() else 0
 
-    def append(self, id: str, offset: int, chunk: bytes, cap_bytes: int) -> int:
-        """Append at `offset`, which must be where the stored bytes end; returns the new end.
+    def append(self, id: str, offset: int, chunk: bytes | Sequence[bytes], cap_bytes: int) -> int:
+        """Append bytes, or pieces of them, at `offset`, where the stored bytes must end; returns the new end.
 
         Raises:
             OffsetConflict: bytes are missing before `offset`, or there already.
             TooLarge: the upload would exceed its cap; nothing is written.
+            DiskFull, InternalError: some of the chunk may be stored; `offset` says how much.
         """
-        with self._lock(id), self.upload_path(id).open("ab") as file:
-            end = file.tell()
-            if offset != end:
-                raise OffsetConflict(f"{end} bytes are stored; continue there, not at {offset}", offset=end)
-            if end + len(chunk) > cap_bytes:
-                raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
-            file.write(chunk)
-        return end + len(chunk)
+        pieces = [chunk] if isinstance(chunk, bytes) else chunk
+        size_bytes = sum(map(len, pieces))
+        path = self.upload_path(id)
+        with blaming(_shown(path)), self._lock(id):
+            with path.open("ab") as file:
+                end = file.tell()
+                if offset != end:
+                    raise OffsetConflict(
+                        f"{end} bytes are stored; continue there, not at {offset}", offset=end
+                    )
+                if end + size_bytes > cap_bytes:
+                    raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
+                file.writelines(pieces)
+            self._digests.extend(id, offset, pieces)
+            reach("upload-appended")
+        return end + size_bytes
 
     def whole(self, id: str, digest: str) -> Path:
         """Where the bytes of a finished upload can be read before it becomes a blob, or because it is one.
 
         Raises:
-            ProtocolError: the bytes have another digest; they are dropped, so that the upload can restart.
+            UploadLost: the bytes have another digest; they are dropped, so that the upload can restart.
         """
-        with self._lock(id):
+        with blaming(_shown(self.upload_path(id))), self._lock(id):
             return self._whole(id, digest)
 
     def finish(self, id: str, digest: str) -> Path:
         """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
 
         Raises:
-            ProtocolError: as `whole`.
+            UploadLost: as `whole`.
         """
-        blob = self.path(digest)
-        with self._lock(id):
+        blob, upload = self.path(digest), self.upload_path(id)
+        with blaming(_shown(upload)), self._lock(id):
             if self._whole(id, digest) == blob:
-                self.upload_path(id).unlink(missing_ok=True)
+                self._make_name_durable(blob)  # a crash may have come just before that
+                upload.unlink(missing_ok=True)
             else:
-                self._adopt(self.upload_path(id), digest)
+                self._adopt(upload, digest)
+            self._digests.forget(id)
         return blob
 
     def _whole(self, id: str, digest: str) -> Path:
@@ -130,11 +159,11 @@ class Blobs:
         if blob.exists():
             return blob
         if not upload.exists():
-            raise ProtocolError("nothing was uploaded for this assignment; send the adapter first")
-        actual = sha256_file(upload)
+            raise UploadLost("nothing was uploaded for this assignment; send the adapter first")
+        actual = self._digests.of(id, upload.stat().st_size) or sha256_file(upload)
         if actual != digest:
-            upload.unlink()
-            raise ProtocolError(
+            self.discard(id)
+            raise UploadLost(
                 f"the uploaded bytes have SHA-256 {actual[:12]}…, not {digest[:12]}…; upload again"
             )
         return upload
@@ -144,27 +173,76 @@ class Blobs:
 
     def discard(self, id: str) -> None:
         """Forget an upload."""
-        self.upload_path(id).unlink(missing_ok=True)
+        path = self.upload_path(id)
+        if path.exists():
+            with blaming(_shown(path)):
+                path.unlink(missing_ok=True)
+                reach("upload-dropped")
+
+    # --- durably ---
 
     def _adopt(self, file: Path, digest: str) -> str:
         """Move a complete file into its place: bytes first, then the name, then the folder's own entry."""
-        with file.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        try:
+            reach("blob-written")
+            fsync_file(file)
+        except OSError:
+            # What a failed fsync lost can still be read, from memory, and the next one says that all is well.
+            with contextlib.suppress(OSError):
+                file.unlink()
+            raise
+        reach("blob-fsynced")
         target = self.path(digest)
-        if not target.parent.exists():
+        if target.parent not in self._durable_folders:
             target.parent.mkdir(exist_ok=True)
-            _fsync_folder(self._blobs)
+            reach("blob-folder-made")
         file.replace(target)
-        _fsync_folder(target.parent)
+        reach("blob-renamed")
+        self._make_name_durable(target)
         return digest
 
+    def _make_name_durable(self, blob: Path) -> None:
+        if blob.parent not in self._durable_folders:
+            fsync_folder(self._blobs)
+        fsync_folder(blob.parent)
+        self._durable_folders.add(blob.parent)
+        reach("blob-folder-fsynced")
 
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    # --- for collection ---
+
+    def digests(self) -> Iterator[str]:
+        """Of all blobs, in no order."""
+        for path in self._blobs.glob("[0-9a-f][0-9a-f]/*"):
+            if re.fullmatch(r"[0-9a-f]{64}", path.name):
+                yield path.name
+
+    def cached_names(self) -> list[str]:
+        """Of the derived files that are there."""
+        return [path.name for path in self._cache.iterdir() if not path.name.startswith(".")]
+
+    def upload_ids(self) -> list[str]:
+        """Of the uploads of which bytes are there."""
+        return [path.stem for path in self._uploads.glob("*.part")]
+
+    def temporaries(self) -> list[Path]:
+        """Files that a killed process was writing, if no other is at it now."""
+        return [path for folder in (self._uploads, self._cache) for path in folder.glob(".*")]
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Write a file beside its place and move it there if the block ends well; a crash leaves a dot file."""
+    temporary = path.with_name(f".{path.name}-{os.urandom(6).hex()}")
     try:
-        os.fsync(descriptor)
+        with temporary.open("xb") as file:
+            yield file
+        reach("cache-written")
+        temporary.replace(path)
+        reach("cache-renamed")
     finally:
-        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+
+
+def _shown(path: Path) -> str:
+    """A file without the data folder, whose place is nobody's business."""
+    return "/".join(path.parts[-2:])

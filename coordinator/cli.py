@@ -6,31 +6,38 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
 
 from aiohttp import web
 
-from coordinator import __version__, ledger
-from coordinator.app import build_app
+from coordinator import __version__, failpoints, ledger
+from coordinator.app import KEEP_ALIVE_S, build_app
+from coordinator.backup import back_up, require_finished
 from coordinator.blobs import Blobs
+from coordinator.folder_lock import only_coordinator
+from coordinator.process_limits import disk_threads, give_memory_back, raise_file_limit
 from coordinator.service import Coordinator
 from coordinator.serving import export
-from coordinator.settings import load_settings
-from coordinator.store import Store
+from coordinator.settings import Settings, load_settings
+from coordinator.store import DATABASE, Store
 from coordinator.torch_svd import decompose_on
 from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import from_json
 
 SHOWN_VERSIONS = 5
+BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 2 on bad input, with one line that says what to do."""
     options = _parser().parse_args(arguments)
     try:
+        failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
         return int(options.run(options))
     except EdgeError as error:
         print(f"edge-coordinator: {error}", file=sys.stderr)
@@ -62,32 +69,45 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--version", type=int, help="default: the newest")
     take.add_argument("--rank", type=int, help="default: the live rank of that version")
     take.set_defaults(run=_export)
+
+    backup = commands.add_parser("backup", help="copy a data folder, also while a coordinator runs on it")
+    backup.add_argument("--data", type=Path, required=True)
+    backup.add_argument("--out", type=Path, required=True, help="a folder that is empty or not there")
+    backup.set_defaults(run=_backup)
     return parser
 
 
 def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
-    asyncio.run(_listen(options))
+    settings, by = load_settings(options.config), decompose_on(options.device)
+    require_finished(options.data)
+    give_memory_back()
+    if notice := raise_file_limit():
+        print(notice, flush=True)
+    with only_coordinator(options.data):
+        asyncio.run(_listen(options, settings, by))
     return 0
 
 
-async def _listen(options: argparse.Namespace) -> None:
+async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose) -> None:
     """Serve until SIGINT or SIGTERM, then let a running merge finish."""
     stop = asyncio.Event()
     if sys.platform != "win32":  # Windows loops have no signal handlers; Ctrl-C raises there instead
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    coordinator = Coordinator(options.data, load_settings(options.config), decompose_on(options.device))
-    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0)
+    asyncio.get_running_loop().set_default_executor(disk_threads())
+    coordinator = Coordinator(options.data, settings, by)
+    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, options.host, options.port)
+        site = web.TCPSite(runner, options.host, options.port, backlog=BACKLOG)
         try:
             await site.start()
-        except OSError as error:
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise InputError(
-                f"cannot listen on {options.host}:{options.port} ({error.strerror}); choose another --port"
+                f"cannot listen on {options.host}:{options.port} ({reason}); choose another --port"
             ) from error
         port = runner.addresses[0][1]
         federation = coordinator.federation
@@ -104,10 +124,10 @@ async def _listen(options: argparse.Namespace) -> None:
 
 def _open(folder: Path) -> tuple[Store, Federation]:
     """The store and federation of an existing data folder."""
-    path = folder / "coordinator.sqlite"
+    path = folder / DATABASE
     if not path.exists():
         raise InputError(f"{folder}: no coordinator data here; give the --data folder of `serve`")
-    store = Store(path)
+    store = Store(path, upgrade=False)
     stored = store.meta("federation")
     if stored is None:
         raise InputError(f"{folder}: no federation was started here")
@@ -145,12 +165,20 @@ def _export(options: argparse.Namespace) -> int:
     version = store.version(number)
     if version is None:
         raise InputError(f"--version {number}: there are 1 to {versions[0].version}")
-    blobs = Blobs(options.data)
+    if version.collected:
+        kept = [known.version for known in store.versions(versions[0].version) if not known.collected]
+        raise InputError(f"--version {number} was collected; there are {', '.join(map(str, kept))}")
     rank = options.rank or max(1, version.rank)
     if not 1 <= rank <= federation.rank_cap:
         raise InputError(f"--rank {rank}: this federation keeps 1 to {federation.rank_cap}")
-    export(federation, blobs, number, blobs.path(version.digest), rank, options.out)
+    export(federation, number, Blobs(options.data).path(version.digest), rank, options.out)
     print(f"version {number} at rank {rank} written to {options.out}")
+    return 0
+
+
+def _backup(options: argparse.Namespace) -> int:
+    made = back_up(options.data, options.out)
+    print(f"{made} copied to {options.out}; `serve --data {options.out}` goes on from there")
     return 0
 
 

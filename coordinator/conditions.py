@@ -21,7 +21,7 @@ def update_waits(at: Situation) -> bool:
 def same_work(at: Situation) -> bool:
     """It asks for the work that it holds, which can still count."""
     lease, event = at.seat.lease, at.event
-    if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version):
+    if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version) or budget_spent(at):
         return False
     return bool(lease.rank == event.rank and lease.carry_rank <= event.carry_rank)
 
@@ -38,11 +38,11 @@ def must_pause(at: Situation) -> bool:
 
 
 def round_is_full(at: Situation) -> bool:
-    """The synchronous round has its devices, or is being merged."""
+    """The synchronous round has its devices, keeps a place for who waits longer, or is being merged."""
     if at.policy.mode != "synchronous":
         return False
-    full = len(at.state.in_round() - {at.device}) >= at.policy.round_size
-    return full or at.state.phase == "merging"
+    free = at.policy.round_size - len(at.state.in_round() - {at.device})
+    return at.state.phase == "merging" or not at.state.line.has_turn(at.device, free, at.now)
 
 
 def no_slot(at: Situation) -> bool:
@@ -72,15 +72,18 @@ def cannot_count(at: Situation) -> bool:
     return not at.can_count(at.version)
 
 
-def is_awaited(at: Situation) -> bool:
-    """Others wait for it, or one version more makes it too old."""
+def one_version_left(at: Situation) -> bool:
+    """One version more makes it too old."""
     limit = at.policy.staleness_limit
-    if limit and at.state.version - at.version >= limit:
-        return True
-    first_at = at.state.first_at
-    if at.state.phase != "collecting" or first_at is None:
+    return limit > 0 and at.state.version - at.version >= limit
+
+
+def is_awaited(at: Situation) -> bool:
+    """The time is over without a quorum, and half of it is done."""
+    state, lease = at.state, at.held
+    if state.phase != "collecting" or state.first_at is None or lease is None:
         return False
-    return at.now - first_at >= at.policy.timeout_s
+    return at.now - state.first_at >= at.policy.timeout_s and 2 * at.event.steps_done >= lease.steps
 
 
 def deadline_passed(at: Situation) -> bool:
@@ -93,7 +96,7 @@ def deadline_passed(at: Situation) -> bool:
 
 
 def is_due(at: Situation) -> bool:
-    """K updates are in, or a quorum and the time-out"""
+    """Enough is in: K updates, or a quorum and the time-out."""
     state, policy = at.state, at.policy
     if state.first_at is None:
         return False

@@ -9,19 +9,22 @@ made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from coordinator.blobs import Blobs
 from coordinator.rules import served
 from edge_sdk.core.carried import splits
 from edge_sdk.core.codec import header_bytes, open_own, packed_module
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
-from edge_sdk.core.wire_dtype import WireDtype
+from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
+
+Place = Callable[[str], contextlib.AbstractContextManager[BinaryIO]]
 
 
 @dataclass(frozen=True, order=True)
@@ -51,10 +54,18 @@ def file_name(federation: Federation, version: int, rung: Rung) -> str:
     return f"{federation.id}-{version}-{rung.rank}{end}.safetensors"
 
 
+def version_of(file_name: str) -> int | None:
+    """Of which version a file in the cache is; None for a file that is none of these."""
+    found = re.search(rf"-(\d+)-\d+(-({'|'.join(WIRE_DTYPES)}))?\.safetensors$", file_name)
+    return int(found[1]) if found else None
+
+
 def write_rungs(
-    federation: Federation, version: int, current: Path | None, wanted: Sequence[Rung], blobs: Blobs
+    federation: Federation, version: int, current: Path | None, wanted: Sequence[Rung], place: Place
 ) -> None:
     """Make these files of `version`, whose stored factors are in `current` (None for version 0).
+
+    `place` opens each by its name, like `Blobs.caching`.
 
     Raises:
         AdapterError: a module does not fit a dtype; no file is left.
@@ -63,7 +74,7 @@ def write_rungs(
     with contextlib.ExitStack() as stack:
         files = {}
         for rung in wanted:
-            file = stack.enter_context(blobs.caching(file_name(federation, version, rung)))
+            file = stack.enter_context(place(file_name(federation, version, rung)))
             ranks = {name: min(rung.rank, *shape) for name, shape in shapes.items()}
             file.write(header_bytes(shapes, ranks, rung.dtype))
             files[rung] = file

@@ -52,19 +52,11 @@ class Merger:
         base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
         how = noise or self._admission
-        outcome = aggregation.aggregate(self._federation, eta, base, addends, self._blobs, how, self._by)
-        version = Version(
-            effect.version,
-            outcome.digest,
-            outcome.rank,
-            outcome.energy,
-            outcome.discarded_energy,
-            time.time(),
-            noise.multiplier if noise else 0.0,
-            noise.clip_norm if noise else 0.0,
-        )
-        merged = zip(effect.weights, outcome.weights, strict=True)
-        self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])
+        with self._blobs.keeping() as write:  # until its row is there
+            outcome = aggregation.aggregate(self._federation, eta, base, addends, write, how, self._by)
+            version = _version(effect.version, outcome, noise)
+            merged = zip(effect.weights, outcome.weights, strict=True)
+            self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])
         return version
 
     def _check(self, addends: Sequence[aggregation.Addend], base: aggregation.Start) -> None:
@@ -117,3 +109,17 @@ class Merger:
     def _version(self, number: int) -> Path | None:
         stored = self._store.version(number)
         return self._blobs.path(stored.digest) if stored else None
+
+
+def _version(number: int, outcome: aggregation.Outcome, noise: Noise | None) -> Version:
+    """The row of a version that was just written."""
+    return Version(
+        number,
+        outcome.digest,
+        outcome.rank,
+        outcome.energy,
+        outcome.discarded_energy,
+        time.time(),
+        noise.multiplier if noise else 0.0,
+        noise.clip_norm if noise else 0.0,
+    )

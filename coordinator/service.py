@@ -16,21 +16,29 @@ from pathlib import Path
 
 from coordinator import events, ledger
 from coordinator.blobs import Blobs
+from coordinator.collection import Collector
 from coordinator.engine import Engine
+from coordinator.join_token import join_token
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.overview import Overview
+from coordinator.parallel import cores
 from coordinator.ration import Ration
 from coordinator.recalling import buffered, recalled
+from coordinator.remembered import Assignments, Credentials
 from coordinator.serving import Serving
 from coordinator.settings import Settings
-from coordinator.store import Store
+from coordinator.shared_answer import SharedAnswer
+from coordinator.soundness import require_sound
+from coordinator.store import DATABASE, Store
+from coordinator.trouble import Trouble
 from coordinator.uploads import Uploads
 from edge_sdk.core.errors import (
     AdapterError,
     BadUpdates,
     InputError,
     NotFound,
+    OurFault,
     ProtocolError,
     TooLarge,
     Unauthorised,
@@ -47,7 +55,6 @@ from edge_sdk.core.messages import (
     JoinReply,
     JoinRequest,
     NotNow,
-    Status,
     Update,
     UpdateReply,
 )
@@ -66,20 +73,30 @@ class Coordinator:
             self.blobs = Blobs(folder)
         except OSError as error:
             raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
-        self.store = Store(folder / "coordinator.sqlite")
+        self.store = Store(folder / DATABASE)
         self.federation = self._fixed_federation(settings, folder)
         self.privacy = settings.privacy
         ledger.open_ledger(self.store, settings.privacy, folder)
-        self.join_token = _join_token(folder / "join-token")
+        self.collector = Collector(
+            self.store, self.blobs, settings.storage.keep_versions, settings.policy.staleness_limit
+        )
+        require_sound(folder, self.store, self.blobs, self.collector.newest)
+        self.collector.tidy()
+        self.join_token = join_token(folder)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=self._restored_ration(), steps=steps)
+        self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
+        self.trouble = Trouble()
         self._seen: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._collecting: asyncio.Task[None] | None = None
         self._expired: list[str] = []  # assignments whose end is not on disk yet
         self._restore()
         learnt = None if self.privacy else settings.admission
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
-        self.serving = Serving(self.federation, self.store, self.blobs)
+        self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
+        self._status = SharedAnswer(self._status_text)
+        self._checking = asyncio.Semaphore(cores())  # more at a time would only take longer each
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
@@ -123,10 +140,14 @@ class Coordinator:
 
     async def run(self) -> None:
         """Tick until cancelled, whatever fails: deadlines must come."""
+        self._collect_soon()
         while True:
             try:
                 self._apply(events.Tick())
                 await self._note_expired()
+                await asyncio.to_thread(self._credentials.refresh)
+            except OurFault as error:
+                self.trouble.log("tick", error)
             except Exception:
                 log.exception("a tick failed; the next comes in %.1f s", TICK_S)
             await asyncio.sleep(TICK_S)
@@ -169,7 +190,7 @@ class Coordinator:
         Raises:
             Unauthorised: nobody does.
         """
-        device = self.store.device_of(_hash(token))
+        device = self._credentials.device_of(_hash(token))
         if device is None:
             raise Unauthorised("this credential is not known here; join again with the join token")
         self._seen[device] = self.now()
@@ -180,7 +201,7 @@ class Coordinator:
         if not hmac.compare_digest(_hash(token), _hash(self.join_token)):
             raise Unauthorised("wrong join token; the host finds it in the coordinator's data folder")
 
-    def join(self, request: JoinRequest) -> JoinReply:
+    async def join(self, request: JoinRequest) -> JoinReply:
         """Enrol a device and give it a credential of its own."""
         if request.protocol != PROTOCOL_VERSION:
             raise ProtocolError(
@@ -189,7 +210,9 @@ class Coordinator:
             )
         self.federation.base.require(request.fingerprint)
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
-        self.store.add_device(device, request.name[:80], _hash(credential), request.profile, time.time())
+        row = device, request.name[:80], _hash(credential), request.profile, time.time()
+        await asyncio.to_thread(self.store.add_device, *row)
+        self._credentials.add(_hash(credential), device)
         self._seen[device] = self.now()
         self._apply(events.Joined(device))
         log.info("device %s (%s) joined", device, request.name[:80])
@@ -208,8 +231,9 @@ class Coordinator:
             return NotNow(answer.retry_after_s, answer.reason)
         assert isinstance(answer, events.Grant)
         assignment = self._assignment(answer.lease)
-        if self.store.assignment(assignment.id, device) is None:
+        if self._assignments.of(assignment.id, device) is None:
             await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
+            self._assignments.add(device, assignment)
         return assignment
 
     def _assignment(self, lease: events.Lease) -> Assignment:
@@ -235,7 +259,7 @@ class Coordinator:
 
     def require_assignment(self, device: str, id: str) -> Assignment:
         """An assignment of this device, open or expired."""
-        assignment = self.store.assignment(id, device)
+        assignment = self._assignments.of(id, device)
         if assignment is None:
             raise NotFound(f"assignment {id[:80]} is not one of this device's")
         return assignment
@@ -260,7 +284,8 @@ class Coordinator:
         self.uploads.check_claims(assignment, update)
         _raise_declined(self._apply(events.Offered(device, id, assignment.version)))
         try:
-            stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
+            async with self._checking:
+                stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
         except (AdapterError, TooLarge) as error:
             log.warning("update %s of %s refused: %s", id, device, error)
             await asyncio.to_thread(self.store.refuse, device, id)
@@ -270,7 +295,8 @@ class Coordinator:
             log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
         if await asyncio.to_thread(self.uploads.keep, stored):
             effects = self._apply(events.Stored(buffered(stored), update.steps))
-            await asyncio.to_thread(self._leave_out, effects)  # a round may have ended meanwhile
+            if any(isinstance(effect, events.Decline) for effect in effects):  # a round ended meanwhile
+                await asyncio.to_thread(self._leave_out, effects)
             _raise_declined(effects)
         return UpdateReply(id, self.engine.state.version)
 
@@ -290,12 +316,16 @@ class Coordinator:
         started = time.monotonic()
         try:
             outcome = await asyncio.to_thread(self._merged, effect)
+        except OurFault as error:
+            log.error("version %d: %s; its updates are kept for the next try", effect.version, error)
+            outcome = events.MergeFailed()
         except Exception:
             log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
             outcome = events.MergeFailed()
         if isinstance(outcome, events.Merged):
             took_s, count = time.monotonic() - started, len(effect.weights)
             log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
+            self._collect_soon()
         self._apply(outcome)
 
     def _merged(self, effect: events.Merge) -> events.Merged | events.MergeFailed:
@@ -316,16 +346,35 @@ class Coordinator:
             version = there
         return events.Merged(version.version, version.rank)
 
+    def _collect_soon(self) -> None:
+        """Remove files that nobody needs any more, off the event loop, unless that is under way."""
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect())
+            self._tasks.add(self._collecting)
+            self._collecting.add_done_callback(self._tasks.discard)
+
+    async def _collect(self) -> None:
+        try:
+            found = await asyncio.to_thread(self.collector.run)
+        except OurFault as error:
+            self.trouble.log("collection", error)
+        else:
+            if found.files:
+                log.info("collected %s", found)
+
     # --- views ---
 
-    def status(self) -> Status:
-        """The federation at a glance."""
+    async def status(self) -> bytes:
+        """The federation at a glance: a Status as JSON."""
+        return await self._status.get()
+
+    def _status_text(self) -> bytes:
+        """That record as it is now. In a worker thread: with ten thousand devices it takes a while."""
         now = self.now()
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
-        return overview.status(
-            {device: now - seen for device, seen in self._seen.items()}, self.uploads.norm_bound(), spent
-        )
+        seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
+        return json.dumps(to_json(overview.status(seen_s_ago, self.uploads.norm_bound(), spent))).encode()
 
 
 def _raise_declined(effects: list[events.Effect]) -> None:
@@ -338,14 +387,3 @@ def _raise_declined(effects: list[events.Effect]) -> None:
 def _hash(token: str) -> str:
     """How a secret of 256 random bits is kept: one SHA-256 is enough, there is nothing to guess."""
     return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()
-
-
-def _join_token(path: Path) -> str:
-    """The federation's join token, made at the first start, readable by the host alone."""
-    if not path.exists():
-        made = path.with_name(f".{path.name}-new")  # moved into place whole: half a token lets nobody in
-        made.unlink(missing_ok=True)
-        made.touch(mode=0o600)
-        made.write_text(secrets.token_hex(16) + "\n")  # never begins with a dash, as an option would
-        made.replace(path)
-    return path.read_text().strip()

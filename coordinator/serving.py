@@ -8,10 +8,11 @@ leaves nothing to be taken up, and who comes first waits little longer than for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from pathlib import Path
 
-from coordinator.blobs import Blobs
+from coordinator.blobs import Blobs, written_whole
 from coordinator.ladder import Rung, file_name, rungs, write_rungs
 from coordinator.store import Store
 from edge_sdk.core import codec
@@ -20,18 +21,25 @@ from edge_sdk.core.messages import Federation
 
 
 class Serving:
-    """Makes and finds the files that devices start from."""
+    """Makes and finds the files that devices start from. `newest` versions are kept, whoever needs them."""
 
-    def __init__(self, federation: Federation, store: Store, blobs: Blobs) -> None:
+    def __init__(self, federation: Federation, store: Store, blobs: Blobs, newest: int) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
+        self._newest = newest
         self._making: dict[int, asyncio.Lock] = {}
 
     def require(self, version: int, rank: int, current: int) -> None:
         """Raise NotFound for a version or rank that is not served; `current` is the newest version."""
         if not 0 <= version <= current:
             raise NotFound(f"version {version} does not exist; the current one is {current}")
+        if (stored := self._store.version(version)) and stored.collected:
+            raise NotFound(collected(version, self._newest))
         if not 1 <= rank <= self._federation.rank_cap:
             raise NotFound(f"rank {rank} is not served; 1 to {self._federation.rank_cap} are")
+
+    def holding(self, version: int, rung: Rung) -> contextlib.AbstractContextManager[None]:
+        """Keeps that file from being collected while the block runs."""
+        return self._blobs.pins.hold(self._path(version, rung).name)
 
     async def adapter(self, version: int, rung: Rung) -> Path:
         """The file that a device of that rank starts `version` from, in that dtype."""
@@ -50,7 +58,8 @@ class Serving:
         wanted = ladder if rung in ladder else (rung,)
         missing = [one for one in wanted if not self._path(version, one).exists()]
         try:
-            write_rungs(self._federation, version, current, missing, self._blobs)
+            with self._blobs.pins.hold(*([stored.digest] if stored else [])):
+                write_rungs(self._federation, version, current, missing, self._blobs.caching)
         except AdapterError as error:  # not the fault of the device that asks
             raise InternalError(f"version {version} cannot be had in {rung.dtype}: {error}") from error
 
@@ -58,14 +67,15 @@ class Serving:
         return self._blobs.cached(file_name(self._federation, version, rung))
 
 
-def export(
-    federation: Federation, blobs: Blobs, version: int, current: Path | None, rank: int, out: Path
-) -> None:
+def collected(version: int, newest: int) -> str:
+    """What to tell who asks for a version whose file is gone."""
+    return f"version {version} was collected; the {newest} newest are kept"
+
+
+def export(federation: Federation, version: int, current: Path | None, rank: int, out: Path) -> None:
     """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads: float32, whatever devices get."""
-    rung = Rung(rank)
-    write_rungs(federation, version, current, [rung], blobs)
     out.mkdir(parents=True, exist_ok=True)
-    source = blobs.cached(file_name(federation, version, rung))
-    (out / "adapter_model.safetensors").write_bytes(source.read_bytes())
+    adapter = out / "adapter_model.safetensors"
+    write_rungs(federation, version, current, [Rung(rank)], lambda _: written_whole(adapter))
     config = codec.peft_config(federation.base.model, federation.base.modules, rank, federation.scaling)
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -13,6 +13,8 @@ steps = 20
 buffer_size = 4
 [admission]                  # likewise
 over_norm = "clip"
+[storage]                    # likewise
+keep_versions = 20
 [privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
 noise_multiplier = 1.0
 clip_norm = 5.0
@@ -34,6 +36,7 @@ from coordinator.admission import Admission
 from coordinator.policy import Policy
 from coordinator.privacy import Privacy
 from coordinator.rules import RULES, SumRule
+from coordinator.storage import Storage
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
@@ -72,6 +75,7 @@ class Settings:
     policy: Policy
     admission: Admission
     privacy: Privacy | None = None
+    storage: Storage = dataclasses.field(default_factory=Storage)
 
     def build(self, id: str, stored: Federation | None = None) -> Federation:
         """The federation that these settings describe; what they leave open is as in `stored`."""
@@ -90,7 +94,7 @@ def load_settings(path: Path | None) -> Settings:
     """
     where = str(path) if path else "defaults"
     table = _read_toml(path) if path else {}
-    known = {"base", "federation", "training", "policy", "admission", "privacy"}
+    known = {"base", "federation", "training", "policy", "admission", "privacy", "storage"}
     _refuse_unknown(table, known, where)
     base_name = table.get("base", "tiny")
     if not isinstance(base_name, str):
@@ -103,6 +107,7 @@ def load_settings(path: Path | None) -> Settings:
             _section(Policy, table, "policy", where),
             _section(Admission, table, "admission", where),
             _section(Privacy, table, "privacy", where) if "privacy" in table else None,
+            _section(Storage, table, "storage", where),
         )
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

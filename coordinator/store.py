@@ -13,55 +13,19 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
+from coordinator.disk import disk_error
+from coordinator.failpoints import Point, reach
+from coordinator.group_commit import GroupCommit
+from coordinator.schema import MIGRATIONS, migrate, schema_of
+from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import from_json, to_json
 
-MIGRATIONS = [
-    """
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-    CREATE TABLE devices (
-        id TEXT PRIMARY KEY, name TEXT NOT NULL, credential_hash TEXT NOT NULL UNIQUE,
-        profile TEXT NOT NULL, rank INTEGER NOT NULL DEFAULT 0, joined_at REAL NOT NULL,
-        revoked INTEGER NOT NULL DEFAULT 0
-    ) STRICT;
-    CREATE TABLE assignments (
-        id TEXT PRIMARY KEY, device TEXT NOT NULL REFERENCES devices(id), version INTEGER NOT NULL,
-        rank INTEGER NOT NULL, record TEXT NOT NULL, granted_at REAL NOT NULL, open INTEGER NOT NULL DEFAULT 1
-    ) STRICT;
-    CREATE TABLE updates (
-        assignment TEXT PRIMARY KEY REFERENCES assignments(id), device TEXT NOT NULL,
-        version INTEGER NOT NULL, record TEXT NOT NULL, digest TEXT NOT NULL, received_at REAL NOT NULL,
-        merged_version INTEGER, weight REAL, staleness INTEGER, rejected TEXT
-    ) STRICT;
-    CREATE TABLE versions (
-        version INTEGER PRIMARY KEY, digest TEXT NOT NULL, rank INTEGER NOT NULL, energy REAL NOT NULL,
-        discarded_energy REAL NOT NULL, published_at REAL NOT NULL
-    ) STRICT;
-    CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
-    CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
-    """,
-    # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
-    """
-    ALTER TABLE updates ADD COLUMN norm REAL;
-    ALTER TABLE updates ADD COLUMN factor REAL NOT NULL DEFAULT 1.0;
-    ALTER TABLE devices ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
-    CREATE INDEX updates_norms ON updates(received_at) WHERE norm IS NOT NULL AND rejected IS NULL;
-    """,
-    # What differential privacy a version was published with; 0 without.
-    """
-    ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
-    ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
-    """,
-    # A device gives one update from each version, in rising order.
-    """
-    CREATE INDEX updates_device ON updates(device, version) WHERE rejected IS NULL;
-    """,
-]
+DATABASE = "coordinator.sqlite"  # in a data folder
 
 
 @dataclass(frozen=True)
@@ -84,7 +48,8 @@ class StoredUpdate:
 class Version:
     """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
 
-    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it.
+    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it. `collected`: its blob
+    is gone, because nobody may need it any more.
     """
 
     version: int
@@ -95,6 +60,7 @@ class Version:
     published_at: float
     noise_multiplier: float = 0.0
     clip_norm: float = 0.0
+    collected: bool = False
 
     @property
     def discarded_share(self) -> float:
@@ -103,6 +69,11 @@ class Version:
 
 
 _VERSION_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Version))
+_VERSION_MARKS = ", ".join("?" for _ in dataclasses.fields(Version))
+
+
+def _version(*values: Any) -> Version:
+    return replace(Version(*values), collected=bool(values[-1]))
 
 
 @dataclass(frozen=True)
@@ -117,51 +88,83 @@ class Device:
     refused: int
 
 
-class Store:
-    """One SQLite file. Methods are short, may be called from any thread, and commit before they return."""
+def _require_whole(db: sqlite3.Connection, path: Path) -> None:
+    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        reason = " ".join(str(found).split())
+        raise InputError(f"{path} is damaged ({reason}); restore the folder from a backup")
 
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+
+# What nobody may need any more, in SQL: see needed_versions and needed_digests.
+_NEEDED = """(version > (SELECT MAX(version) FROM versions) - ?
+    OR version IN (SELECT version FROM assignments WHERE open = 1)
+    OR version IN (SELECT version FROM updates WHERE merged_version IS NULL AND rejected IS NULL))"""
+_DIGESTS_OF_VERSIONS = "SELECT digest FROM versions WHERE collected = 0"
+_DIGESTS_OF_UPDATES = "SELECT digest FROM updates WHERE merged_version IS NULL AND rejected IS NULL"
+
+
+class Store:
+    """One SQLite file. Methods are short, may be called from any thread, and commit before they return.
+
+    `upgrade`: bring an older schema up to date; only who holds the folder's lock may.
+
+    Raises (every method):
+        DiskFull, InternalError: the disk is full, read-only or fails; nothing of the transaction is there.
+    """
+
+    def __init__(self, path: Path, upgrade: bool = True) -> None:
+        self._lock, self._path = threading.Lock(), path
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
-            self._migrate(path)
-        except sqlite3.DatabaseError as error:
+            if upgrade:
+                _require_whole(self._db, path)
+                migrate(self._db, path)
+            elif (have := schema_of(self._db, path)) < len(MIGRATIONS):
+                raise InputError(
+                    f"{path}: schema {have} is older than this program's {len(MIGRATIONS)}; the next "
+                    "`edge-coordinator serve` on this folder brings it up to date"
+                )
+            self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._reader.execute("PRAGMA query_only = ON")
+        except (sqlite3.DatabaseError, OSError) as error:
+            if isinstance(disk_error(path.name, error, path.parent), DiskFull):
+                raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
             raise InputError(f"{path}: not a usable coordinator database ({error})") from error
-
-    def _migrate(self, path: Path) -> None:
-        """Bring an older schema up to date, one step a transaction; refuse a newer one."""
-        (have,) = self._db.execute("PRAGMA user_version").fetchone()
-        if have > len(MIGRATIONS):
-            raise InputError(
-                f"{path}: schema {have} is newer than this coordinator's {len(MIGRATIONS)}; update it"
-            )
-        for number, script in enumerate(MIGRATIONS[have:], have + 1):
-            self._db.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        self._commits = GroupCommit(self._db)
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, written: Point, committed: Point) -> Iterator[sqlite3.Connection]:
         """All or nothing, on disk at the end."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:  # a full disk ends it by itself
-                    self._db.execute("ROLLBACK")
-                raise
+        with self._blaming():
+            with self._commits.transaction() as db:
+                yield db
+                reach(written)
+            reach(committed)
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
+        """What is committed. Never waits for a commit: the event loop asks, too."""
+        with self._lock, self._blaming():
+            return self._reader.execute(query, values).fetchall()
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Name the database where its disk fails; a broken rule of the schema is another matter."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            found = disk_error(self._path.name, error, self._path.parent)
+            if found is None:
+                raise
+            raise found from error
 
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
         with self._lock:
-            self._db.close()
+            self._reader.close()
+        self._commits.close()
 
     # --- federation ---
 
@@ -172,7 +175,7 @@ class Store:
 
     def set_meta(self, key: str, value: str) -> None:
         """Set or replace such a value."""
-        with self._transaction() as db:
+        with self._transaction("meta-written", "meta-committed") as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     # --- devices ---
@@ -181,16 +184,19 @@ class Store:
         self, id: str, name: str, credential_hash: str, profile: Mapping[str, str], now: float
     ) -> None:
         """Enrol a device. Only the hash of its credential is kept."""
-        with self._transaction() as db:
+        with self._transaction("device-written", "device-committed") as db:
             db.execute(
                 "INSERT INTO devices(id, name, credential_hash, profile, joined_at) VALUES (?, ?, ?, ?, ?)",
                 (id, name, credential_hash, json.dumps(dict(profile)), now),
             )
 
-    def device_of(self, credential_hash: str) -> str | None:
-        """The device that holds this credential, unless revoked."""
-        rows = self._rows("SELECT id FROM devices WHERE credential_hash = ? AND revoked = 0", credential_hash)
-        return str(rows[0][0]) if rows else None
+    def credentials(self) -> dict[str, str]:
+        """Hash of a credential -> the device that holds it, unless revoked."""
+        return dict(self._rows("SELECT credential_hash, id FROM devices WHERE revoked = 0"))
+
+    def data_version(self) -> int:
+        """A number that changes when another process has written here."""
+        return self._commits.data_version()
 
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
@@ -204,7 +210,7 @@ class Store:
 
     def add_assignment(self, device: str, assignment: Assignment, now: float) -> None:
         """Remember a lease; it replaces any that the device held."""
-        with self._transaction() as db:
+        with self._transaction("assignment-written", "assignment-committed") as db:
             db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
             db.execute("UPDATE devices SET rank = ? WHERE id = ?", (assignment.rank, device))
             db.execute(
@@ -249,13 +255,13 @@ class Store:
 
     def refuse(self, device: str, assignment: str) -> None:
         """Count a refused adapter, and end its assignment: the device gets other work."""
-        with self._transaction() as db:
+        with self._transaction("refusal-written", "refusal-committed") as db:
             db.execute("UPDATE devices SET refused = refused + 1 WHERE id = ?", (device,))
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (assignment,))
 
     def close_assignments(self, ids: Iterable[str]) -> None:
         """Leases that expired. Their updates may still come."""
-        with self._transaction() as db:
+        with self._transaction("expiry-written", "expiry-committed") as db:
             db.executemany("UPDATE assignments SET open = 0 WHERE id = ?", ((id,) for id in ids))
 
     # --- updates ---
@@ -268,9 +274,10 @@ class Store:
 
         Raises:
             ProtocolError: another adapter was handed in for this assignment before.
-            StaleUpdate: another update of this device, from this version or a newer one, came first.
+            StaleUpdate: another update of this device, from this version or a newer one, came first; or the
+                version that it was trained from was collected.
         """
-        with self._transaction() as db:
+        with self._transaction("update-written", "update-committed") as db:
             known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
             if known:
                 if known[0] != stored.update.digest:
@@ -278,6 +285,13 @@ class Store:
                         f"assignment {stored.id} was delivered before, with digest {known[0][:12]}"
                     )
                 return False
+            gone = "SELECT 1 FROM versions WHERE version = ? AND collected = 1"
+            if db.execute(gone, (stored.version,)).fetchone():
+                (current,) = db.execute("SELECT MAX(version) FROM versions").fetchone()
+                raise StaleUpdate(
+                    f"version {stored.version} was collected; train from version {current}",
+                    current_version=current,
+                )
             newer = "SELECT version FROM updates WHERE device = ? AND version >= ? AND rejected IS NULL"
             if row := db.execute(newer, (stored.device, stored.version)).fetchone():
                 raise StaleUpdate(
@@ -310,6 +324,12 @@ class Store:
         rows = self._rows("SELECT rejected FROM updates WHERE assignment = ?", assignment)
         return rows[0][0] if rows else None
 
+    def update_bytes(self, assignment: str) -> int:
+        """Size of the adapter that was acknowledged for an assignment; 0 if none was."""
+        query = "SELECT json_extract(record, '$.size_bytes') FROM updates WHERE assignment = ?"
+        rows = self._rows(query, assignment)
+        return int(rows[0][0]) if rows else 0
+
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
         rows = self._rows(
@@ -331,7 +351,7 @@ class Store:
 
     def clip(self, shorter: StoredUpdate) -> None:
         """Merge less of an update's change than was stored with it."""
-        with self._transaction() as db:
+        with self._transaction("clip-written", "clip-committed") as db:
             db.execute(
                 "UPDATE updates SET factor = ?, norm = ? WHERE assignment = ? AND merged_version IS NULL",
                 (shorter.factor, shorter.norm, shorter.id),
@@ -350,9 +370,12 @@ class Store:
 
     def reject_updates(self, reasons: Mapping[str, str]) -> None:
         """Leave acknowledged updates out for good: id -> reason (a blob that rotted on disk, say)."""
-        with self._transaction() as db:
+        with self._transaction("rejection-written", "rejection-committed") as db:
             for id, reason in reasons.items():
-                db.execute("UPDATE updates SET rejected = ? WHERE assignment = ?", (reason, id))
+                db.execute(
+                    "UPDATE updates SET rejected = ? WHERE assignment = ? AND merged_version IS NULL",
+                    (reason, id),
+                )
 
     # --- versions ---
 
@@ -362,9 +385,9 @@ class Store:
         What a version costs in privacy follows from its row and its updates', so that it is known as long as
         the version is. Under privacy no device may have two updates in it.
         """
-        with self._transaction() as db:
+        with self._transaction("version-written", "version-committed") as db:
             db.execute(
-                f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES ({_VERSION_MARKS})",
                 dataclasses.astuple(version),
             )
             for id, weight, tau in merged:
@@ -386,7 +409,7 @@ class Store:
     def versions(self, newest: int) -> list[Version]:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
         rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
-        return [Version(*row) for row in rows]
+        return [_version(*row) for row in rows]
 
     def merged_updates(self, version: int) -> int:
         """How many updates a version was made of."""
@@ -396,12 +419,57 @@ class Store:
     def version(self, number: int) -> Version | None:
         """A published version."""
         rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
-        return Version(*rows[0]) if rows else None
+        return _version(*rows[0]) if rows else None
 
     def start(self, number: int) -> str:
         """What tells a version from another that once had its number; "" for 0, and for one not published."""
         stored = self.version(number)
         return stored.digest[:16] if stored else ""
+
+    # --- what files are needed ---
+
+    def needed_versions(self, newest: int) -> list[Version]:
+        """Versions of which somebody may still need the file, newest first.
+
+        The `newest`; those that a device with an open assignment starts from, and those that an update which
+        is in no version yet was trained from.
+        """
+        rows = self._rows(
+            f"SELECT {_VERSION_COLUMNS} FROM versions WHERE {_NEEDED} ORDER BY version DESC", newest
+        )
+        return [_version(*row) for row in rows]
+
+    def started_versions(self) -> set[int]:
+        """The newest version, and those that devices with an open assignment start from; 0 may be one."""
+        newest = "SELECT COALESCE(MAX(version), 0) FROM versions"
+        return {v for (v,) in self._rows(f"SELECT version FROM assignments WHERE open = 1 UNION {newest}")}
+
+    def collect_versions(self, newest: int) -> list[int]:
+        """Say of all versions but `needed_versions` that their files are gone; of which that is new."""
+        with self._transaction("collected-written", "collected-committed") as db:
+            gone = f"collected = 0 AND NOT {_NEEDED}"
+            query = f"UPDATE versions SET collected = 1 WHERE {gone} RETURNING version"
+            rows = db.execute(query, (newest,)).fetchall()
+        return sorted(version for (version,) in rows)
+
+    def needed_digests(self) -> set[str]:
+        """Of all blobs that a row needs: versions that are not collected, updates that are in none yet."""
+        return {digest for (digest,) in self._rows(f"{_DIGESTS_OF_VERSIONS} UNION {_DIGESTS_OF_UPDATES}")}
+
+    def is_needed(self, digest: str) -> bool:
+        """Whether a blob is one of those."""
+        query = f"{_DIGESTS_OF_VERSIONS} AND digest = ? UNION {_DIGESTS_OF_UPDATES} AND digest = ?"
+        return bool(self._rows(query, digest, digest))
+
+    def may_come(self, assignment: str, oldest: int) -> bool:
+        """Whether its update is not here but may come: it is open, or from version `oldest` or later."""
+        rows = self._rows(
+            "SELECT 1 FROM assignments WHERE id = ? AND (open = 1 OR version >= ?) "
+            "AND NOT EXISTS (SELECT 1 FROM updates WHERE assignment = assignments.id)",
+            assignment,
+            oldest,
+        )
+        return bool(rows)
 
     # --- privacy ---
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from coordinator.admission import Admission, admit, bound, measure
 from coordinator.blobs import Blobs
+from coordinator.disk import blaming
 from coordinator.rules import RULES, SumRule, served
 from coordinator.store import Store, StoredUpdate
 from edge_sdk.core import codec
@@ -34,6 +36,10 @@ class Uploads:
         """
         federation = self._federation
         return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
+
+    def stored_bytes(self, id: str) -> int:
+        """How much of an upload is here. A device that heard no acknowledgement needs not send it again."""
+        return self._blobs.offset(id) or self._store.update_bytes(id)
 
     def is_known(self, id: str, update: Update) -> bool:
         """Whether this very update was acknowledged before; what was sent again of it is dropped.
@@ -70,20 +76,22 @@ class Uploads:
         Raises:
             AdapterError, TooLarge: it cannot be merged; names tensor or module.
         """
-        federation = self._federation
-        path = self._blobs.whole(assignment.id, update.digest)
-        try:
-            cap = self.cap(assignment)
-            file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
-            if not any(
-                r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()
-            ):
-                raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
-            norms = measure(self._changes(file, assignment.version))
-            factor = admit(norms, self.norm_bound(), self._refuses())
-        except (AdapterError, TooLarge):
-            self._blobs.discard(assignment.id)
-            raise
+        with self._blobs.pins.hold(update.digest):
+            path = self._blobs.whole(assignment.id, update.digest)
+            try:
+                with blaming(f"{path.parent.name}/{path.name}"):
+                    return self._checked(device, assignment, update, path)
+            except (AdapterError, TooLarge):
+                self._blobs.discard(assignment.id)
+                raise
+
+    def _checked(self, device: str, assignment: Assignment, update: Update, path: Path) -> StoredUpdate:
+        federation, cap = self._federation, self.cap(assignment)
+        file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
+        if not any(r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()):
+            raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
+        norms = measure(self._changes(file, assignment.version))
+        factor = admit(norms, self.norm_bound(), self._refuses())
         return StoredUpdate(assignment.id, device, assignment.version, update, factor, factor * norms.total)
 
     def _changes(self, file: codec.AdapterFile, version: int) -> Iterator[tuple[str, LoraFactors]]:
@@ -114,5 +122,6 @@ class Uploads:
 
     def keep(self, stored: StoredUpdate) -> bool:
         """Acknowledge a checked update: once this returns it is on disk. False if it was before."""
-        self._blobs.finish(stored.id, stored.update.digest)
-        return self._store.add_update(stored, time.time())
+        with self._blobs.pins.hold(stored.update.digest):  # between the two steps no row needs the blob
+            self._blobs.finish(stored.id, stored.update.digest)
+            return self._store.add_update(stored, time.time())

@@ -45,6 +45,7 @@ class WaitingLine:
 
         Who is near the front comes back often, who is far behind rarely.
         """
+        self._sweep(now)
         if device not in self.tickets:
             self.issued += 1
             self.tickets[device] = self.issued

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk import session as sessions
-from edge_sdk.core.errors import NotFound, OurFault, StaleUpdate, TheirFault, Unauthorised, Unreachable
+from edge_sdk.core.codec import sha256_file
+from edge_sdk.core.errors import (
+    NotFound,
+    OurFault,
+    StaleUpdate,
+    TheirFault,
+    Unauthorised,
+    Unreachable,
+    UploadLost,
+)
 from edge_sdk.core.messages import Directive, Heartbeat, Update
 from edge_sdk.membership import Membership
-from edge_sdk.published import PublishedAdapters
+from edge_sdk.patience import Backoff, asked_by
+from edge_sdk.published import PublishedAdapters, Served
 from edge_sdk.training import Plan
 from edge_sdk.worker_messages import Finished, Job
 
@@ -36,7 +46,10 @@ class AssignmentRun:
         self._tell = membership.tell
         self._steps_done = 0
         self._beat_due = 0.0
+        self._beats = Backoff()
         self._offline = False
+        self._full = False
+        self._finished: tuple[str, Finished] | None = None  # of which assignment, until the session says so
 
     # --- training ---
 
@@ -48,9 +61,13 @@ class AssignmentRun:
         """
         work = self._membership.session.current()
         if self._membership.federation.carries:
-            rank = work.carry_rank
-            return None, self._published.have(work.version, rank, "work", self._interrupted) if rank else None
-        return self._published.have(work.version, work.rank, "work", self._interrupted), None
+            return None, self._start(work.carry_rank) if work.carry_rank else None
+        return self._start(work.rank), None
+
+    def _start(self, rank: int) -> Path:
+        """The assignment's version at a rank."""
+        work = self._membership.session.current()
+        return self._published.have(Served(work.version, rank, work.start), "work", self._interrupted)
 
     def train(self, files: tuple[Path | None, Path | None], worker: Trainee) -> Finished | None:
         """Train the assignment in hand, from its checkpoint if there is one, into the outbox.
@@ -60,10 +77,13 @@ class AssignmentRun:
         Raises:
             Interrupted: left off with a checkpoint.
             OutOfMemory, WorkerDied: as `WorkerProcess.train`.
+            Unwritable: it is trained, but the session cannot be saved; the next call does only that.
         """
         from edge_sdk.training import Abandoned
 
         work = self._membership.session.current()
+        if self._finished and self._finished[0] == work.id:
+            return self._hand_in(self._finished[1])
         job = self._job(files)
         text = f"training version {work.version} at rank {job.ranks}, {work.steps} steps"
         self._tell("training", text, steps=work.steps, version=work.version)
@@ -72,8 +92,8 @@ class AssignmentRun:
         except Abandoned:
             self._membership.drop("the coordinator no longer needs it")
             return None
-        self._hand_in(done)
-        return done
+        self._finished = work.id, done
+        return self._hand_in(done)
 
     def _job(self, files: tuple[Path | None, Path | None]) -> Job:
         session, journal = self._membership.session, self._membership.journal
@@ -103,7 +123,7 @@ class AssignmentRun:
             carried_dtype=setting.carried_dtype,
         )
 
-    def _hand_in(self, done: Finished) -> None:
+    def _hand_in(self, done: Finished) -> Finished:
         """What lies in the outbox is the outcome from now on."""
         update = Update(
             digest=done.digest,
@@ -116,6 +136,8 @@ class AssignmentRun:
             train_s=done.seconds,
         )
         self._membership.save(sessions.trained(self._membership.session, update))
+        self._finished = None
+        return done
 
     # --- heartbeats ---
 
@@ -123,6 +145,11 @@ class AssignmentRun:
         """Report progress now and then; answer with the coordinator's word, or the device's own."""
         work, self._steps_done = self._membership.session.current(), report.step
         self._tell("step", "", report.step, work.steps, report.loss, work.version)
+        if report.trouble and not self._full:
+            self._tell("disk", f"{report.trouble}; training goes on, and it is tried again")
+        elif self._full and not report.trouble:
+            self._tell("disk", "the state folder can be written again")
+        self._full = bool(report.trouble)
         return "interrupt" if self._interrupted() else self._beat()
 
     def _beat(self) -> Directive:
@@ -130,25 +157,34 @@ class AssignmentRun:
         now = time.monotonic()
         if now < self._beat_due:
             return "continue"
-        self._beat_due = now + self._membership.federation.heartbeat_s
-        work = self._membership.session.current()
+        work, every_s = self._membership.session.current(), self._membership.federation.heartbeat_s
         try:
             reply = self._membership.transport.heartbeat(work.id, Heartbeat(self._steps_done))
         except (Unreachable, OurFault) as error:
             if not self._offline:  # once, however long it lasts
                 self._tell("offline", f"training goes on without the coordinator: {error}")
             self._offline = True
+            self._beat_due = time.monotonic() + max(every_s, self._beats.next_s(asked_by(error)))
             return "continue"
-        self._offline = False
+        self._offline, self._beat_due = False, now + every_s
+        self._beats.reset()
         return reply.directive
 
     def beat_while_paused(self) -> None:
-        """Keep in touch about work that rests in its checkpoint; drop it when it can count no more."""
+        """Keep in touch about work that rests in its checkpoint; drop it when it can count no more.
+
+        Raises:
+            Unwritable: it cannot be dropped now; the next beat tries again.
+            Unauthorised: this device is not known any more.
+        """
         if self._membership.session.phase != "training":
             return
         self._offline = True  # a paused device has nothing to say about that
-        if self._beat() == "abandon":
-            self._membership.drop("the coordinator no longer needs it")
+        try:
+            if self._beat() == "abandon":
+                self._membership.drop("the coordinator no longer needs it")
+        except NotFound as error:
+            self._membership.drop(f"the coordinator does not know this work any more: {error}")
 
     # --- delivering ---
 
@@ -157,24 +193,38 @@ class AssignmentRun:
 
         Raises:
             TransferStopped: left off in the middle; the next attempt goes on from there.
+            Unreachable, OurFault: the next attempt goes on from where the coordinator's bytes end.
         """
-        session, journal, transport = (
-            self._membership.session,
-            self._membership.journal,
-            self._membership.transport,
-        )
+        membership, journal = self._membership, self._membership.journal
+        session, transport = membership.session, membership.transport
         work, update = session.current(), session.update
         assert update is not None
+        if not _holds(journal.outbox, update):
+            membership.save(sessions.spoilt(session))
+            self._tell("notice", f"{journal.outbox} is damaged; it is trained again from its checkpoint")
+            return 0
         try:
             transport.upload(work.id, journal.outbox, self._interrupted)
             reply = transport.deliver(work.id, update)
+        except UploadLost as error:
+            raise Unreachable(
+                f"the upload did not arrive as it was sent ({error}); it is sent again"
+            ) from error
         except (StaleUpdate, NotFound, Unauthorised):
             raise
         except TheirFault as error:
-            self._membership.drop(f"the update was refused: {error}")
+            membership.drop(f"the update was refused: {error}")
             return 0
-        self._membership.save(sessions.delivered(session, reply.current_version))
+        membership.save(sessions.delivered(session, reply.current_version))
         journal.clear_work()
         text = f"delivered rank {update.rank} from version {work.version}, loss {update.loss_after:.3f}"
         self._tell("delivered", text, loss=update.loss_after, version=work.version)
         return 1
+
+
+def _holds(path: Path, update: Update) -> bool:
+    """Whether a file is what the update announces."""
+    try:
+        return path.stat().st_size == update.size_bytes and sha256_file(path) == update.digest
+    except FileNotFoundError:
+        return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.numpy import save
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.lora import Matrix
 from edge_sdk.core.records import from_json
+from edge_sdk.durable import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -50,30 +50,16 @@ class Kept:
 
 
 def write(path: Path, identity: Mapping[str, Any], progress: Progress, tensors: Mapping[str, Matrix]) -> None:
-    """Write beside `path`, flush to the disk and move into place: a kill leaves the old or the new file."""
+    """Replace the checkpoint at `path`; a kill leaves the old or the new one.
+
+    Raises:
+        Unwritable: the old one is there.
+    """
     metadata = {
         "identity": json.dumps(identity, sort_keys=True),
         "progress": json.dumps(dataclasses.asdict(progress)),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    with beside.open("wb") as file:
-        file.write(save(dict(tensors), metadata=metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    _flush_directory(path.parent)
-
-
-def _flush_directory(directory: Path) -> None:
-    """Make a rename in `directory` last. Windows cannot open a folder, and needs no such step."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_durably(path, save(dict(tensors), metadata=metadata))
 
 
 def read(path: Path, accepts: Callable[[Mapping[str, Any]], bool]) -> Kept | None:

@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.journal import write_durably
+from edge_sdk.core.errors import Unwritable
+from edge_sdk.durable import write_durably
 
 log = logging.getLogger("edge_sdk")
 
@@ -24,7 +25,6 @@ def recall(path: Path) -> dict[str, Any]:
 def remember(path: Path, key: str, finding: Any) -> None:
     """Add one. A folder that cannot be written costs the next start some seconds, and nothing else."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, json.dumps(recall(path) | {key: finding}, indent=1).encode())
-    except OSError as error:
-        log.warning("%s: cannot be written (%s); it is found out again next time", path, error.strerror)
+    except Unwritable as error:
+        log.warning("%s; it is found out again next time", error)

@@ -13,9 +13,9 @@ import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edge_sdk.core.errors import ProtocolError
+from edge_sdk.core.errors import ProtocolError, Unwritable
 from edge_sdk.core.records import from_json, to_json
-from edge_sdk.journal import write_durably
+from edge_sdk.durable import write_durably
 
 log = logging.getLogger("edge_sdk")
 
@@ -70,5 +70,5 @@ def save_link(path: Path, link: Link) -> None:
     """Keep it for the next start. A disk that is full must not end a transfer that went well."""
     try:
         write_durably(path, json.dumps(to_json(link)).encode())
-    except OSError as error:
-        log.warning("%s: cannot be written (%s); the link is measured anew next time", path, error.strerror)
+    except Unwritable as error:
+        log.warning("%s; the link is measured anew next time", error)

@@ -7,7 +7,7 @@ import threading
 from edge_sdk import enrolment
 from edge_sdk import session as sessions
 from edge_sdk.callbacks import Teller
-from edge_sdk.core.errors import InputError, OurFault, Unreachable
+from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Federation
 from edge_sdk.journal import DIGESTS, Journal
 from edge_sdk.options import Options, default_state_dir
@@ -73,42 +73,85 @@ class Membership:
             if self._session is None:
                 raise
 
+    def take_over(self) -> None:
+        """Believe the disk, not the memory: another agent may have used the state folder since."""
+        if self._session is not None:
+            self._session = self.journal.load()
+            self._checked = self._checked and self._session is not None
+
+    def rejoin(self) -> bool:
+        """Join anew, as a coordinator that was restored from an older copy needs; False without a join token.
+
+        The work in hand is of an assignment that the coordinator does not know either.
+        """
+        with self._connecting:
+            if not self._join_token:
+                return False
+            self._join_again(self.federation)
+            return True
+
+    def _join_again(self, federation: Federation) -> None:
+        self.tell("notice", "the coordinator does not know this device any more; it joins anew")
+        self._join(federation)
+        self.journal.clear_work()
+
     def _connect(self) -> None:
         known = self.journal.load()
-        token = known.credential if known else self._join_token
-        if not token:
+        if known is None:
+            self._join(None)
+            return
+        self.close()
+        self._transport = Transport(self.url, known.credential, self.journal.link)
+        try:
+            federation = self._transport.federation()
+        except Unauthorised:
+            if not self._join_token:
+                raise
+            self._join_again(known.federation)
+            return
+        federation.base.require(self._fingerprint(federation))
+        self._require_same(known.federation, federation)
+        self._session = known
+
+    def _join(self, before: Federation | None) -> None:
+        """Become a member; `before` is the federation that this state folder is of, if it is of one."""
+        if not self._join_token:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self.close()
-        self._transport = Transport(self.url, token, self.journal.link)
+        self._transport = Transport(self.url, self._join_token, self.journal.link)
         federation = self._transport.federation()
+        self._require_same(before, federation)
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
-        if known and known.federation == federation:
-            self._session = known
-            return
-        if known:
-            raise InputError(
-                f"{self.journal.folder} belongs to federation {known.federation.id}, but {self.url} serves "
-                f"{federation.id}; use another state folder"
-            )
         reply = self._transport.join(enrolment.request(fingerprint, self.options))
         self._transport.close()
         self._transport = Transport(self.url, reply.credential, self.journal.link)
         self.save(sessions.joined(self.url, reply))
         self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
 
+    def _require_same(self, before: Federation | None, federation: Federation) -> None:
+        if before not in (None, federation):
+            raise InputError(
+                f"{self.journal.folder} belongs to federation {before.id}, but {self.url} serves "
+                f"{federation.id}; use another state folder"
+            )
+
     def _fingerprint(self, federation: Federation) -> str:
         return enrolment.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
 
     def save(self, session: Session) -> None:
-        """Make `session` the one that survives."""
+        """Make `session` the one that survives.
+
+        Raises:
+            Unwritable: the disk is full; all is as before.
+        """
         self.journal.save(session)
         self._session = session
         self.heard_of(session.last_version)
 
     def heard_of(self, version: int) -> None:
-        """Tell the application of a version newer than any before."""
-        if version > self._newest:
+        """Tell the application of another version: a newer one, or what a restored coordinator has."""
+        if version != self._newest:
             self._newest = version
             self.tell("adapter", f"version {version} of the adapter is there", version=version)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.core.codec import sha256_file
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, Unwritable
+from edge_sdk.durable import write_durably
+
+log = logging.getLogger("edge_sdk")
 
 TINY = "tiny"
 
@@ -140,10 +143,10 @@ def file_digests(files: list[Path], remembered: Path | None = None) -> dict[str,
             known[key], fresh = sha256_file(path), True
         found[path.name] = known[key]
     if remembered and fresh:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        beside = remembered.with_name(f"{remembered.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known, indent=0), encoding="utf-8")
-        beside.replace(remembered)
+        try:
+            write_durably(remembered, json.dumps(known, indent=0).encode())
+        except Unwritable as error:
+            log.warning("%s; the weights are read again next time", error)
     return found
 
 

@@ -29,6 +29,7 @@ Kind = Literal[
     "resumed",
     "adapter",  # a newer version of the global adapter is there
     "notice",
+    "disk",  # a file of the state folder cannot be written, or can be again
     "memory",  # training ran out of memory and goes on in a smaller way
 ]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_sdk import enrolment, manners
+from edge_sdk import manners
 from edge_sdk import session as sessions
 from edge_sdk.assignment_run import AssignmentRun
 from edge_sdk.callbacks import PAUSED
@@ -23,23 +21,25 @@ from edge_sdk.core.errors import (
     OurFault,
     OutOfMemory,
     StaleUpdate,
+    Unauthorised,
     Unreachable,
+    Unwritable,
     WorkerDied,
 )
 from edge_sdk.core.messages import Ask, NotNow
 from edge_sdk.fitting import Fitting
 from edge_sdk.membership import Membership
+from edge_sdk.patience import Backoff, asked_by, within_reason
 from edge_sdk.published import PublishedAdapters
 from edge_sdk.resident import ResidentModel
 from edge_sdk.serving import Serving
 from edge_sdk.surroundings import Watch
 from edge_sdk.transport import TransferStopped
-from edge_sdk.worker_messages import Setup
+from edge_sdk.worker_choice import worker_for
 
 if TYPE_CHECKING:
     from edge_sdk.resident import Trainee
 
-MAX_BACKOFF_S = 60.0
 SLICE_S = 0.25  # a waiting agent hears a pause or the end of one this soon
 FOLLOW_S = 10.0  # how often a device without data looks for a newer version
 LINGER_S = 60.0  # a paused device keeps a base that was loaded to answer somebody this long after the answer
@@ -70,15 +70,17 @@ class Participation:
         self.serving = Serving(membership, published, self.model)
         self._fitting: Fitting | None = None
         self._work = AssignmentRun(membership, published, self._interrupted)
-        self._backoff_s = 0.0
+        self._backoff = Backoff()
+        self._full = False  # whether a file could not be written the last time
         self._enrolled = False
 
     # --- getting ready ---
 
     def prepare(self) -> RankChoice:
         """Everything before the first assignment."""
-        self._enrol()
-        self._ready()
+        with self._alone():
+            self._enrol()
+            self._ready()
         return self.fitting.choice
 
     @property
@@ -114,40 +116,35 @@ class Participation:
             return self.model.worker()
 
     def _load(self) -> Trainee:
-        """A worker with the base loaded."""
-        federation, options = self._membership.federation, self._options
-        setup = Setup(
-            model=enrolment.model_of(federation, options),
-            modules=federation.base.modules,
-            scaling=federation.scaling,
-            upload_dtype=federation.upload_dtype,
-            data=str(self._data) if self._data else None,
-            device=options.device,
-            quantise=self._fitting.decision.quantise if self._fitting else options.quantise,
-            bitsandbytes=self._fitting.decision.bitsandbytes if self._fitting else True,
-            threads=options.threads,
-            niceness=options.nice,
-            progress=options.progress if options.progress is not None else sys.stderr.isatty(),
-            alone=options.isolate,
-        )
-        return _in_a_process(setup) if options.isolate else _in_this_process(setup)
+        decision = self._fitting.decision if self._fitting else None
+        return worker_for(self._membership.federation, self._options, self._data, decision)
 
     # --- the loop ---
 
     def run(self, updates: int | None) -> int:
         """Take part until `stopping`, or until that many updates are delivered; returns how many were."""
-        self._enrol_patiently()
-        done = 0
-        while not self.stopping.is_set() and (updates is None or done < updates):
-            if (reason := self.watch.reason()) is not None:
-                self._pause(reason)
-                continue
-            try:
-                done += self._step()
-                self._backoff_s = 0.0
-            except (Unreachable, OurFault) as error:
-                self._back_off(error)
-        return done
+        with self._alone():
+            self._enrol_patiently()
+            done = 0
+            while not self.stopping.is_set() and (updates is None or done < updates):
+                if (reason := self.watch.reason()) is not None:
+                    self._pause(reason)
+                    continue
+                try:
+                    done += self._step()
+                except (Unreachable, OurFault) as error:
+                    self._back_off(error)
+            return done
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Be the only one who trains with the state folder; a device that only asks needs not be."""
+        if self._data is None:
+            yield
+            return
+        with self._membership.journal.held():
+            self._membership.take_over()
+            yield
 
     def _enrol_patiently(self) -> None:
         """A device that has joined before waits for a coordinator that does not answer; a new one fails."""
@@ -161,28 +158,49 @@ class Participation:
                 self._back_off(error)
 
     def _step(self) -> int:
-        """Do what the session's phase asks for; 1 if an update was delivered by it."""
+        """Do what is next; 1 if an update was delivered by it."""
         from edge_sdk.training import Interrupted
 
         try:
-            if self._data is None:
-                self._follow()
-            elif self._membership.session.phase == "idle":
-                self._ask()
-            elif self._membership.session.phase == "training":
-                self._train()
-            else:
-                with self._doing("an upload, or its acknowledgement"):
-                    return self._work.deliver()
+            return self._follow() if self._data is None else self._do()
         except (Interrupted, TransferStopped):
             return 0
         except StaleUpdate as error:
-            self._membership.drop(f"came too late: {error}")
+            self._drop(f"came too late: {error}")
         except NotFound as error:
-            if self._data is None:
+            if self._membership.session.phase == "idle":
                 raise
-            self._membership.drop(f"the coordinator does not know this work any more: {error}")
+            self._drop(f"the coordinator does not know this work any more: {error}")
+        except Unauthorised:
+            if not self._membership.rejoin():
+                raise
+            self._rest(self._backoff.next_s())
         return 0
+
+    def _do(self) -> int:
+        """What the session's phase asks for; 1 if an update was delivered by it."""
+        phase = self._membership.session.phase
+        if phase == "outbox":
+            return self._deliver()
+        if phase == "idle":
+            self._ask()
+        else:
+            self._train()
+        return 0
+
+    def _drop(self, reason: str) -> None:
+        """Give up the work in hand, and rest a little: what made it worthless may not be over."""
+        self._membership.drop(reason)
+        self._rest(self._backoff.next_s())
+
+    def _deliver(self) -> int:
+        with self._doing("an upload, or its acknowledgement"):
+            delivered = self._work.deliver()
+        if delivered:
+            self._went_well()
+        elif self._membership.session.phase == "idle":  # it was refused
+            self._rest(self._backoff.next_s())
+        return delivered
 
     def _ask(self) -> None:
         """Get an assignment, or wait as long as the coordinator says."""
@@ -193,9 +211,9 @@ class Participation:
         with self._doing("an answer of the coordinator"):
             answer = self._membership.transport.ask(Ask(chosen.rank, chosen.setting.carry_rank))
         if isinstance(answer, NotNow):
+            self._went_well()
             self._tell("waiting", answer.reason)
-            # Up to a quarter more, so that devices told the same do not come back together.
-            self._rest(answer.retry_after_s * (1 + random.random() / 4))
+            self._rest(self._backoff.spread_s(within_reason(answer.retry_after_s)))
             return
         self._membership.journal.clear_work()
         setting = self.fitting.setting_for(answer)
@@ -217,6 +235,7 @@ class Participation:
             self.model.let_go()
             raise
         else:
+            self._went_well()
             if done is not None and self._options.isolate:
                 self.fitting.learn(session.way(), done.memory)
 
@@ -231,12 +250,17 @@ class Participation:
         self._membership.save(sessions.refitted(self._membership.session, smaller))
         self._tell("memory", f"{error}; it goes on with {smaller}")
 
-    def _follow(self) -> None:
+    def _follow(self) -> int:
         """A device without data: have the newest version here, and look again later."""
-        with self._doing("a download"):
-            version = self.serving.refresh(self._interrupted)
+        try:
+            with self._doing("a download"):
+                version = self.serving.refresh(self._interrupted)
+        except NotFound as error:
+            raise Unreachable(f"what was published a moment ago is gone: {error}") from error
         self._membership.heard_of(version)
+        self._went_well()
         self._rest(FOLLOW_S)
+        return 0
 
     def _interrupted(self) -> bool:
         """Whether to leave off now: to stop, or to pause."""
@@ -248,18 +272,28 @@ class Participation:
             self.model.let_go()
         self._tell("paused", PAUSED + reason)
         while not self.stopping.wait(SLICE_S) and self.watch.reason() is not None:
-            with self._doing("an answer of the coordinator"):
-                self._work.beat_while_paused()
+            with self._doing("an answer of the coordinator"), contextlib.suppress(Unauthorised, Unwritable):
+                self._work.beat_while_paused()  # training meets the same error when it goes on
             self.model.let_go(unless_asked_s=LINGER_S)
         if not self.stopping.is_set():
             self._tell("resumed", "resumed")
 
     def _back_off(self, error: EdgeError) -> None:
-        """Wait twice as long as the last time, with jitter, up to a minute."""
-        self._backoff_s = min(MAX_BACKOFF_S, max(1.0, 2 * self._backoff_s))
-        wait_s = self._backoff_s * (0.5 + random.random() / 2)
-        self._tell("offline", f"{error}; trying again in {wait_s:.0f} s")
+        """Wait before the next attempt, as long as the other side asks or twice as long as the last time."""
+        wait_s = self._backoff.next_s(asked_by(error))
+        if not isinstance(error, Unwritable):
+            self._tell("offline", f"{error}; trying again in {wait_s:.0f} s")
+        elif not self._full:  # once, however long it lasts
+            self._full = True
+            self._tell("disk", f"{error}; it goes on by itself then")
         self._rest(wait_s)
+
+    def _went_well(self) -> None:
+        """There is nothing to wait for any more."""
+        self._backoff.reset()
+        if self._full:
+            self._full = False
+            self._tell("disk", "the state folder can be written again")
 
     def _rest(self, seconds: float) -> None:
         """Do nothing for a while, or until told to stop or to pause."""
@@ -275,23 +309,3 @@ class Participation:
             yield
         finally:
             self.activity = ""
-
-
-def _in_a_process(setup: Setup) -> Trainee:
-    """A worker in a process of its own; if it cannot be made, none is left behind."""
-    from edge_sdk.worker_process import WorkerProcess
-
-    worker = WorkerProcess(setup)
-    try:
-        worker.prepare()
-    except BaseException:
-        worker.close()
-        raise
-    return worker
-
-
-def _in_this_process(setup: Setup) -> Trainee:
-    """A worker that shares the application's process, its libraries and its fate."""
-    from edge_sdk.worker import Worker
-
-    return Worker(setup)

@@ -23,9 +23,9 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from edge_sdk.core.errors import ProtocolError
+from edge_sdk.core.errors import ProtocolError, Unwritable
 from edge_sdk.core.records import from_json, to_json
-from edge_sdk.journal import write_durably
+from edge_sdk.durable import write_durably
 
 log = logging.getLogger(__name__)
 
@@ -107,10 +107,13 @@ class Corrections:
         return self._known.get(_key(fingerprint, device, dtype), Correction())
 
     def keep(self, fingerprint: str, device: str, dtype: str, correction: Correction) -> None:
-        """Remember, durably."""
+        """Remember, durably; where the disk is full, until the process ends."""
         self._known[_key(fingerprint, device, dtype)] = correction
         content = json.dumps(to_json(_File(self._known)), indent=1, sort_keys=True)
-        write_durably(self._path, content.encode() + b"\n")
+        try:
+            write_durably(self._path, content.encode() + b"\n")
+        except Unwritable as error:
+            log.warning("%s; the correction is kept in memory", error)
 
     def _read(self) -> dict[str, Correction]:
         """The file; one that cannot be read is logged and begun anew, for it can be learnt again."""

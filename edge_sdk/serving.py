@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from edge_sdk.core.errors import OurFault, Unreachable
 from edge_sdk.core.lora import Adapter
 from edge_sdk.membership import Membership
-from edge_sdk.published import PublishedAdapters
+from edge_sdk.patience import asked_by
+from edge_sdk.published import PublishedAdapters, Served
 from edge_sdk.resident import ResidentModel
 from edge_sdk.worker_messages import Question
 
@@ -23,7 +25,7 @@ class Serving:
     def __init__(self, membership: Membership, published: PublishedAdapters, model: ResidentModel) -> None:
         self._membership, self._published, self._model = membership, published, model
         self._refreshing = threading.Lock()
-        self._newest: tuple[int, int] = (0, 0)  # version, rank of its file; rank 0: it changes nothing
+        self._newest = Served()
         self._due = 0.0
         self.online = True
 
@@ -40,28 +42,34 @@ class Serving:
                 try:
                     self._newest = self._ask(stopping)
                     self.online, wait_s = True, FRESH_S
-                except (Unreachable, OurFault):
+                except (Unreachable, OurFault) as error:
                     self._newest = max(self._newest, self._published.newest_on_disk())
-                    self.online, wait_s = False, OFFLINE_S
+                    self.online, wait_s = False, max(OFFLINE_S, asked_by(error))
                 self._due = time.monotonic() + wait_s
-            return self._newest[0]
+            return self._newest.version
 
-    def _ask(self, stopping: Callable[[], bool] | None) -> tuple[int, int]:
-        """The newest version and its rank, downloaded."""
+    def _ask(self, stopping: Callable[[], bool] | None) -> Served:
+        """The newest version at its rank, downloaded."""
+        newest = self._look()
+        if newest.rank:
+            self._published.have(newest, "serve", stopping)
+        return newest
+
+    def _look(self) -> Served:
+        """What the coordinator publishes now."""
         status = self._membership.transport.status()
-        newest = status.version, status.version_ranks.get(str(status.version), 0)
-        if newest[1]:
-            self._published.have(*newest, "serve", stopping)
+        newest = Served(status.version, status.version_ranks.get(str(status.version), 0), status.start)
+        self._published.heard(newest)
         return newest
 
     def newest(self, rank: int | None = None) -> tuple[int, Adapter | None]:
         """The newest version and its adapter: whole, or cut to `rank`. None for version 0."""
         self._membership.connect()
-        status = self._membership.transport.status()
-        live = status.version_ranks.get(str(status.version), 0)
-        if not live:
-            return status.version, None
-        return status.version, self._published.fetch(status.version, min(rank or live, live), "serve")
+        newest = self._look()
+        if not newest.rank:
+            return newest.version, None
+        cut = replace(newest, rank=min(rank or newest.rank, newest.rank))
+        return newest.version, self._published.fetch(cut, "serve")
 
     def load(self) -> None:
         """The base into memory, and the newest version onto the disk."""
@@ -71,7 +79,7 @@ class Serving:
     def generate(self, prompt: str, max_new_tokens: int, on_text: Callable[[str], None] | None) -> str:
         """Greedy answer to `prompt`; waits at most for one training step, and for the base to load."""
         self.refresh()
-        version, rank = self._newest
-        adapter = str(self._published.have(version, rank, "serve")) if rank else None
+        newest = self._newest
+        adapter = str(self._published.have(newest, "serve")) if newest.rank else None
         question = Question((prompt,), max_new_tokens, adapter)
         return self._model.ask(lambda worker: worker.generate(question, on_text))[0]

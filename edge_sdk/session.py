@@ -2,7 +2,8 @@
 
                 joined            assigned            trained           delivered
     (nothing) ────────► idle ──────────────► training ─────────► outbox ──────────► idle
-                          ▲                     │                   │
+                          ▲                     │ ▲      spoilt     │
+                          │                     │ └─────────────────┤
                           └───── dropped ───────┴───────────────────┘
 
 A `Session` is all that a device must remember over a power cut; `journal.py` keeps it. Every arrow is one
@@ -14,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from edge_sdk.core.errors import InternalError
+from edge_sdk.core.errors import InternalError, ProtocolError
 from edge_sdk.core.messages import Assignment, Federation, JoinReply, Update
 from edge_sdk.core.setting import Setting
 
@@ -35,6 +36,17 @@ class Session:
     update: Update | None = None  # while in the outbox
     delivered: int = 0
     last_version: int = 0  # newest version heard of
+
+    def __post_init__(self) -> None:
+        """Raise ProtocolError for a phase without the records that it needs, as a damaged file may say."""
+        needed = {
+            "idle": [],
+            "training": ["assignment", "setting"],
+            "outbox": ["assignment", "setting", "update"],
+        }
+        for name in needed[self.phase]:
+            if getattr(self, name) is None:
+                raise ProtocolError(f"Session.{name} is missing in phase {self.phase}")
 
     def current(self) -> Assignment:
         """The assignment in hand."""
@@ -82,6 +94,12 @@ def delivered(session: Session, current_version: int) -> Session:
     """The coordinator has the update on disk."""
     _require(session, "outbox")
     return replace(_idle(session), delivered=session.delivered + 1, last_version=current_version)
+
+
+def spoilt(session: Session) -> Session:
+    """The finished adapter is damaged on this disk; it is trained again, from its checkpoint if possible."""
+    _require(session, "outbox")
+    return replace(session, phase="training", update=None)
 
 
 def dropped(session: Session) -> Session:

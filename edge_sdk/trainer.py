@@ -35,6 +35,7 @@ from edge_sdk.core.errors import InputError, OutOfMemory
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
 from edge_sdk.dataset import IGNORED, Tokenised, collate
+from edge_sdk.keeping import Keeping
 from edge_sdk.loss import summed_cross_entropy
 from edge_sdk.out_of_memory import caught, out_of_memory
 from edge_sdk.recompute import recomputed
@@ -147,11 +148,12 @@ class Trainer:
             if checkpoint and (kept := checkpoints.read(checkpoint, accepts)):
                 run.restore(*refitted(kept, marks, adapter))
             save = (lambda: checkpoints.write(checkpoint, marks, *run.state())) if checkpoint else None
+            keeping = Keeping(save, plan.checkpoint_s)
             with _bar("training", plan.steps, self._bars, run.progress.step) as bar:
                 batches = _batches(examples, plan, start.seed, run.progress.step)
-                failure = caught(lambda: self._loop(run, batches, on_step, save, bar))
+                failure = caught(lambda: self._loop(run, batches, on_step, keeping, bar))
             if failure:
-                run.rescue(save)
+                run.rescue(keeping)
                 return out_of_memory(run.progress.step, plan.described(start.ranks), failure)
             done, factors = run.progress, self._places.factors(LOCAL)
         return Trained(factors, done.step, done.examples, done.loss_first, done.loss_last, done.seconds)
@@ -161,11 +163,10 @@ class Trainer:
         run: _Run,
         batches: Iterable[Sequence[Tokenised]],
         on_step: Callable[[StepReport], StepAnswer],
-        save: Callable[[], None] | None,
+        keeping: Keeping,
         bar: Any,
     ) -> None:
         """Steps until the batches of the plan are done or the caller says finish."""
-        saved_at = time.monotonic()
         for rows in batches:
             began = time.monotonic()
             with self._turns:
@@ -174,16 +175,13 @@ class Trainer:
             run.advance(loss, len(rows), now - began)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
-            if save and now - saved_at >= run.plan.checkpoint_s:
-                save()
-                saved_at = now
+            keeping.if_due()
             resting_until = now + (now - began) * (1 / run.plan.duty - 1)
-            answer = rest(resting_until, run.report(loss), on_step)
+            answer = rest(resting_until, run.report(loss, keeping.trouble), on_step)
             if answer == "finish":
                 return
             if answer == "interrupt" and run.progress.step < run.plan.steps:
-                if save:
-                    save()
+                keeping.now()
                 raise Interrupted
 
     def _step(self, run: _Run, rows: Sequence[Tokenised]) -> float:
@@ -337,10 +335,10 @@ class _Run:
             before.adam_since,
         )
 
-    def report(self, loss: float) -> StepReport:
+    def report(self, loss: float, trouble: str) -> StepReport:
         """What `on_step` is told."""
         done = self.progress
-        return StepReport(done.step, self.plan.steps, loss, done.examples, done.seconds)
+        return StepReport(done.step, self.plan.steps, loss, done.examples, done.seconds, trouble)
 
     def state(self) -> tuple[Progress, dict[str, Matrix]]:
         """Counters, and factors with their moments (none before the optimiser's first step)."""
@@ -362,14 +360,14 @@ class _Run:
                 steps = progress.step - progress.adam_since
                 optimizers.restore(kind, self._optimizer, parameter, parts, steps)
 
-    def rescue(self, save: Callable[[], None] | None) -> None:
+    def rescue(self, keeping: Keeping) -> None:
         """Write the last good step after memory ran out, if it is whole and there is memory for that.
 
         Between updates nothing changes but gradients. If an update itself failed, or there is no room for
         writing, the checkpoint before is what the run goes on from.
         """
         self._optimizer.zero_grad()
-        if save and self._whole and self.progress.step and (failure := caught(save)):
+        if self._whole and self.progress.step and (failure := caught(keeping.now)):
             log.warning("no memory to write a checkpoint (%s); the one before counts", failure)
 
 

@@ -85,13 +85,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class StepReport:
-    """After a step: its number (1 …), mean loss per label token, examples and computing time so far."""
+    """After a step: its number (1 …), mean loss per label token, examples and computing time so far.
+
+    `trouble`: why the checkpoint or the finished adapter cannot be written at present; "" if it can.
+    """
 
     step: int
     steps: int
     loss: float
     examples: int
     seconds: float
+    trouble: str = ""
 
 
 @dataclass(frozen=True)

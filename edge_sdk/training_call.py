@@ -63,9 +63,11 @@ class TrainingCall:
         self._ask(report)
 
     def _ask(self, report: StepReport) -> None:
-        """Hear the application, until it has said to leave off."""
-        if self._word == "continue" and (word := self._on_step(report)) != "continue":
-            self.say(word)
+        """Hear the application, until it has said to leave off; one that said to finish may still do so."""
+        if self._word in ("continue", "finish"):
+            word = self._on_step(report)
+            if word != "continue" and word != self._word:
+                self.say(word)
 
     def say(self, word: Word) -> None:
         """Pass a word on. From any thread."""

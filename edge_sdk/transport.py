@@ -7,26 +7,16 @@ continues at the right byte.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 
 from edge_sdk.core import messages
-from edge_sdk.core.errors import (
-    EdgeError,
-    InputError,
-    NotFound,
-    OffsetConflict,
-    OurFault,
-    ProtocolError,
-    Unauthorised,
-    Unreachable,
-    from_problem,
-)
+from edge_sdk.core.errors import InputError, OffsetConflict, OurFault, ProtocolError, Unreachable
 from edge_sdk.core.messages import (
     Ask,
     Assignment,
@@ -43,11 +33,19 @@ from edge_sdk.core.messages import (
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.wire_dtype import WireDtype
 from edge_sdk.link import Link, load_link, save_link
+from edge_sdk.partial import Part
+from edge_sdk.refusal import error_of
 
 Record = TypeVar("Record")
-TIMEOUT = httpx.Timeout(60.0, connect=10.0)
+TIMEOUT = httpx.Timeout(60.0, connect=10.0)  # without a byte, not for a whole transfer
+BEAT_TIMEOUT = httpx.Timeout(10.0)  # training may wait for the answer
 CHUNK_BYTES = 64 << 10  # a stop is heard between two of them
 UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the offset was asked for
+# One request of an upload should take about PIECE_S: an answer that is due for longer than a time-out is
+# taken for a dead link, and a proxy may take only small bodies.
+PIECE_S = 10.0
+LEAST_PIECE_BYTES, PIECE_BYTES, MOST_PIECE_BYTES = 64 << 10, 256 << 10, 16 << 20
+INTRODUCTIONS = (Federation, JoinReply)  # whose mistakes a person must mend; all others pass
 
 
 class TransferStopped(Exception):
@@ -73,6 +71,7 @@ class Transport:
         self._link_file = link_file
         self.link = load_link(link_file) if link_file else Link()
         self.server_date: str | None = None
+        self._most_piece_bytes = MOST_PIECE_BYTES
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
 
     def close(self) -> None:
@@ -97,38 +96,70 @@ class Transport:
     def heartbeat(self, assignment: str, beat: Heartbeat) -> HeartbeatReply:
         """Report progress."""
         route = messages.HEARTBEAT.format(id=assignment)
-        return self._record(HeartbeatReply, self._send("POST", route, json=to_json(beat)))
+        return self._record(
+            HeartbeatReply, self._send("POST", route, json=to_json(beat), timeout=BEAT_TIMEOUT)
+        )
 
     def status(self) -> Status:
         """The federation at a glance."""
         return self._record(Status, self._send("GET", messages.STATUS))
 
     def upload(self, assignment: str, path: Path, stopping: Callable[[], bool] | None = None) -> None:
-        """Send what the coordinator does not have yet of the file.
+        """Send what the coordinator does not have yet of the file, in pieces that are each acknowledged.
+
+        However long the whole takes, an answer is due after every piece; what a broken one has left behind
+        counts.
 
         Raises:
             TransferStopped: `stopping`, asked between chunks, said so.
         """
-        for _ in range(UPLOAD_TRIES):
+        route, size_bytes = messages.UPLOAD.format(id=assignment), path.stat().st_size
+        first = offset = self._stored_bytes(route)
+        began, piece_bytes, conflicts = time.monotonic(), PIECE_BYTES, 0
+        while offset < size_bytes:
+            piece = _Piece(path, offset, min(piece_bytes, size_bytes - offset))
+            piece_began = time.monotonic()
             try:
-                self._upload_rest(messages.UPLOAD.format(id=assignment), path, stopping)
+                offset = self._append(route, piece, stopping)
+            except (Unreachable, OurFault):
+                # A proxy may take no body of that size: this upload goes on, and the next begins, below it.
+                self._most_piece_bytes = max(PIECE_BYTES, piece.size_bytes // 2)
+                raise
             except OffsetConflict:
-                continue
-            return
-        raise Unreachable(f"the upload met another sender {UPLOAD_TRIES} times; it goes on later")
+                conflicts += 1
+                if conflicts == UPLOAD_TRIES:
+                    raise Unreachable(f"the upload met another sender {conflicts} times") from None
+                offset = self._stored_bytes(route)
+            piece_bytes = _next_piece_bytes(piece_bytes, time.monotonic() - piece_began)
+            piece_bytes = min(piece_bytes, self._most_piece_bytes)
+        if size_bytes > first:
+            self._measured(self.link.with_upload(size_bytes - first, time.monotonic() - began))
 
-    def _upload_rest(self, route: str, path: Path, stopping: Callable[[], bool] | None) -> None:
-        text = self._send("HEAD", route).headers.get(messages.UPLOAD_OFFSET, "")
-        if not text.isdigit():
-            raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
-        offset = int(text)
-        rest_bytes = path.stat().st_size - offset
-        if rest_bytes <= 0:
-            return
-        headers = {messages.UPLOAD_OFFSET: str(offset), "Content-Type": messages.OFFSET_CONTENT_TYPE}
-        began = time.monotonic()
-        self._send("PATCH", route, content=_bytes_from(path, offset, stopping), headers=headers)
-        self._measured(self.link.with_upload(rest_bytes, time.monotonic() - began))
+    def _stored_bytes(self, route: str) -> int:
+        """How much of an upload the coordinator has."""
+        return self._offset_in(self._send("HEAD", route))
+
+    def _append(self, route: str, piece: _Piece, stopping: Callable[[], bool] | None) -> int:
+        """Send one piece; where the stored bytes end after it."""
+        headers = {
+            messages.UPLOAD_OFFSET: str(piece.offset),
+            "Content-Type": messages.OFFSET_CONTENT_TYPE,
+            "Content-Length": str(piece.size_bytes),
+        }
+        response = self._send("PATCH", route, content=piece.chunks(stopping), headers=headers)
+        end = self._offset_in(response)
+        if response.status_code != 204 or end != piece.offset + piece.size_bytes:
+            raise Unreachable(f"{self.url} does not take an upload as a coordinator does; check the address")
+        return end
+
+    def _offset_in(self, response: httpx.Response) -> int:
+        text = response.headers.get(messages.UPLOAD_OFFSET, "")
+        if not (text.isascii() and text.isdigit()):
+            raise Unreachable(
+                f"{self.url}: {messages.UPLOAD_OFFSET} {text[:40]!r} is not a number of bytes; "
+                "is it a coordinator?"
+            )
+        return int(text)
 
     def deliver(self, assignment: str, update: Update) -> UpdateReply:
         """Say what was uploaded. Safe to repeat: the same update counts once."""
@@ -146,30 +177,29 @@ class Transport:
         """Fetch the adapter of a version at a rank; a broken download continues where it stopped.
 
         Raises:
+            Unreachable: it broke off, or came damaged and was thrown away; the next attempt may do.
+            Unwritable: the disk is full.
             TransferStopped: `stopping`, asked between chunks, said so.
         """
-        part = path.with_name(path.name + ".part")
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Range": f"bytes={have}-"} if have else {}
+        part = Part(path)
         place = messages.ADAPTER if dtype == "float32" else messages.ADAPTER_IN
         route = place.format(version=version, rank=rank, dtype=dtype)
         began, received_bytes = time.monotonic(), 0
         try:
-            with self._http.stream("GET", route, headers=headers) as response:
-                if response.status_code == 416:  # the part is whole or not ours: start over
-                    part.unlink()
+            with self._http.stream("GET", route, headers=part.headers()) as response:
+                if response.status_code == 416:
+                    part.discard()
                     raise Unreachable("the partial download did not fit; it starts over")
-                if response.is_error:
+                if response.status_code not in (200, 206):
                     response.read()
-                    raise _error_of(response)
-                with part.open("ab" if response.status_code == 206 else "wb") as file:
-                    for chunk in response.iter_bytes():  # as they come in
-                        received_bytes += file.write(chunk)
-                        _heed(stopping)
+                    raise error_of(response)
+                for size_bytes in part.receive(response):
+                    received_bytes += size_bytes
+                    _heed(stopping)
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
         self._measured(self.link.with_download(received_bytes, time.monotonic() - began))
-        part.replace(path)
+        part.finish()
 
     def _send(
         self, method: str, route: str, accept: tuple[int, ...] = (), **arguments: Any
@@ -180,8 +210,8 @@ class Transport:
         except httpx.RequestError as error:
             raise self._unreachable(error) from error
         self.server_date = response.headers.get("Date")
-        if response.is_error and not (response.status_code in accept and _is_record(response)):
-            raise _error_of(response)
+        if not response.is_success and not (response.status_code in accept and _is_record(response)):
+            raise error_of(response)
         return response
 
     def _measured(self, link: Link) -> None:
@@ -198,7 +228,9 @@ class Transport:
         try:
             return from_json(kind, value)
         except ProtocolError as error:
-            raise ProtocolError(f"{self.url}: {error}") from error
+            if kind in INTRODUCTIONS:
+                raise ProtocolError(f"{self.url}: {error}") from error
+            raise Unreachable(f"{self.url} does not answer like a coordinator: {error}") from error
 
     def _unreachable(self, error: httpx.RequestError) -> Unreachable:
         reason = str(error) or type(error).__name__
@@ -224,36 +256,31 @@ def _heed(stopping: Callable[[], bool] | None) -> None:
         raise TransferStopped
 
 
-def _bytes_from(path: Path, offset: int, stopping: Callable[[], bool] | None) -> Iterator[bytes]:
-    """A file from `offset` on, in pieces."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        while chunk := file.read(CHUNK_BYTES):
-            _heed(stopping)
-            yield chunk
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a file, sent in one request."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+
+    def chunks(self, stopping: Callable[[], bool] | None) -> Iterator[bytes]:
+        """Its bytes."""
+        left = self.size_bytes
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+                _heed(stopping)
+                left -= len(chunk)
+                yield chunk
+
+
+def _next_piece_bytes(piece_bytes: int, took_s: float) -> int:
+    """The size of the next piece: larger on a quick link, smaller on a slow one."""
+    if took_s < PIECE_S / 2:
+        return min(MOST_PIECE_BYTES, 2 * piece_bytes)
+    return max(LEAST_PIECE_BYTES, piece_bytes // 2) if took_s > 2 * PIECE_S else piece_bytes
 
 
 def _is_record(response: httpx.Response) -> bool:
     return str(response.headers.get("Content-Type", "")).startswith("application/json")
-
-
-def _error_of(response: httpx.Response) -> EdgeError:
-    """The error behind a refusal. What is no problem document comes from a proxy or a stranger.
-
-    The answer to HEAD has no body, so that its status has to do.
-    """
-    bodyless: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}
-    if response.request.method == "HEAD" and response.status_code in bodyless:
-        return bodyless[response.status_code](f"{response.request.url} answered {response.status_code}")
-    try:
-        document = response.json()
-    except ValueError:
-        document = None
-    if isinstance(document, dict) and "title" in document:
-        return from_problem(document)
-    text = json.dumps(response.text[:80])
-    if response.status_code >= 500 or response.status_code in (408, 429):
-        return OurFault(f"the server answered {response.status_code}: {text}")
-    return ProtocolError(
-        f"{response.request.url} answered {response.status_code}: {text}; is it a coordinator?"
-    )

@@ -16,13 +16,15 @@ import torch
 
 from edge_sdk import base_model, priority, process_memory
 from edge_sdk.core import codec
+from edge_sdk.core.errors import Unwritable
 from edge_sdk.core.lora import Adapter, max_rank
 from edge_sdk.core.setting import Ranks
 from edge_sdk.dataset import Tokenised, load_examples, tokenise
-from edge_sdk.journal import write_durably
+from edge_sdk.durable import write_durably
 from edge_sdk.out_of_memory import caught, out_of_memory
+from edge_sdk.patience import Backoff
 from edge_sdk.trainer import Trainer
-from edge_sdk.training import Start, StepAnswer, StepReport
+from edge_sdk.training import REST_SLICE_S, Abandoned, Interrupted, Start, StepAnswer, StepReport, Trained
 from edge_sdk.worker_messages import Finished, Job, Memory, Prepared, Question, Setup
 
 
@@ -89,7 +91,7 @@ class Worker:
         rows = self._rows_of(job.plan.sequence_len)
         done = self._trainer.train(start, rows, job.plan, on_step=on_step, checkpoint=Path(job.checkpoint))
         content = codec.encode(done.adapter, self._setup.scaling, self._setup.upload_dtype)
-        write_durably(Path(job.outbox), content)
+        self._put(Path(job.outbox), content, done, job.plan.steps, on_step)
         return Finished(
             rank=max_rank(done.adapter),
             digest=hashlib.sha256(content).hexdigest(),
@@ -101,6 +103,32 @@ class Worker:
             seconds=done.seconds,
             memory=self.memory(),
         )
+
+    @staticmethod
+    def _put(
+        path: Path, content: bytes, done: Trained, steps: int, on_step: Callable[[StepReport], StepAnswer]
+    ) -> None:
+        """Write the finished adapter. Where the disk is full it waits here until there is room.
+
+        Raises:
+            Abandoned, Interrupted: `on_step`, asked every half second, said so. What follows the last
+                checkpoint is trained again then.
+        """
+        backoff = Backoff()
+        while True:
+            try:
+                write_durably(path, content)
+                return
+            except Unwritable as error:
+                report = StepReport(
+                    done.steps, steps, done.loss_after, done.examples, done.seconds, str(error)
+                )
+            until = time.monotonic() + backoff.next_s()
+            while (left := until - time.monotonic()) > 0:
+                answer = on_step(report)
+                if answer in ("abandon", "interrupt"):
+                    raise Abandoned if answer == "abandon" else Interrupted
+                time.sleep(min(left, REST_SLICE_S))
 
     def _cut(self, path: str | None, ranks: Ranks | None) -> Adapter | None:
         """An adapter file with the leading components of every module; None for no file.

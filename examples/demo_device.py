@@ -20,7 +20,7 @@ from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.profile import load_profile
 from edge_sdk.dataset import tokenise
-from edge_sdk.journal import write_durably
+from edge_sdk.durable import write_durably
 from edge_sdk.jsonl import load_examples
 from edge_sdk.trainer import Trainer
 from examples.embedded import embedded_agent

@@ -105,7 +105,7 @@ def federation_toml(rule: RuleName) -> str:
     lines = ['base = "tiny"']
     for name, values in sections.items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in values.items()]
+        lines += [f"{key} = {_toml(value)}" for key, value in values.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

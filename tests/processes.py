@@ -18,15 +18,21 @@ PATIENCE_S = 60.0  # of a loaded machine; nothing here takes a tenth of it
 
 def environment() -> dict[str, str]:
     """One compute thread, no model hub, and no join token from the caller's shell."""
-    kept = {key: value for key, value in os.environ.items() if key != "EDGE_JOIN_TOKEN"}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("EDGE_JOIN_TOKEN", "EDGE_COORDINATOR_FAIL")
+    }
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module arguments` to its end."""
+def command(
+    module: str, *arguments: object, environ: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments` to its end, with `environ` besides."""
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        env=environment(),
+        env=environment() | dict(environ or {}),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -37,7 +43,8 @@ def command(module: str, *arguments: object) -> subprocess.CompletedProcess[str]
 class CoordinatorProcess:
     """`edge-coordinator serve` on a folder. It outlives no test: use it in a with statement.
 
-    Its port is a free one at the first start and the same from then on, as a host's would be.
+    Its port is a free one at the first start and the same from then on, as a host's would be. `before` is put
+    before its command line, and `environment` into its environment, at the next start.
     """
 
     def __init__(self, folder: Path, config: str) -> None:
@@ -46,6 +53,8 @@ class CoordinatorProcess:
         self.config.write_text(config)
         self.log = folder / "coordinator.log"
         self.port = 0
+        self.before: list[str] = []
+        self.environment: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> CoordinatorProcess:
@@ -71,10 +80,11 @@ class CoordinatorProcess:
             written = log.tell()
             self._process = subprocess.Popen(
                 [
+                    *self.before,
                     *(sys.executable, "-m", "coordinator.cli", "serve"),
                     *("--data", str(self.data), "--config", str(self.config), "--port", str(self.port)),
                 ],
-                env=environment(),
+                env=environment() | self.environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -88,6 +98,21 @@ class CoordinatorProcess:
                 self.kill()
                 raise AssertionError(f"the coordinator does not listen: {said}")
             time.sleep(0.02)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def wait(self) -> int:
+        """Until it ends by itself; its exit code."""
+        assert self._process is not None
+        code = self._process.wait(PATIENCE_S)
+        self._process = None
+        return code
 
     def kill(self) -> None:
         """SIGKILL: it gets no chance to tidy up."""

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from edge_sdk.agent import Agent
 from edge_sdk.core import codec, memory
 from edge_sdk.core.columns import drawn_columns
 from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.messages import CARRYING, Base, RuleName
+from edge_sdk.core.messages import CARRYING, Base, RuleName, Update, UpdateReply
 from edge_sdk.core.records import to_json
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.core.wire_dtype import WireDtype
@@ -287,15 +287,15 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
             ),
             on_event=events.append,
         )
-        upload, spoilt = Transport.upload, [True]
+        deliver, boasting = Transport.deliver, [True]
 
-        def upload_spoilt(transport: Transport, work: str, path: Path, stopped: Callable[[], bool]) -> None:
-            if spoilt:
-                path.write_bytes(path.read_bytes()[:-1] + b"?")
-                spoilt.clear()
-            upload(transport, work, path, stopped)
+        def deliver_boasting(transport: Transport, work: str, update: Update) -> UpdateReply:
+            if boasting:
+                boasting.clear()
+                update = replace(update, rank=update.rank + 100)
+            return deliver(transport, work, update)
 
-        monkeypatch.setattr(Transport, "upload", upload_spoilt)
+        monkeypatch.setattr(Transport, "deliver", deliver_boasting)
         try:
             assert agent.run(updates=1) == 1
         finally:
@@ -304,7 +304,7 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
         "refused",
         "delivered",
     ]
-    assert "upload again" in next(event.text for event in events if event.kind == "refused")
+    assert "Update.rank: 1" in next(event.text for event in events if event.kind == "refused")
 
 
 def test_a_sparse_warm_up_trains_the_drawn_columns_and_then_all(tmp_path: Path) -> None:

@@ -8,16 +8,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.core.codec import encode
 from edge_sdk.core.errors import Unreachable
+from edge_sdk.core.lora import LoraFactors
 from edge_sdk.link import KEPT, LEAST_BYTES, Link, load_link, save_link
 from edge_sdk.transport import Transport
 
 MB = 1_000_000
 SIZE_BYTES = 3 * LEAST_BYTES
+ADAPTER = encode({"layer": LoraFactors(np.ones((64, 128), np.float32), np.ones((128, 256), np.float32))}, 1.0)
 rates = st.floats(1, 1e12)
 
 
@@ -82,6 +86,7 @@ def test_a_damaged_file_means_not_measured(tmp_path: Path, content: bytes | None
 
 
 def test_a_disk_that_takes_nothing_ends_no_transfer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "gone").touch()
     with caplog.at_level(logging.WARNING, "edge_sdk"):
         save_link(tmp_path / "gone" / "link.json", after(1.0))
     assert "the link is measured anew next time" in caplog.text
@@ -90,29 +95,38 @@ def test_a_disk_that_takes_nothing_ends_no_transfer(tmp_path: Path, caplog: pyte
 # --- real transfers ---------------------------------------------------------------------------------
 
 
+MOST_BODY_BYTES = 1 << 20  # as nginx has it unless told otherwise
+taken: list[int] = []  # bodies of uploads
+
+
 class Files(http.server.BaseHTTPRequestHandler):
-    """Serves SIZE_BYTES to any GET, promises more than it sends below version 9, and takes any upload."""
+    """Serves ADAPTER to any GET, promises more than it sends below version 9, and takes any upload."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         self.send_response(200)
         broken = "/versions/9/" in self.path
-        self.send_header("Content-Length", str(SIZE_BYTES * (2 if broken else 1)))
+        self.send_header("Content-Length", str(len(ADAPTER) * (2 if broken else 1)))
         self.end_headers()
-        self.wfile.write(bytes(SIZE_BYTES))
+        self.wfile.write(ADAPTER)
         self.close_connection = broken
 
     def do_HEAD(self) -> None:
         self.send_response(200)
-        self.send_header("Upload-Offset", str(SIZE_BYTES if "/done/" in self.path else 10))
+        narrow = sum(taken) if "/narrow/" in self.path else 10
+        self.send_header("Upload-Offset", str(SIZE_BYTES if "/done/" in self.path else narrow))
         self.end_headers()
 
     def do_PATCH(self) -> None:
-        while size := int(self.rfile.readline(), 16):
-            self.rfile.read(size + 2)
-        self.rfile.readline()
+        size_bytes = int(self.headers["Content-Length"])
+        self.rfile.read(size_bytes)
+        if "/narrow/" in self.path and size_bytes > MOST_BODY_BYTES:
+            self.send_error(413)
+            return
+        taken.append(size_bytes)
         self.send_response(204)
+        self.send_header("Upload-Offset", str(int(self.headers["Upload-Offset"]) + size_bytes))
         self.end_headers()
 
     def log_message(self, *arguments: object) -> None:
@@ -164,3 +178,21 @@ def test_the_date_of_the_answer_is_kept(transport: Transport, tmp_path: Path) ->
     (tmp_path / "file").write_bytes(bytes(SIZE_BYTES))
     transport.upload("done", tmp_path / "file")
     assert str(transport.server_date).endswith("GMT")
+
+
+def test_pieces_of_an_upload_grow_as_long_as_they_get_through(transport: Transport, tmp_path: Path) -> None:
+    """A proxy takes no body above 1 MiB: one attempt finds that out, and no later one tries it again."""
+    (tmp_path / "file").write_bytes(bytes(6 << 20))
+    taken.clear()
+    failures = 0
+    while True:
+        try:
+            transport.upload("narrow", tmp_path / "file")
+            break
+        except Unreachable as error:
+            assert "413" in str(error)
+            failures += 1
+    assert failures == 1
+    assert sum(taken) == 6 << 20
+    assert taken[:3] == [256 << 10, 512 << 10, 1 << 20]
+    assert max(taken) == 1 << 20

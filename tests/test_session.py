@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from edge_sdk import session as sessions
-from edge_sdk.core.errors import InternalError
+from edge_sdk.core.errors import InternalError, ProtocolError
 from edge_sdk.core.messages import Assignment, JoinReply, Update
 from edge_sdk.core.setting import Ranks, Setting
 from edge_sdk.session import Session
@@ -50,6 +51,7 @@ def test_dropped_work_leaves_no_trace_but_the_version(session: Session) -> None:
         (lambda session: sessions.assigned(session, WORK, 1), [TRAINING, OUTBOX]),
         (lambda session: sessions.trained(session, UPDATE), [IDLE, OUTBOX]),
         (lambda session: sessions.delivered(session, 1), [IDLE, TRAINING]),
+        (sessions.spoilt, [IDLE, TRAINING]),
         (sessions.dropped, [IDLE]),
     ],
 )
@@ -59,6 +61,20 @@ def test_an_arrow_from_another_phase_is_a_bug_by_name(
     for session in wrong:
         with pytest.raises(InternalError, match=f"a session in phase {session.phase} cannot do this"):
             arrow(session)
+
+
+def test_a_spoilt_outbox_is_trained_again_in_the_same_way() -> None:
+    after = sessions.spoilt(OUTBOX)
+    assert (after.phase, after.current(), after.way(), after.update) == ("training", WORK, SETTING, None)
+
+
+@pytest.mark.parametrize(
+    ("session", "name"),
+    [(TRAINING, "assignment"), (TRAINING, "setting"), (OUTBOX, "assignment"), (OUTBOX, "update")],
+)
+def test_a_phase_without_what_it_needs_is_no_session(session: Session, name: str) -> None:
+    with pytest.raises(ProtocolError, match=f"Session.{name} is missing in phase {session.phase}"):
+        replace(session, **{name: None})
 
 
 def test_an_idle_session_has_no_assignment() -> None:

@@ -56,14 +56,11 @@ class Contents:
 def shape_of(end: str, shape: tuple[int, int], rank: int) -> list[int]:
     """The shape of the tensor whose name ends so, for a module of shape (out, in)."""
     out_features, in_features = shape
-    return {
-        WEIGHT_A: [rank, in_features],
-        WEIGHT_B: [out_features, rank],
-        INT8_A: [rank, in_features],
-        INT8_B: [rank, out_features],
-        SCALES_A: [rank, blocks_of(in_features)],
-        SCALES_B: [rank, blocks_of(out_features)],
-    }[end]
+    if end in (WEIGHT_A, INT8_A):
+        return [rank, in_features]
+    if end == WEIGHT_B:
+        return [out_features, rank]
+    return [rank, {INT8_B: out_features, SCALES_A: blocks_of(in_features)}.get(end, blocks_of(out_features))]
 
 
 def layout(shape: tuple[int, int], rank: int, dtype: WireDtype) -> list[tuple[str, str, list[int]]]:
@@ -143,6 +140,23 @@ def check_header(header: Mapping[str, Any], data_bytes: int, shapes: Shapes, ran
     return Contents(ranks, ends)
 
 
+def check_whole(header: Mapping[str, Any], data_bytes: int) -> None:
+    """Check that a file holds what its header says, from the first byte to the last, whatever its modules.
+
+    Raises:
+        AdapterError: it is cut short, has more, or is something else.
+    """
+    if not header:
+        raise AdapterError("the file holds no tensor")
+    for name, entry in header.items():
+        shape, dtype = (entry.get(key) if isinstance(entry, dict) else None for key in ("shape", "dtype"))
+        sized = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
+        if module_of(name) == name or not (sized and isinstance(dtype, str) and dtype in ITEM_BYTES):
+            raise AdapterError(f"tensor {name[:120]!r} is none of an adapter")
+        _check_range(name, entry, data_bytes)
+    _check_layout(header, data_bytes)
+
+
 def own_contents(header: Mapping[str, Any]) -> Contents:
     """What a file holds that this side wrote itself."""
     ends = ends_of(header)
@@ -181,9 +195,13 @@ def _rank_of(
     most = min(rank, *shape)
     end_a, end_b = ends[:2]
     a, b = header[PREFIX + module + end_a], header[PREFIX + module + end_b]
-    said = (a.get("shape"), b.get("shape")) if isinstance(a, dict) and isinstance(b, dict) else None
-    fits = (r for r in range(1, most) if said == (shape_of(end_a, shape, r), shape_of(end_b, shape, r)))
-    return next(fits, most)
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return most
+    said = a.get("shape"), b.get("shape")
+    claimed = said[0][0] if isinstance(said[0], list) and said[0] else None  # A has a row a component
+    if type(claimed) is not int or not 1 <= claimed < most:
+        return most
+    return claimed if said == (shape_of(end_a, shape, claimed), shape_of(end_b, shape, claimed)) else most
 
 
 def _check_entry(

@@ -27,6 +27,7 @@ from edge_sdk.core.adapter_header import (
     Contents,
     Shapes,
     check_header,
+    check_whole,
     header_bytes,
     max_adapter_bytes,
     module_of,
@@ -53,6 +54,8 @@ __all__ = [
     "open_own",
     "packed_module",
     "peft_config",
+    "require_length",
+    "require_whole",
     "sha256_file",
 ]
 
@@ -169,6 +172,30 @@ def open_own(path: Path, scaling: float) -> AdapterFile:
     """A reader of a file that this side wrote itself; ranks come from its header."""
     header, _ = read_header(path, max_bytes=path.stat().st_size)
     return AdapterFile(path, own_contents(header), scaling)
+
+
+def require_length(path: Path) -> None:
+    """Check that a file has the bytes that its header speaks of, and no others; reads the header alone.
+
+    Raises:
+        AdapterError, TooLarge: it has not.
+    """
+    check_whole(*read_header(path, max_bytes=path.stat().st_size))
+
+
+def require_whole(path: Path) -> None:
+    """Read a file from end to end that came over the wire, from somebody who is trusted to send an adapter.
+
+    Raises:
+        AdapterError, TooLarge: it came cut short or damaged, as far as that shows: a header that does not
+            fit the file, or values that are not finite.
+    """
+    require_length(path)
+    try:
+        for _ in open_own(path, scaling=1.0).modules():
+            pass
+    except (SafetensorError, ValueError) as error:
+        raise AdapterError(f"not an adapter file: {str(error)[:120]}") from error
 
 
 def peft_config(base_model: str, shapes: Shapes, rank: int, scaling: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ EdgeError
 ├── TheirFault                 the other side, the user or a file is wrong: say what and what to do
 │   ├── InputError        400  a file, flag, setting or record that somebody typed (exit code 2)
 │   ├── ProtocolError     400  a message that does not follow the wire format
+│   │   └── UploadLost    409  the bytes of an upload are not what was announced; send them again
 │   ├── Unauthorised      401  no credential, or a wrong one
 │   ├── NotFound          404  no such assignment, version or file
 │   ├── BaseMismatch      409  another base model than the federation's
@@ -12,7 +13,10 @@ EdgeError
 │   ├── TooLarge          413  a body or file over its cap
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
-│   ├── InternalError     500  a bug or a broken disk on the answering side
+│   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
+│   ├── DiskFull          507  no room on the answering side's disk; the same request succeeds once there is
+│   ├── Busy              503  more at a time than can be taken in; carries how long to wait
+│   ├── Unwritable        507  a file of this device cannot be written: its disk is full, or read-only
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
@@ -57,6 +61,13 @@ class ProtocolError(TheirFault):
     """A message does not follow the wire format; names the field."""
 
     title = "bad message"
+
+
+class UploadLost(ProtocolError):
+    """The bytes of an upload are missing or have another digest, and were dropped: send them from byte 0."""
+
+    status = 409
+    title = "upload lost"
 
 
 class Unauthorised(TheirFault):
@@ -118,6 +129,27 @@ class InternalError(OurFault):
     """A bug or a failing disk on the answering side."""
 
     title = "internal error"
+
+
+class DiskFull(OurFault):
+    """The answering side has no room to keep what it was sent. Its host must make some; nothing is lost."""
+
+    status = 507
+    title = "disk full"
+
+
+class Busy(OurFault):
+    """More comes at a time than the answering side takes in. `details["retry_after_s"]`: how long to wait."""
+
+    status = 503
+    title = "busy"
+
+
+class Unwritable(OurFault):
+    """A file that must survive cannot be written. What it would replace is as it was; try again later."""
+
+    status = 507
+    title = "cannot write"
 
 
 class BadUpdates(OurFault):

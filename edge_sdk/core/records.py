@@ -7,6 +7,7 @@ the wrong type, is an error that names it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -20,7 +21,19 @@ Record = TypeVar("Record")
 
 def to_json(record: Any) -> dict[str, Any]:
     """A record as JSON values (nested records become objects, tuples arrays)."""
-    return dataclasses.asdict(record)
+    kind: Any = type(record)
+    return {name: _plain(getattr(record, name)) for name, _, _ in _fields_of(kind)}
+
+
+def _plain(value: Any) -> Any:
+    """JSON values as they are, and what holds records rebuilt."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(map(_plain, value))
+    if isinstance(value, Mapping):
+        return {key: _plain(held) for key, held in value.items()}
+    return to_json(value)
 
 
 def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
@@ -32,14 +45,24 @@ def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
     label = where or kind.__name__
     if not isinstance(value, Mapping):
         raise ProtocolError(f"{label}: expected an object, got {_kind_of(value)}")
-    hints = typing.get_type_hints(kind)
     arguments = {}
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        if field.name in value:
-            arguments[field.name] = _decode(hints[field.name], value[field.name], f"{label}.{field.name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ProtocolError(f"{label}.{field.name} is missing")
+    for name, hint, required in _fields_of(kind):  # type: ignore[arg-type]  # a class can be hashed
+        if name in value:
+            arguments[name] = _decode(hint, value[name], f"{label}.{name}")
+        elif required:
+            raise ProtocolError(f"{label}.{name} is missing")
     return kind(**arguments)
+
+
+@functools.cache
+def _fields_of(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
+    """Name, type and whether there is no default, of each field. Resolving hints takes a while."""
+    hints = typing.get_type_hints(kind)
+    missing = dataclasses.MISSING
+    return tuple(
+        (field.name, hints[field.name], field.default is missing and field.default_factory is missing)
+        for field in dataclasses.fields(kind)
+    )
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:

@@ -11,6 +11,7 @@ An error is at most half a scale, and is relative to the largest of 64 neighbour
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -88,10 +89,11 @@ def unpack(tensors: Mapping[str, npt.NDArray[np.generic]], scaling: float) -> Lo
         a = dequantised(tensors[INT8_A], tensors[SCALES_A])
         b = dequantised(tensors[INT8_B], tensors[SCALES_B]).T
     else:
-        a, b = tensors[WEIGHT_A].astype(np.float32), tensors[WEIGHT_B].astype(np.float32)
+        a = tensors[WEIGHT_A].astype(np.float32, copy=False)
+        b = tensors[WEIGHT_B].astype(np.float32, copy=False)
     with np.errstate(over="ignore"):  # a huge B becomes infinite here and is refused like one
         b = b * np.float32(scaling)
-    if not (np.isfinite(b).all() and np.isfinite(a).all()):
+    if not (_is_finite(b) and _is_finite(a)):
         raise AdapterError("holds values that are not finite")
     return LoraFactors(b, a)
 
@@ -134,6 +136,14 @@ def dequantised(
 def blocks_of(width: int, block: int = INT8_BLOCK) -> int:
     """How many blocks the values of one component are parted into."""
     return -(-width // block)
+
+
+def _is_finite(values: Matrix) -> bool:
+    """Whether all values are. A sum of squares tells it in one pass, unless it leaves float32 itself."""
+    flat = values.reshape(-1, order="A")  # a view, whichever way it lies in memory
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(np.dot(flat, flat))
+    return math.isfinite(total) or bool(np.isfinite(values).all())
 
 
 def _within_float16(b: Matrix, a: Matrix) -> tuple[Matrix, Matrix]:

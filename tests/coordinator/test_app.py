@@ -23,7 +23,6 @@ from edge_sdk.core.errors import (
     NotFound,
     OffsetConflict,
     ProtocolError,
-    StaleUpdate,
     TooLarge,
     Unauthorised,
 )
@@ -447,7 +446,7 @@ def test_a_repeated_delivery_gets_the_same_answer_and_counts_once(
     assert device.hand_in(work, content) == device.hand_in(work, content)
     assert device.transport.status().buffered == before + 1
     assert not (coordinator.data / "uploads" / f"{work.id}.part").exists()  # sent again for nothing
-    with pytest.raises(StaleUpdate, match="an update of this device from version 0 is in"):
+    with pytest.raises(ProtocolError, match="was delivered before"):
         device.hand_in(work, seed=10)
 
 
@@ -514,10 +513,15 @@ def test_a_broken_download_goes_on_where_it_stopped(merging: CoordinatorProcess,
         whole, again = tmp_path / "whole", tmp_path / "again"
         device.transport.download(0, 4, whole)
         content = whole.read_bytes()
-        # Bytes of another kind in front show that only the rest was fetched.
-        (tmp_path / "again.part").write_bytes(b"x" * 100)
+        route = messages.ADAPTER.format(version=0, rank=4)
+        tag = request(merging, "GET", route, device.credential).headers["ETag"]
+        # A bit that is another in front shows that only the rest was fetched.
+        other = content[:-12] + bytes([content[-12] ^ 1])
+        (tmp_path / "again.part").write_bytes(other)
+        (tmp_path / "again.part.etag").write_text(tag)
         device.transport.download(0, 4, again)
-        assert again.read_bytes() == b"x" * 100 + content[100:]
+        assert again.read_bytes() == other + content[-11:]
+        assert sorted(path.name for path in tmp_path.glob("again*")) == ["again"]
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def addend(host: Host, number: int, content: bytes) -> Addend:
 
 def test_an_empty_buffer_is_refused(host: Host) -> None:
     with pytest.raises(AdapterError, match="the buffer is empty"):
-        aggregate(host.federation, 1.0, Start(0), [], host.blobs)
+        aggregate(host.federation, 1.0, Start(0), [], host.blobs.write)
 
 
 def test_files_that_were_bad_from_the_start_are_all_named_with_their_module(host: Host) -> None:
@@ -171,7 +171,11 @@ def test_files_that_were_bad_from_the_start_are_all_named_with_their_module(host
     files = [good, *(content for kind in kinds if (content := spoilt(kind, good)))]
     with pytest.raises(BadUpdates) as refusal:
         aggregate(
-            host.federation, 1.0, Start(0), [addend(host, n, c) for n, c in enumerate(files)], host.blobs
+            host.federation,
+            1.0,
+            Start(0),
+            [addend(host, n, c) for n, c in enumerate(files)],
+            host.blobs.write,
         )
     assert set(refusal.value.reasons) == {"x1", "x2", "x3", "x4"}
     assert UP in refusal.value.reasons["x1"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.blobs import Blobs
-from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge
+from edge_sdk.core.errors import InternalError, OffsetConflict, ProtocolError, TooLarge
 
 DATA = b"0123456789"
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -35,9 +35,9 @@ def test_a_write_that_breaks_leaves_nothing(blobs: Blobs, tmp_path: Path) -> Non
         yield DATA
         raise OSError("the source broke")
 
-    with pytest.raises(OSError, match="the source broke"):
+    with pytest.raises(InternalError, match="the source broke"):
         blobs.write(chunks())  # type: ignore[arg-type]
-    with pytest.raises(OSError, match="the source broke"), blobs.caching("file") as file:
+    with pytest.raises(InternalError, match="the source broke"), blobs.caching("file") as file:
         file.writelines(chunks())  # type: ignore[arg-type]
     assert files(tmp_path) == []
 

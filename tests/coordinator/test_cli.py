@@ -40,6 +40,21 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
         ("[policy]\nquorum = 9", "policy.quorum is 9, above policy.buffer_size 4"),
         ("[policy]\ntimeout_s = -1", "policy.timeout_s is -1"),
         ("[policy]\ntimeout_s = nan", "policy.timeout_s: expected float"),
+        ("[policy]\nlease_s = -600", "policy.lease_s is -600"),
+        ("[policy]\ndeadline_mads = 0", "policy.deadline_mads is 0"),
+        ("[policy]\nwork_s = -5", "policy.work_s is -5"),
+        ("[policy]\nmax_staleness = -1", "policy.max_staleness is -1; it must be 0 or more"),
+        (
+            "[policy]\nmax_staleness = 9",
+            "policy.max_staleness is 9, but while a device uses its policy.lease_s",
+        ),
+        ("[policy]\nconcurrency = 0", "policy.concurrency is 0"),
+        ("[policy]\nover_selection = 0.3", "policy.over_selection is for synchronous rounds"),
+        ("[policy]\nmode = 'synchronous'\nover_selection = -1", "policy.over_selection is -1"),
+        (
+            "[policy]\nmode = 'synchronous'\nover_selection = 0.3\nconcurrency = 5",
+            "policy.concurrency is 5, but a round gives work to 6 devices",
+        ),
         ("[policy]\nmode = 'hurried'", "policy.mode: 'hurried' is not one of 'buffered', 'synchronous'"),
         ("[policy]\nbufer_size = 4", "[policy]: unknown key 'bufer_size'"),
         ("[policies]\nbuffer_size = 4", "unknown key 'policies'"),
@@ -120,7 +135,9 @@ def test_the_federation_of_a_folder_is_fixed_and_its_policy_is_not(tmp_path: Pat
     with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator:
         with member(coordinator) as device:
             federation = device.transport.federation()
-        assert "cannot listen on 127.0.0.1" in serve(coordinator, "--port", coordinator.port)
+        assert "cannot listen on 127.0.0.1" in serve(
+            coordinator, "--data", tmp_path / "other", "--port", coordinator.port
+        )
         assert coordinator.stop() == 0
         text = coordinator.config.read_text()
         for key, old, new in (

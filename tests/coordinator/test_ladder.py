@@ -61,7 +61,7 @@ def test_every_file_is_what_its_rank_would_have_alone(
     """Against the whole file encoded by itself, from factors that were cut before they were split."""
     blobs = Blobs(tmp_path_factory.mktemp("ladder"))
     adapter = version(live, seed)
-    write_rungs(FEDERATION, number, stored(blobs, adapter), ALL, blobs)
+    write_rungs(FEDERATION, number, stored(blobs, adapter), ALL, blobs.caching)
     read = {n: LoraFactors((f.b / SCALING) * np.float32(SCALING), f.a) for n, f in adapter.items()}
     for rung, content in files(blobs, number).items():
         alone = {
@@ -74,7 +74,7 @@ def test_every_file_is_what_its_rank_would_have_alone(
 
 def test_version_0_is_fresh_rows_at_every_rank(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path)
-    write_rungs(FEDERATION, 0, None, ALL, blobs)
+    write_rungs(FEDERATION, 0, None, ALL, blobs.caching)
     path = tmp_path / "served"
     for rung, content in files(blobs, 0).items():
         path.write_bytes(content)
@@ -97,7 +97,7 @@ def test_the_stored_factors_are_read_once(tmp_path: Path, monkeypatch: pytest.Mo
             yield name, f
 
     monkeypatch.setattr(codec.AdapterFile, "modules", counted)
-    write_rungs(FEDERATION, 1, current, ALL, blobs)
+    write_rungs(FEDERATION, 1, current, ALL, blobs.caching)
     assert read == sorted(SHAPES)
 
 
@@ -107,7 +107,7 @@ from pathlib import Path
 from coordinator.blobs import Blobs
 from coordinator.ladder import write_rungs
 from tests.coordinator.test_ladder import ALL, FEDERATION
-write_rungs(FEDERATION, 1, Path(sys.argv[2]), ALL[int(sys.argv[3])::2], Blobs(Path(sys.argv[1])))
+write_rungs(FEDERATION, 1, Path(sys.argv[2]), ALL[int(sys.argv[3])::2], Blobs(Path(sys.argv[1])).caching)
 """
 
 
@@ -115,14 +115,14 @@ def test_made_again_after_the_cache_was_lost_it_has_the_same_bytes(tmp_path: Pat
     """In this process and, half of the files at a time, in two others."""
     blobs = Blobs(tmp_path)
     current = stored(blobs, version(6))
-    write_rungs(FEDERATION, 1, current, ALL, blobs)
+    write_rungs(FEDERATION, 1, current, ALL, blobs.caching)
     first = files(blobs)
     assert len(first) == len(ALL)
     for turn in ("here", "elsewhere"):
         for path in (tmp_path / "cache").iterdir():
             path.unlink()
         if turn == "here":
-            write_rungs(FEDERATION, 1, current, ALL[::-1], blobs)
+            write_rungs(FEDERATION, 1, current, ALL[::-1], blobs.caching)
         for half in "01" if turn == "elsewhere" else "":
             command = [sys.executable, "-c", MAKE_AGAIN, str(tmp_path), str(current), half]
             subprocess.run(command, check=True, timeout=120, cwd=Path(__file__).parents[2])
@@ -133,12 +133,12 @@ def test_a_module_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
     """The last of the modules, when the others are written already; what was there before stays."""
     blobs = Blobs(tmp_path)
     adapter = version(4)
-    write_rungs(FEDERATION, 1, stored(blobs, adapter), [Rung(2)], blobs)
+    write_rungs(FEDERATION, 1, stored(blobs, adapter), [Rung(2)], blobs.caching)
     last = sorted(SHAPES)[-1]
     huge = LoraFactors(adapter[last].b * np.float32(1e9), adapter[last].a * np.float32(1e9))
     spoilt = stored(blobs, adapter | {last: huge})
     with pytest.raises(AdapterError, match=f"module {last} exceeds float16"):
-        write_rungs(FEDERATION, 1, spoilt, [Rung(4), Rung(4, "float16")], blobs)
+        write_rungs(FEDERATION, 1, spoilt, [Rung(4), Rung(4, "float16")], blobs.caching)
     assert list(files(blobs)) == [Rung(2)]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [file_name(FEDERATION, 1, Rung(2))]
 
@@ -154,9 +154,9 @@ def test_a_file_that_is_made_alone_is_the_one_of_the_ladder(
     together, alone = Blobs(tmp_path / "together"), Blobs(tmp_path / "alone")
     current = stored(together, version(6))
     wanted = [Rung(rank, "int8") for rank in LADDER]
-    write_rungs(of, 1, current, wanted, together)
+    write_rungs(of, 1, current, wanted, together.caching)
     for rung in wanted:
-        write_rungs(of, 1, current, [rung], alone)
+        write_rungs(of, 1, current, [rung], alone.caching)
         name = file_name(of, 1, rung)
         assert alone.cached(name).read_bytes() == together.cached(name).read_bytes(), rung
 

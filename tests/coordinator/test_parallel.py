@@ -77,7 +77,8 @@ def test_a_version_has_the_same_bytes_on_any_number_of_cores(
     digests = set()
     for workers in (1, 2, 4):
         monkeypatch.setattr(aggregation, "cores", lambda workers=workers: workers)
-        digests.add(aggregate(federation, 1.0, Start(0), addends, Blobs(tmp_path / str(workers))).digest)
+        write = Blobs(tmp_path / str(workers)).write
+        digests.add(aggregate(federation, 1.0, Start(0), addends, write).digest)
     assert len(digests) == 1
 
 

@@ -82,7 +82,7 @@ def federation(folder: Path, rule: RuleName) -> Federation:
 def version_one(folder: Path, made: Federation, blobs: Blobs) -> Start:
     """A published version to train from."""
     path = blobs.path(blobs.write([codec.encode(random_adapter(4, 99), SCALING)]))
-    outcome = aggregate(made, 1.0, Start(0), [Addend("first", 1.0, path, 4)], blobs)
+    outcome = aggregate(made, 1.0, Start(0), [Addend("first", 1.0, path, 4)], blobs.write)
     return Start(1, blobs.path(outcome.digest))
 
 
@@ -105,7 +105,7 @@ def test_files_are_merged_by_robust_weights_over_all_modules(
         path = blobs.path(blobs.write([codec.encode(adapter, SCALING)]))
         from_ = Start(1) if carries else start
         addends.append(Addend(f"u{number}", 0.2, path, 4, from_, 99, factor=0.5 if number == 3 else 1.0))
-    outcome = aggregate(made, 1.0, start, addends, blobs, Admission(robust=robust))
+    outcome = aggregate(made, 1.0, start, addends, blobs.write, Admission(robust=robust))
     found = dict(codec.open_own(blobs.path(outcome.digest), SCALING).modules())
 
     changes = [
@@ -145,7 +145,7 @@ def test_the_toy_merges_as_files_are_merged(tmp_path: Path) -> None:
     still = {n: LoraFactors(np.zeros((SHAPES[n][0], 4)), np.zeros((4, SHAPES[n][1]))) for n in others}
     paths = [blobs.path(blobs.write([codec.encode({**a, **still}, SCALING)])) for a in adapters]
     addends = [Addend(f"u{k}", 1 / 3, path, 4, carry_rank=12) for k, path in enumerate(paths)]
-    outcome = aggregate(made, 1.0, Start(0), addends, blobs, Admission(robust="norm_median"))
+    outcome = aggregate(made, 1.0, Start(0), addends, blobs.write, Admission(robust="norm_median"))
     found = codec.open_own(blobs.path(outcome.digest), SCALING).module(name)
     updates = [(k, adapter[name]) for k, adapter in enumerate(adapters)]
     toy = merged(Case("carry", "nobody", "norm_median"), 0, LoraFactors.empty(*SHAPES[name]), updates, [])

@@ -217,7 +217,7 @@ def test_innovation_clips_what_changed_and_not_the_state(tmp_path: Path) -> None
         return blobs.path(digest)
 
     first = aggregation.Addend("u0", 1.0, kept(random_adapter(4, 1, scale=10.0)), 4)
-    before = aggregation.aggregate(federation, 1.0, aggregation.Start(0), [first], blobs)
+    before = aggregation.aggregate(federation, 1.0, aggregation.Start(0), [first], blobs.write)
     start = aggregation.Start(1, blobs.path(before.digest))
     version = dict(codec.open_own(blobs.path(before.digest), SCALING).modules())
     assert math.sqrt(sum(f.norm() ** 2 for f in version.values())) > 100
@@ -233,7 +233,7 @@ def test_innovation_clips_what_changed_and_not_the_state(tmp_path: Path) -> None
             expected[name] += min(1.0, 0.5 / norm) * change / 4
         addends.append(aggregation.Addend(f"u{seed}", 1 / 4, kept(states), 4, start))
     noise = Noise(0.0, 0.5, 0.0, np.zeros)
-    found = aggregation.aggregate(federation, 1.0, start, addends, blobs, noise)
+    found = aggregation.aggregate(federation, 1.0, start, addends, blobs.write, noise)
     after = dict(codec.open_own(blobs.path(found.digest), SCALING).modules())
     for name, total in expected.items():
         np.testing.assert_allclose(after[name].product(), total, atol=1e-4)

@@ -54,14 +54,14 @@ def test_what_was_written_is_there_after_reopening(path: Path, store: Store) -> 
     again = Store(path)
     assert again.meta("federation") == "{}"
     assert again.unmerged() == [stored]
-    assert again.device_of("hash of d") == "d"
+    assert again.credentials()["hash of d"] == "d"
     assert [device.name for device in again.devices()] == ["name of d", "name of e"]
     again.close()
 
 
 def test_unknown_things_are_none(store: Store) -> None:
     assert store.meta("none") is None
-    assert store.device_of("hash of nobody") is None
+    assert "hash of nobody" not in store.credentials()
     assert store.assignment("none", "d") is None
     assert store.update_digest("none") is None
     assert store.version(1) is None

@@ -180,3 +180,53 @@ def test_config_of_narrow_modules() -> None:
 def test_sha256(path: Path) -> None:
     path.write_bytes(b"abc" * 100_000)
     assert codec.sha256_file(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+# --- files that came over the wire ------------------------------------------------------------------
+
+
+@given(adapters(), st.sampled_from(WIRE_DTYPES), st.data())
+def test_a_file_cut_short_or_with_more_behind_it_is_noticed(
+    path: Path, drawn: tuple[dict[str, LoraFactors], int], dtype: WireDtype, data: st.DataObject
+) -> None:
+    content = codec.encode(drawn[0], 1.0, dtype)
+    path.write_bytes(content)
+    codec.require_length(path)
+    codec.require_whole(path)
+    kept = data.draw(st.integers(0, len(content) - 1))
+    for damaged in (content[:kept], content + content[:kept] + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises((AdapterError, TooLarge)):
+            codec.require_length(path)
+
+
+@given(adapters(), st.binary(max_size=200), st.data())
+def test_whatever_lies_there_is_an_adapter_or_an_error_by_name(
+    path: Path, drawn: tuple[dict[str, LoraFactors], int], junk: bytes, data: st.DataObject
+) -> None:
+    content = codec.encode(drawn[0], 1.0)
+    place = data.draw(st.integers(0, len(content)))
+    path.write_bytes(content[:place] + junk + content[place + len(junk) :])
+    try:
+        codec.require_whole(path)
+    except (AdapterError, TooLarge):
+        return
+    assert codec.open_own(path, 1.0).ranks
+
+
+def test_numbers_that_are_none_are_noticed(path: Path) -> None:
+    content = codec.encode(
+        {"m.x": LoraFactors(np.ones((3, 1), np.float32), np.ones((1, 2), np.float32))}, 1.0
+    )
+    path.write_bytes(content[:-4] + np.float32(np.nan).tobytes())
+    codec.require_length(path)
+    with pytest.raises(AdapterError, match="m.x"):
+        codec.require_whole(path)
+
+
+def test_modules_of_rank_0_and_of_unequal_rank_are_whole(path: Path) -> None:
+    made = {
+        f"m.r{r}": LoraFactors(np.ones((3, r), np.float32), np.ones((r, 2), np.float32)) for r in (0, 1, 2)
+    }
+    path.write_bytes(codec.encode(made, 1.0))
+    codec.require_whole(path)

@@ -1,0 +1,50 @@
+"""What a server asks of the operating system at its start: many connections, and memory given back."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+WANTED_FILES = 65536  # ten thousand devices with a connection each, and room
+MMAP_BYTES = 1 << 20  # larger blocks go back to the system when they are freed
+ARENAS = 2  # heaps of glibc; with one a thread, each keeps the most that any thread ever had
+THREADS = 12  # for the disk: most of them wait for it
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+def raise_file_limit(wanted: int = WANTED_FILES) -> str | None:
+    """Allow this process as many open files as it may have; a line for the host if those are fewer."""
+    if sys.platform == "win32":  # has no such limit
+        return None
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid even that
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return None
+    return f"at most {soft} open files, so about {soft} connections; for more raise `ulimit -Hn`"
+
+
+def give_memory_back() -> None:
+    """Make glibc return what large arrays leave behind; where there is another C library, nothing."""
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in (
+            (_M_ARENA_MAX, ARENAS),
+            (_M_MMAP_THRESHOLD, MMAP_BYTES),
+            (_M_TRIM_THRESHOLD, 4 * MMAP_BYTES),
+        ):
+            mallopt(option, value)
+
+
+def disk_threads() -> ThreadPoolExecutor:
+    """The threads that an event loop hands blocking work to."""
+    return ThreadPoolExecutor(THREADS, "disk")

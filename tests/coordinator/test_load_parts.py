@@ -1,0 +1,189 @@
+"""What carries load: answers made once for many, memory of who is who, limits; and the benchmarks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import coordinator_load, soak
+from coordinator import process_limits, shared_answer
+from coordinator.remembered import Assignments, Credentials
+from coordinator.shared_answer import SharedAnswer
+from coordinator.store import Store
+from edge_sdk.core.errors import Unauthorised
+from edge_sdk.core.messages import Assignment
+from tests.coordinator.devices import Device, configuration, member
+from tests.processes import CoordinatorProcess
+
+
+def test_many_who_ask_at_once_share_one_answer() -> None:
+    made: list[int] = []
+    started, go_on = threading.Event(), threading.Event()
+
+    def make() -> bytes:
+        made.append(len(made))
+        started.set()
+        assert go_on.wait(30.0)
+        return str(len(made)).encode()
+
+    async def run() -> None:
+        answer = SharedAnswer(make)
+        first = asyncio.create_task(answer.get())
+        assert await asyncio.to_thread(started.wait, 30.0)
+        others = [asyncio.create_task(answer.get()) for _ in range(50)]
+        await asyncio.sleep(0.02)
+        go_on.set()
+        assert await first == b"1"
+        assert set(await asyncio.gather(*others)) == {b"2"}  # what began before they asked would not do
+        assert await answer.get() == b"3"  # quick to make: always fresh
+
+    asyncio.run(run())
+    assert made == [0, 1, 2]
+
+
+def test_an_answer_that_takes_long_serves_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_answer, "FRESH_BELOW_S", 0.01)
+    monkeypatch.setattr(shared_answer, "SHARE", 10_000)
+    made: list[int] = []
+
+    def make() -> bytes:
+        time.sleep(0.02)
+        made.append(1)
+        return b"x"
+
+    async def run() -> None:
+        answer = SharedAnswer(make)
+        for _ in range(20):
+            assert await answer.get() == b"x"
+
+    asyncio.run(run())
+    assert len(made) == 1
+
+
+def work(id: str) -> Assignment:
+    return Assignment(id, 0, 4, 0, 20, 1, 600.0)
+
+
+def test_assignments_are_remembered_for_their_own_device_only(tmp_path: Path) -> None:
+    store = Store(tmp_path / "x.sqlite")
+    for name in "de":
+        store.add_device(name, name, f"hash of {name}", {}, 1.0)
+    for id in "abc":
+        store.add_assignment("d", work(id), 1.0)
+    known = Assignments(store, kept=2)
+    for _ in range(2):  # from the store, then from memory
+        assert known.of("a", "d") == work("a")
+        assert known.of("a", "e") is None
+    assert [known.of(id, "d") for id in "bca"] == [work("b"), work("c"), work("a")]  # more than are kept
+    assert known.of("none", "d") is None
+    store.close()
+
+
+def test_credentials_follow_what_another_process_revokes(tmp_path: Path) -> None:
+    store = Store(tmp_path / "x.sqlite")
+    store.add_device("d", "d", "hash of d", {}, 1.0)
+    credentials = Credentials(store)
+    store.add_device("e", "e", "hash of e", {}, 1.0)
+    credentials.add("hash of e", "e")
+    credentials.refresh()
+    assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == ("d", "e")
+    with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
+        other.execute("UPDATE devices SET revoked = 1 WHERE id = 'd'")
+        other.commit()
+    credentials.refresh()
+    assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == (None, "e")
+    store.close()
+
+
+def refused(device: Device) -> bool:
+    try:
+        device.transport.federation()
+    except Unauthorised:
+        return True
+    return False
+
+
+def test_a_credential_revoked_while_it_runs_is_refused_soon(tmp_path: Path) -> None:
+    with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator, member(coordinator) as device:
+        device.work()
+        with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as database:
+            database.execute("UPDATE devices SET revoked = 1")
+            database.commit()
+        deadline = time.monotonic() + 30.0
+        while not refused(device):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard < 128:
+        pytest.skip("no hard limit to run into")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(100, hard), hard))
+        notice = process_limits.raise_file_limit(wanted=hard + 1)
+        assert notice is not None
+        assert str(hard) in notice
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == hard
+        assert process_limits.raise_file_limit(wanted=64) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_load_benchmark_measures_every_route_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_load, "PAPER_DEVICES", 12)
+    plan = coordinator_load.Plan(uploads=8, active_s=0.5, idle=40, idle_s=2.0, retry_s=0.5, dtype="int8")
+    found = asyncio.run(coordinator_load.Run(plan, tmp_path).go())
+    assert found["errors"] == []
+    routes = {"ask", "download", "heartbeat", "join", "offset", "poll", "status", "update", "upload"}
+    assert routes <= set(found["routes"])
+    assert found["ingest_mb_s"] > 0
+    assert found["sink_mb_s"] > 0
+    assert found["ratio"] == pytest.approx(found["ingest_mb_s"] / found["sink_mb_s"])
+    assert found["active_devices"] == 12
+    assert found["rss_max_bytes"] > 10e6
+
+
+def test_a_short_soak_loses_nothing() -> None:
+    found = soak.soak(soak.Plan(seconds=9.0, devices=16, kill_every_s=3.0))
+    assert found["problems"] == []
+    assert found["strange_answers"] == []
+    assert found["tracebacks"] == 0
+    assert found["kills"] >= 1
+    assert found["acknowledged"] > 0
+
+
+def test_the_soak_sees_what_is_lost(tmp_path: Path) -> None:
+    """Its eyes, on a folder with one of each fault."""
+    store = Store(tmp_path / "coordinator.sqlite")
+    store.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "coordinator.sqlite")) as database:
+        database.execute("PRAGMA foreign_keys = OFF")
+        row = "INSERT INTO updates(assignment, device, version, record, digest, received_at, merged_version, "
+        row += "weight, rejected) VALUES (?, 'd', 0, '{}', 'x', 1.0, ?, ?, ?)"
+        for values in (("in", 1, 0.5, None), ("both", 1, 0.4, "rotten"), ("buffered", None, None, None)):
+            database.execute(row, values)
+        columns = "version, digest, rank, energy, discarded_energy, published_at"
+        database.execute(f"INSERT INTO versions({columns}) VALUES (1, '{'ab' * 32}', 4, 1.0, 0.0, 1.0)")
+        database.execute(f"INSERT INTO versions({columns}) VALUES (3, '{'cd' * 32}', 4, 1.0, 0.0, 1.0)")
+        database.commit()
+    found = soak.examine(tmp_path, ["in", "in", "both", "buffered", "lost"])
+    assert found["problems"] == [
+        "update in was acknowledged 2 times as a new one",
+        "update both is in version 1 and left out",
+        "update lost is lost",
+        "versions have a gap",
+        "version 1 is not whole",
+        "the weights of version 1 sum to 0.9",
+        "version 3 is not whole",
+        "the weights of version 3 sum to None",
+    ]

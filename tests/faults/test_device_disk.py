@@ -1,0 +1,203 @@
+"""A disk that is full, and a state folder that two want: nothing is lost, and one line says what is wrong."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_sdk import base_model, durable
+from edge_sdk.core.errors import InputError, Unwritable
+from edge_sdk.core.messages import Base
+from edge_sdk.journal import Journal
+from edge_sdk.training import Interrupted, StepAnswer, StepReport
+from edge_sdk.worker_process import WorkerProcess
+from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
+from tests.device_zygote import Zygote, events_in, kill, lives
+from tests.faults.proxy import Proxy
+from tests.models import build_model
+from tests.processes import PATIENCE_S, CoordinatorProcess
+from tests.test_worker import job_in, setup_of
+
+__all__ = ["quick"]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of POSIX, and forks")
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    return base_model.describe(str(build_model(tmp_path_factory.mktemp("base"), "llama")))
+
+
+@pytest.fixture(scope="module")
+def coordinator(tmp_path_factory: pytest.TempPathFactory, base: Base) -> Iterator[CoordinatorProcess]:
+    folder = tmp_path_factory.mktemp("coordinator")
+    with CoordinatorProcess(folder, federation_config(folder, base, STEPS, checkpoint_s=0.001)) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_of(tmp_path_factory.mktemp("data"))
+
+
+def no_limit(pid: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def test_a_worker_whose_disk_is_full_trains_on_and_waits_with_the_result(tmp_path: Path) -> None:
+    """No file above 4 KB can be written: neither the checkpoint nor the adapter, until there is room."""
+    reports: list[StepReport] = []
+    done: list[Any] = []
+    with WorkerProcess(setup_of(build_model(tmp_path / "base", "llama"))) as worker:
+        worker.prepare()
+        assert worker.pid is not None
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        job = job_in(tmp_path, STEPS)
+
+        def note(report: StepReport) -> StepAnswer:
+            reports.append(report)
+            return "continue"
+
+        thread = threading.Thread(target=lambda: done.append(worker.train(job, note)))
+        thread.start()
+        wait_until(
+            lambda: (
+                reports and reports[-1].step == STEPS and "outbox cannot be written" in reports[-1].trouble
+            )
+        )
+        assert not Path(job.outbox).exists()
+        assert not Path(job.checkpoint).exists()
+        no_limit(worker.pid)
+        thread.join(PATIENCE_S)
+        assert done[0].size_bytes == Path(job.outbox).stat().st_size
+        steps = [report.step for report in reports]
+        assert steps == sorted(steps)  # nothing was trained twice
+        assert any("checkpoint cannot be written (File too large)" in report.trouble for report in reports)
+        assert not list(tmp_path.glob(".*.tmp"))
+
+        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        leave = job_in(tmp_path, STEPS)
+        with pytest.raises(Interrupted):  # a stop is heard while it waits
+            worker.train(leave, lambda report: "interrupt" if "outbox" in report.trouble else "continue")
+
+
+def test_a_device_whose_disk_is_full_says_so_once_and_goes_on(
+    coordinator: CoordinatorProcess, data: Path, tmp_path: Path
+) -> None:
+    log, state = tmp_path / "log", tmp_path / "device"
+    with Zygote() as zygote, Proxy(coordinator.port) as proxy:
+        pid = zygote.start(
+            url=proxy.url,
+            token=coordinator.join_token,
+            state=state,
+            data=data,
+            log=log,
+            updates=1,
+            file_bytes=8192,
+        )
+
+        def told() -> list[str]:
+            return [event["text"] for event in events_in(log) if event["kind"] == "disk"]
+
+        # The adapter to train from finds no room first.
+        wait_until(lambda: len(proxy.asked("GET", "/versions/")) >= 3 or not lives(pid))
+        assert len(told()) == 1, events_in(log)
+        assert "cannot be written (File too large); make room on that disk" in told()[0]
+        assert lives(pid)
+        no_limit(pid)
+        wait_until(lambda: not lives(pid))
+    assert told()[1:] == ["the state folder can be written again"]
+    (update,) = updates(coordinator, Journal(state).load().device_id)  # type: ignore[union-attr]
+    assert update["steps"] == STEPS
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_disk_that_is_full_at_any_write(
+    coordinator: CoordinatorProcess, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Three writes in a row fail, from the nth on, whatever is written then; the work arrives once."""
+    write, count = durable._write, 0
+
+    def full(path: Path, content: bytes, mode: int) -> None:
+        nonlocal count
+        if path.parent.name == "device" and path.name != ".link.json.tmp":
+            count += 1
+            if at <= count < at + 3:
+                path.write_bytes(content[: len(content) // 2])
+                raise OSError(28, "No space left on device")
+        write(path, content, mode)
+
+    it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data)
+    it.agent.prepare()  # joining needs the disk; a person is there to see
+    monkeypatch.setattr(durable, "_write", full)
+    assert it.agent.run(updates=1) == 1
+    it.agent.close()
+    assert count >= at + 3
+    (update,) = updates(coordinator, it.id)
+    assert (update["steps"], update["examples"]) == (STEPS, 2 * STEPS)
+    assert not list(it.agent.journal.folder.glob(".*.tmp"))
+    told = it.texts("disk")
+    assert 1 <= len(told) <= 4
+    assert "No space left on device" in told[0]
+
+
+# --- one agent on one state folder ------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_agent_on_a_state_folder_is_refused_and_a_killed_one_leaves_it_free(
+    coordinator: CoordinatorProcess, data: Path, tmp_path: Path
+) -> None:
+    state, log = tmp_path / "device", tmp_path / "log"
+    second = device(coordinator.url, coordinator.join_token, state, data)
+    with Zygote() as zygote:
+        pid = zygote.start(url=coordinator.url, token=coordinator.join_token, state=state, data=data, log=log)
+        wait_until(lambda: any(event["kind"] == "step" for event in events_in(log)))
+        for attempt in (second.agent.run, second.agent.prepare):
+            with pytest.raises(
+                InputError, match=r"device: another agent trains with this state folder; stop"
+            ):
+                attempt()
+        # A program that only asks shares the folder with the device that trains.
+        asker = device(coordinator.url, None, state, None, quantise=False)
+        wait_until(lambda: asker.agent.refresh() >= 1)
+        assert asker.agent.newest()[0] >= 1
+        asker.agent.close()
+        kill(pid)
+    assert second.agent.run(updates=1) == 1
+    second.agent.close()
+
+
+@pytest.mark.usefixtures("quick")
+def test_agents_take_turns_on_a_state_folder(
+    coordinator: CoordinatorProcess, data: Path, tmp_path: Path
+) -> None:
+    """The first, which still remembers an older session, believes the disk."""
+    one, two = (device(coordinator.url, coordinator.join_token, tmp_path / "device", data) for _ in range(2))
+    assert [it.agent.run(updates=1) for it in (one, two, one)] == [1, 1, 1]
+    assert one.agent._membership.session.delivered == 3
+    assert len(updates(coordinator, one.id)) == 3
+    for it in (one, two):
+        it.agent.close()
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for name in (".session.json.tmp", ".checkpoint.safetensors.tmp", "checkpoint.safetensors.new"):
+        (tmp_path / name).write_bytes(b"half")
+    with journal.held():
+        assert {path.name for path in tmp_path.iterdir()} <= {"adapters", "lock"}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(Unwritable, match=r"session.json cannot be written"):
+        durable.write_durably(tmp_path / "file" / "session.json", b"x")

@@ -1,0 +1,307 @@
+"""SIGKILL at every point between two steps on the disk, and at any time: from the outside, nothing is lost.
+
+The coordinator is a real process on real sockets; its devices are threads that live through it all. Points
+that come up under load are taken one after the other on one folder, with the devices at work all the while.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from coordinator.failpoints import POINTS, VARIABLE, Point
+from edge_sdk.core import codec
+from tests.coordinator.devices import SCALING, Device, configuration, member, random_adapter, update_of
+from tests.faults.conftest import Run
+from tests.faults.crowd import Crowd
+from tests.faults.outside import Seen, blob, rows, temporaries
+from tests.processes import PATIENCE_S, ROOT, CoordinatorProcess, command, environment
+
+FIRST_START: tuple[Point, ...] = (
+    "migration-written",
+    "migration-committed",
+    "meta-written",
+    "meta-committed",
+    "token-written",
+    "token-renamed",
+)
+UNDER_LOAD: tuple[Point, ...] = (
+    "upload-appended",
+    "upload-dropped",
+    "blob-written",
+    "blob-fsynced",
+    "blob-folder-made",
+    "blob-renamed",
+    "blob-folder-fsynced",
+    "cache-written",
+    "cache-renamed",
+    "device-written",
+    "device-committed",
+    "assignment-written",
+    "assignment-committed",
+    "expiry-written",
+    "expiry-committed",
+    "refusal-written",
+    "refusal-committed",
+    "update-written",
+    "update-committed",
+    "version-written",
+    "version-committed",
+    "collected-written",
+    "collected-committed",
+    "blob-collected",
+    "cache-collected",
+    "upload-collected",
+)
+AT_A_START: tuple[Point, ...] = ("temporary-collected",)
+REJECTING: tuple[Point, ...] = ("rejection-written", "rejection-committed")
+CLIPPING: tuple[Point, ...] = ("clip-written", "clip-committed")
+MIGRATING: tuple[Point, ...] = ("migration-copied", "migration-copy-renamed")  # test_migration.py
+BACKING_UP: tuple[Point, ...] = ("backup-rows", "backup-blob", "backup-ready")  # test_backup.py
+
+BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "max_staleness": 2}
+
+
+def test_every_point_is_reached_by_a_test() -> None:
+    named = FIRST_START + UNDER_LOAD + AT_A_START + REJECTING + CLIPPING + MIGRATING + BACKING_UP
+    assert len(POINTS) == len(set(POINTS))
+    assert sorted(named) == sorted(POINTS)
+
+
+def test_the_table_in_the_design_names_every_point() -> None:
+    text = (ROOT / "docs" / "DESIGN.md").read_text()
+    table = text[text.index("| the last point before the kill") :]
+    rows_of_points = [line.split("|")[1] for line in table[: table.index("\n\n")].splitlines()[2:]]
+    assert sorted(re.findall(r"`([a-z-]+)`", " ".join(rows_of_points))) == sorted(POINTS)
+
+
+@dataclass
+class Federation:
+    """A coordinator that is killed again and again, its devices, and what was seen of its folder."""
+
+    coordinator: CoordinatorProcess
+    crowd: Crowd
+    seen: Seen = field(default_factory=Seen)
+    kills: int = 0
+
+    def kill_at(self, point: Point, count: int = 1) -> None:
+        """Start it; it ends itself when it comes to `point` for that time. Then look at what is left."""
+        self.coordinator.environment[VARIABLE] = f"{point}@{count}=kill"
+        try:
+            self.coordinator.start()
+            self.coordinator.wait()
+        except AssertionError:
+            assert not self.coordinator.is_running()  # it may come there before it listens
+        said = self.coordinator.log.read_text().splitlines()
+        assert f"reached {point}, time {count}: killed" in said[-3:], said[-10:]
+        self._look()
+
+    def kill_after(self, delay_s: float) -> None:
+        """Start it, and kill it at an odd time."""
+        self.coordinator.environment.pop(VARIABLE, None)
+        self.coordinator.start()
+        time.sleep(delay_s)
+        self.coordinator.kill()
+        self._look()
+
+    def _look(self) -> None:
+        self.kills += 1
+        self.seen.check(self.coordinator.data, self.crowd.acknowledged)
+
+    def end_well(self) -> None:
+        """Start it for the last time: the devices go on, what is due is merged, and nothing is left over."""
+        before = len(self.crowd.acknowledged)
+        self.coordinator.environment.pop(VARIABLE, None)
+        self.coordinator.start()
+        deadline = time.monotonic() + PATIENCE_S
+        for device in self.crowd.devices:
+            already = len(device.acknowledged)
+            while not device.spoilt and len(device.acknowledged) < already + 2:  # every one, without help
+                assert time.monotonic() < deadline, self.coordinator.log.read_text()[-3000:]
+                time.sleep(0.02)
+        self.crowd.stop()
+        waiting = "SELECT COUNT(*) FROM updates WHERE merged_version IS NULL AND rejected IS NULL"
+        while rows(self.coordinator.data, waiting) != [(0,)]:  # by the time-out, if by nothing else
+            assert time.monotonic() < deadline, self.coordinator.log.read_text()[-3000:]
+            time.sleep(0.05)
+        assert self.coordinator.stop() == 0
+        self.seen.check(self.coordinator.data, self.crowd.acknowledged)
+        assert len(set(self.crowd.acknowledged)) == len(self.crowd.acknowledged) > before
+        assert set(self.crowd.acknowledged) <= set(self.seen.merged)
+        assert temporaries(self.coordinator.data) == []
+        log = self.coordinator.log.read_text()
+        assert "Traceback" not in log, log[-5000:]
+
+
+def busy(folder: Path, rule: str) -> str:
+    return configuration(folder, dict(BUSY), rule=rule) + "[storage]\nkeep_versions = 2\n"
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    """Under a rule that needs what updates started from, and with as few versions kept as may be."""
+    folder = tmp_path_factory.mktemp("federation")
+    with CoordinatorProcess(folder, busy(folder, "innovation")) as coordinator:
+        coordinator.kill()
+        with Crowd(coordinator, 5) as crowd:
+            made = Federation(coordinator, crowd)
+            yield made
+            made.end_well()
+
+
+@pytest.mark.parametrize("point", UNDER_LOAD)
+def test_killed_under_load(federation: Federation, point: Point) -> None:
+    federation.kill_at(point)
+
+
+@pytest.mark.parametrize("point", AT_A_START)
+def test_killed_while_it_tidies_up(federation: Federation, point: Point) -> None:
+    strays = [
+        federation.coordinator.data / "uploads" / ".write-1-0a",
+        federation.coordinator.data / "cache" / ".f-1-2.safetensors-0a",
+    ]
+    for stray in strays:
+        stray.write_bytes(b"half a f")
+    before = len(temporaries(federation.coordinator.data))
+    federation.kill_at(point)
+    assert len(temporaries(federation.coordinator.data)) == before - 1
+
+
+def test_killed_at_any_time(federation: Federation) -> None:
+    chance = random.Random(1)
+    for _ in range(3):
+        federation.kill_after(chance.uniform(0.0, 0.6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["innovation", "carry"])
+def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
+    """Every point at its first, second and fourth time, and 60 times at random: 138 kills under each rule."""
+    chance = random.Random(2)
+    with CoordinatorProcess(tmp_path, busy(tmp_path, rule)) as coordinator:
+        coordinator.kill()
+        with Crowd(coordinator, 6, carries=rule == "carry") as crowd:
+            federation = Federation(coordinator, crowd)
+            for point in UNDER_LOAD:
+                for count in (1, 2, 4):
+                    federation.kill_at(point, count)
+            for _ in range(60):
+                federation.kill_after(chance.uniform(0.0, 1.0))
+            federation.end_well()
+            print(f"{federation.kills} kills, {len(crowd.acknowledged)} updates acknowledged")
+            assert federation.kills == 138
+
+
+def test_killed_at_its_first_start(tmp_path: Path) -> None:
+    coordinator = CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 1}))
+    arguments = ("serve", "--data", coordinator.data, "--config", coordinator.config)
+    for point in FIRST_START:
+        done = command("coordinator.cli", *arguments, environ={VARIABLE: f"{point}=kill"})
+        assert (done.returncode, done.stderr) == (-9, f"reached {point}, time 1: killed\n")
+    with coordinator:
+        assert (coordinator.data / "join-token").stat().st_mode & 0o777 == 0o600
+        assert len(coordinator.join_token) == 32
+        with member(coordinator) as device:
+            device.hand_in(device.work())
+        assert coordinator.stop() == 0
+        Seen().check(coordinator.data, [])
+
+
+@pytest.mark.parametrize("point", REJECTING)
+def test_killed_while_it_leaves_out_a_damaged_update(tmp_path: Path, point: Point) -> None:
+    with (
+        CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 2})) as coordinator,
+        member(coordinator, "one") as one,
+        member(coordinator, "two") as two,
+    ):
+        content = codec.encode(random_adapter(4, 1), SCALING)
+        damaged = one.work()
+        one.hand_in(damaged, content)
+        coordinator.kill()
+        path = blob(coordinator.data, update_of(content, 4).digest)
+        path.write_bytes(content[:-3] + bytes([content[-3] ^ 0x10]) + content[-2:])
+        coordinator.environment[VARIABLE] = f"{point}=kill"
+        coordinator.start()
+        good = two.work()
+        two.hand_in(good, seed=2)
+        assert coordinator.wait() == -9
+        rejected = rows(coordinator.data, "SELECT assignment FROM updates WHERE rejected IS NOT NULL")
+        assert rejected == ([(damaged.id,)] if point == "rejection-committed" else [])
+        coordinator.environment.clear()
+        coordinator.start()
+        third = once_there_is_work(coordinator, one)
+        assert coordinator.stop() == 0
+        seen = Seen()
+        seen.check(coordinator.data, [damaged.id, good.id, third])
+        assert seen.merged == {good.id: 1, third: 1}
+        ((reason,),) = rows(coordinator.data, "SELECT rejected FROM updates WHERE rejected IS NOT NULL")
+        assert "not what was acknowledged" in reason
+
+
+@pytest.mark.parametrize("point", CLIPPING)
+def test_killed_while_it_clips_what_came_before_there_was_a_bound(tmp_path: Path, point: Point) -> None:
+    config = configuration(tmp_path, {"buffer_size": 3}, history_least=3, norm_factor=2.0)
+    made = CoordinatorProcess(tmp_path, config)
+    made.environment[VARIABLE] = f"{point}=kill"
+    with (
+        made as coordinator,
+        member(coordinator, "one") as one,
+        member(coordinator, "two") as two,
+        member(coordinator, "loud") as loud,
+    ):
+        big = loud.work()
+        loud.hand_in(big, codec.encode(random_adapter(4, 3, scale=5.0), SCALING))
+        for device in (one, two):
+            device.hand_in(device.work(), seed=1)
+        assert coordinator.wait() == -9
+        coordinator.environment.clear()
+        coordinator.start()
+        deadline = time.monotonic() + PATIENCE_S
+        while not rows(coordinator.data, "SELECT version FROM versions"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert coordinator.stop() == 0
+        Seen().check(coordinator.data, [big.id])
+        clipped = rows(coordinator.data, "SELECT assignment FROM updates WHERE factor < 1.0")
+        assert clipped == [(big.id,)]
+
+
+def once_there_is_work(coordinator: CoordinatorProcess, device: Device) -> str:
+    """Hand in one more update as soon as its device gets work again."""
+    deadline = time.monotonic() + PATIENCE_S
+    while device.waits():
+        assert time.monotonic() < deadline, coordinator.log.read_text()[-2000:]
+        time.sleep(0.05)
+    work = device.work()
+    device.hand_in(work, seed=7)
+    return work.id
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("blob-renmaed=kill", "no point is called 'blob-renmaed'; there are upload-appended, "),
+        ("blob-renamed", "'blob-renamed' is not written like blob-renamed=kill"),
+        ("blob-renamed=EOOPS", "'EOOPS' is neither `kill` nor the name of an error"),
+        ("blob-renamed@x=kill", "is not written like"),
+    ],
+)
+def test_a_fail_point_that_is_none_is_refused_at_the_start(
+    run: Run, tmp_path: Path, text: str, reason: str
+) -> None:
+    done = run("serve", "--data", tmp_path / "data", fail=text)
+    assert not (tmp_path / "data").exists()
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"edge-coordinator: {VARIABLE}: ")
+    assert reason in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_tests_arm_nothing_by_themselves() -> None:
+    assert VARIABLE not in environment()

@@ -1,0 +1,122 @@
+"""What a start requires of a data folder: nobody else at it, and nothing lost. Otherwise one line."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.coordinator.devices import configuration, member
+from tests.faults.conftest import Run
+from tests.faults.outside import blob, rows
+from tests.faults.test_backup import waited_for
+from tests.processes import CoordinatorProcess
+
+
+def refused(run: Run, data: Path, config: Path) -> str:
+    done = run("serve", "--data", data, "--config", config, "--port", 0)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"edge-coordinator: {data}")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_one_coordinator_on_one_folder_and_a_kill_leaves_no_lock(run: Run, tmp_path: Path) -> None:
+    with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator:
+        again = coordinator.data.parent / "." / coordinator.data.name
+        assert "a coordinator is running on this folder; stop that one" in refused(
+            run, again, coordinator.config
+        )
+        assert coordinator.is_running()
+        with member(coordinator) as device:
+            device.work()
+        coordinator.kill()
+        coordinator.start()
+        assert coordinator.stop() == 0
+        coordinator.start()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> CoordinatorProcess:
+    """Three versions, stopped."""
+    folder = tmp_path_factory.mktemp("original")
+    with CoordinatorProcess(folder, configuration(folder, {"buffer_size": 1})) as coordinator:
+        with member(coordinator) as device:
+            for number in (1, 2, 3):
+                device.hand_in(device.work(), seed=number)
+                waited_for(coordinator, number)
+        assert coordinator.stop() == 0
+    return coordinator
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-3] + bytes([content[-3] ^ 0x10]) + content[-2:])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+@pytest.mark.parametrize(
+    ("version", "spoil", "reason"),
+    [
+        (3, Path.unlink, "is gone"),
+        (3, flip, "is damaged (its bytes have another SHA-256)"),
+        (3, cut, "is damaged ("),
+        (1, Path.unlink, "is gone"),
+        (1, cut, "is damaged ("),
+    ],
+)
+def test_a_version_that_is_not_what_it_was_is_told_at_the_start(
+    run: Run,
+    original: CoordinatorProcess,
+    tmp_path: Path,
+    version: int,
+    spoil: Callable[[Path], None],
+    reason: str,
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(original.data, data)
+    ((digest,),) = rows(data, f"SELECT digest FROM versions WHERE version = {version}")
+    spoil(blob(data, digest))
+    said = refused(run, data, original.config)
+    assert f"the file of version {version}, blobs/{digest[:2]}/{digest}, {reason}" in said
+    assert "restore the folder from a backup" in said
+
+
+def test_a_damaged_database_is_told_at_the_start(
+    run: Run, original: CoordinatorProcess, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(original.data, data)
+    path = data / "coordinator.sqlite"
+    content = bytearray(path.read_bytes())
+    content[4096:8192] = bytes(4096)  # the second page
+    path.write_bytes(content)
+    assert "database" in refused(run, data, original.config)
+    with pytest.raises(sqlite3.DatabaseError):
+        sqlite3.connect(path).execute("SELECT * FROM meta, devices, updates").fetchall()
+
+
+def test_an_export_of_what_was_collected_says_which_there_are(run: Run, tmp_path: Path) -> None:
+    policy = {"buffer_size": 1, "max_staleness": 1, "lease_s": 1.0, "timeout_s": 1.0}
+    config = configuration(tmp_path, policy) + "[storage]\nkeep_versions = 1\n"
+    with CoordinatorProcess(tmp_path, config) as coordinator:
+        with member(coordinator) as device:
+            for number in range(1, 6):
+                device.hand_in(device.work(), seed=number)
+                waited_for(coordinator, number)
+        assert coordinator.stop() == 0
+    out = ("--out", tmp_path / "out", "--data", coordinator.data)
+    done = run("export", "--version", 1, *out)
+    assert done.returncode == 2
+    assert done.stderr == "edge-coordinator: --version 1 was collected; there are 5, 4, 3\n"
+    assert run("export", "--version", 3, *out).returncode == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
