@@ -33,6 +33,7 @@ from rich.table import Table
 from benchmarks.load_cases import MODEL, PAPER_DEVICES, TYPES, Template, configuration, templates
 from benchmarks.load_client import Connection, Tally, each, head_of
 from benchmarks.load_devices import Device, hand_in, join, patiently, take_part
+from benchmarks.load_plot import draw
 from benchmarks.load_processes import Server, Watch, coordinator
 from edge_sdk.core import messages
 from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
@@ -48,14 +49,16 @@ class Plan:
     """How much load."""
 
     uploads: int  # devices whose uploads are timed against the sink
-    active_s: float  # over which the active devices come
+    active: int  # devices that do a whole assignment each, at their own time
+    active_s: float  # over which they come
     idle: int  # devices that poll at the end
     idle_s: float
     retry_s: float = 10.0  # the host's policy
     dtype: WireDtype = "float32"
 
 
-FULL, QUICK = Plan(PAPER_DEVICES, 60.0, 10_000, 60.0), Plan(404, 15.0, 4_000, 15.0)
+FULL = Plan(uploads=PAPER_DEVICES, active=PAPER_DEVICES, active_s=120.0, idle=10_000, idle_s=120.0)
+QUICK = Plan(uploads=404, active=404, active_s=30.0, idle=4_000, idle_s=15.0)
 
 
 class Run:
@@ -69,6 +72,7 @@ class Run:
             "timeout_s": 3600.0,
             "retry_s": plan.retry_s,
             "lease_s": 3600.0,
+            "concurrency": PAPER_DEVICES,
         }
         self.server = coordinator(folder, configuration(folder, plan.dtype, policy))
         (folder / "sink").mkdir()
@@ -92,7 +96,7 @@ class Run:
             await self.idle()
         finally:
             watching.cancel()
-            self.found["stopped"] = self.server.stop()
+            self.found["exit_code"] = self.server.stop()
             self.sink.kill()
         return self.result()
 
@@ -178,15 +182,16 @@ class Run:
     async def active(self) -> None:
         """Every device does a whole assignment, each on a connection of its own, spread over the time."""
         self.say("active")
-        lines = self.connections(PAPER_DEVICES)
+        lines = self.connections(self.plan.active)
         done = []
 
         async def one(line: Connection, device: Device) -> None:
             await asyncio.sleep(random.uniform(0.0, self.plan.active_s))
             done.append(await take_part(device, line, self.tally, self.plan.dtype))
+            self.watch.uploaded_bytes += device.kind.size_bytes
 
         watching = asyncio.create_task(self.look())
-        await asyncio.gather(*map(one, lines, self.devices[:PAPER_DEVICES]))
+        await asyncio.gather(*map(one, lines, self.devices))
         watching.cancel()
         hang_up(lines)
         self.found["active_devices"] = sum(done)
@@ -318,6 +323,8 @@ def main() -> int:
     show(found, console)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        draw(found, options.plot)
     good = found["ratio"] >= GOAL_RATIO and found["rss_max_bytes"] <= GOAL_RSS_BYTES
     return 0 if good and not found["error_count"] else 1
 

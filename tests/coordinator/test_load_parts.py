@@ -174,7 +174,9 @@ def test_the_load_benchmark_measures_every_route_without_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator_load, "PAPER_DEVICES", 12)
-    plan = coordinator_load.Plan(uploads=8, active_s=0.5, idle=40, idle_s=2.0, retry_s=0.5, dtype="int8")
+    plan = coordinator_load.Plan(
+        uploads=8, active=12, active_s=0.5, idle=40, idle_s=2.0, retry_s=0.5, dtype="int8"
+    )
     found = asyncio.run(coordinator_load.Run(plan, tmp_path).go())
     assert found["errors"] == []
     routes = {"ask", "download", "heartbeat", "join", "offset", "poll", "status", "update", "upload"}
