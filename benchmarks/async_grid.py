@@ -27,6 +27,7 @@ Row = dict[str, Any]
 
 CONDITIONS = Conditions(drop_out=0.2, away_s=MEDIAN_TRAIN_S)
 EVALUATED = 8  # updates between two looks at the loss, at least
+HOUSEHOLDS = 12  # of --quick
 MOST_S = 30 * 24 * 3600.0  # virtual
 
 
@@ -72,7 +73,7 @@ class Grid:
         if data:
             check_there(data)
         self._base = Base()
-        self._source = NaturalInstructions(data, self._base.tokens) if data else SmartHome()
+        self._source = NaturalInstructions(data, self._base.tokens) if data else SmartHome(HOUSEHOLDS)
         self._log, self._said = log, said
 
     def run(self, cases: Sequence[Case]) -> list[Row]:

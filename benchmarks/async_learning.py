@@ -125,7 +125,7 @@ class RealLearner:
             start = self._versions[update.version]
             path = self._blobs.path(update.digest)
             addends.append(Addend(buffered.update, weight, path, update.rank, start, update.carry_rank))
-        outcome = aggregate(self._federation, self._eta, current, addends, self._blobs)
+        outcome = aggregate(self._federation, self._eta, current, addends, self._blobs.write)
         self._versions[effect.version] = Merging(effect.version, self._blobs.path(outcome.digest))
         for addend in addends:
             addend.path.unlink(missing_ok=True)

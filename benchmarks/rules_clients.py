@@ -91,9 +91,12 @@ def _tasks(clients: Sequence[Client]) -> tuple[Task, ...]:
 class SmartHome:
     """The households of the demonstration, which are always there; unseen: intents that none of them has."""
 
+    def __init__(self, households: int = HOUSEHOLDS) -> None:
+        self._households = households
+
     def clients(self, seed: int) -> Clients:
         """Households drawn by `seed`."""
-        homes = smart_home.households(HOUSEHOLDS, seed)
+        homes = smart_home.households(self._households, seed)
         known = {intent for home in homes for intent in home.intents}
         others = tuple(intent for intent in smart_home.INTENTS if intent not in known)
         tasks = tuple(Task(intent, (), smart_home.test_set((intent,), TEST_ROWS, seed)) for intent in others)
