@@ -7,6 +7,7 @@ from typing import Any
 
 GOAL_MB = 300.0
 BIN_S = 2.0
+LEAST_SAMPLES = 16  # of a phase whose name is written
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -33,7 +34,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             shown = sample["phase"]
             for axis in (memory, files, uploads):
                 axis.axvline(sample["at_s"], color="0.8", linewidth=0.8)
-            memory.annotate(shown, (sample["at_s"], 1.02 * GOAL_MB), rotation=25, fontsize=7)
+            if sum(other["phase"] == shown for other in samples) > LEAST_SAMPLES:  # else there is no room
+                memory.annotate(shown, (sample["at_s"], 1.02 * GOAL_MB), rotation=25, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
