@@ -33,14 +33,15 @@ from rich.table import Table
 from benchmarks.load_cases import MODEL, PAPER_DEVICES, TYPES, Template, configuration, templates
 from benchmarks.load_client import Connection, Tally, each, head_of
 from benchmarks.load_devices import Device, hand_in, join, patiently, take_part
+from benchmarks.load_plot import draw
 from benchmarks.load_processes import Server, Watch, coordinator
 from edge_sdk.core import messages
 from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from edge_sdk.processor import cpu_name
 
 GOAL_RATIO, GOAL_RSS_BYTES = 0.7, 300e6
-SLICES = 8  # turns of sink and coordinator
-CONNECTIONS = 64  # uploads at a time
+TURN = 100  # uploads, about, before it is the other's turn: enough that its end, when few are left, is short
+CONNECTIONS = 32  # uploads at a time
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,16 @@ class Plan:
     """How much load."""
 
     uploads: int  # devices whose uploads are timed against the sink
-    active_s: float  # over which the active devices come
+    active: int  # devices that do a whole assignment each, at their own time
+    active_s: float  # over which they come
     idle: int  # devices that poll at the end
     idle_s: float
     retry_s: float = 10.0  # the host's policy
     dtype: WireDtype = "float32"
 
 
-FULL, QUICK = Plan(PAPER_DEVICES, 60.0, 10_000, 60.0), Plan(404, 15.0, 4_000, 15.0)
+FULL = Plan(uploads=PAPER_DEVICES, active=PAPER_DEVICES, active_s=120.0, idle=10_000, idle_s=120.0)
+QUICK = Plan(uploads=404, active=404, active_s=30.0, idle=4_000, idle_s=15.0)
 
 
 class Run:
@@ -69,6 +72,7 @@ class Run:
             "timeout_s": 3600.0,
             "retry_s": plan.retry_s,
             "lease_s": 3600.0,
+            "concurrency": PAPER_DEVICES,
         }
         self.server = coordinator(folder, configuration(folder, plan.dtype, policy))
         (folder / "sink").mkdir()
@@ -92,7 +96,7 @@ class Run:
             await self.idle()
         finally:
             watching.cancel()
-            self.found["stopped"] = self.server.stop()
+            self.found["exit_code"] = self.server.stop()
             self.sink.kill()
         return self.result()
 
@@ -141,8 +145,9 @@ class Run:
         sent = {"sink": 0, "ingest": 0}
         seconds = {"sink": 0.0, "ingest": 0.0}
         shares = []
-        for turn in range(SLICES):
-            part = devices[turn * len(devices) // SLICES : (turn + 1) * len(devices) // SLICES]
+        turns = max(1, len(devices) // TURN)
+        for turn in range(turns):
+            part = devices[turn * len(devices) // turns : (turn + 1) * len(devices) // turns]
             size, took = sum(device.kind.size_bytes for device in part), {}
             for name in ("sink", "ingest") if turn % 2 else ("ingest", "sink"):
                 # Sink files stay until the end: freeing their blocks would slow down whoever writes next.
@@ -157,6 +162,7 @@ class Run:
         self.found |= {f"{name}_mb_s": sent[name] / seconds[name] / 1e6 for name in sent}
         self.found["client_processor_share"] = sum(shares) / len(shares)
         self.found["uploaded_bytes"] = sent["ingest"]
+        self.found["at_full_load"] = ignored.quantiles()
         self.tally.errors += ignored.errors
 
     async def version(self, number: int) -> None:
@@ -176,15 +182,16 @@ class Run:
     async def active(self) -> None:
         """Every device does a whole assignment, each on a connection of its own, spread over the time."""
         self.say("active")
-        lines = self.connections(PAPER_DEVICES)
+        lines = self.connections(self.plan.active)
         done = []
 
         async def one(line: Connection, device: Device) -> None:
             await asyncio.sleep(random.uniform(0.0, self.plan.active_s))
             done.append(await take_part(device, line, self.tally, self.plan.dtype))
+            self.watch.uploaded_bytes += device.kind.size_bytes
 
         watching = asyncio.create_task(self.look())
-        await asyncio.gather(*map(one, lines, self.devices[:PAPER_DEVICES]))
+        await asyncio.gather(*map(one, lines, self.devices))
         watching.cancel()
         hang_up(lines)
         self.found["active_devices"] = sum(done)
@@ -316,6 +323,8 @@ def main() -> int:
     show(found, console)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.plot:
+        draw(found, options.plot)
     good = found["ratio"] >= GOAL_RATIO and found["rss_max_bytes"] <= GOAL_RSS_BYTES
     return 0 if good and not found["error_count"] else 1
 

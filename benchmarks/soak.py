@@ -243,6 +243,7 @@ class Soak:
 
     def _result(self, code: int) -> dict[str, Any]:
         books = self.books
+        _, *tracebacks = self.server.log.read_text(errors="replace").split("Traceback")
         found = examine(self.folder / "data", books.acknowledged)
         return {
             **found,
@@ -261,7 +262,8 @@ class Soak:
             "rss_before_kills_bytes": self.rss_before_kills,
             "files_max": self.watch.largest("files"),
             "exit_code": code,
-            "tracebacks": self.server.log.read_text(errors="replace").count("Traceback"),
+            "tracebacks": len(tracebacks),
+            "first_traceback": tracebacks[0][:2000] if tracebacks else "",
         }
 
 
@@ -300,12 +302,14 @@ def examine(data: Path, acknowledged: list[str]) -> dict[str, Any]:
             problems.append(f"version {number} is not whole")
         if abs(weights.get(number, 0.0) - 1.0) > 1e-6:
             problems.append(f"the weights of version {number} sum to {weights.get(number)}")
+    left_out = {id for id, (_, rejected) in where.items() if rejected}
     return {
         "problems": problems,
         "versions": len(versions),
         "places": dict(places),
         "stored": len(rows),
-        "unheard": len(set(where) - set(acknowledged)),  # stored, but the answer was lost on the way
+        "unheard": len(set(where) - left_out - set(acknowledged)),  # stored, and the answer was never heard
+        "left_out": len(left_out),  # stored, and declined with a reason
     }
 
 

@@ -184,7 +184,7 @@ def _why_not(at: Situation, device: str, version: int) -> StaleUpdate:
     if current - version > limit:
         why = f"trained from version {version}, {current - version} behind; at most {limit} merge"
     elif given is not None and version <= given:
-        why = f"trained from version {version}, but an update of this device from version {given} is in"
+        why = f"trained from version {version}, from which or a later one this device handed in other work"
     else:
         why = f"round {version} has all its updates and is being merged"
     return StaleUpdate(f"{why}. Train from version {current}", current_version=current)
@@ -243,7 +243,8 @@ def merge(at: Situation) -> list[Effect]:
     state = at.state
     taken = ready(at)
     state.buffer = [update for update in state.buffer if update not in taken]
-    state.merging, state.first_at, state.merge_at = tuple(taken), None, None
+    state.merging, state.merging_first_at = tuple(taken), state.first_at
+    state.first_at, state.merge_at = None, None
     weigh = weights.by_examples if at.ration is None else weights.by_share
     return [Merge(state.version + 1, weigh(taken, state.version, at.policy))]
 
@@ -256,6 +257,9 @@ def publish(at: Situation) -> list[Effect]:
     state.version, state.version_rank, state.merging = at.event.version, at.event.rank, ()
     state.failures = 0
     state.first_at = at.now if state.buffer else None
+    for lease in state.leases():
+        if state.version - lease.version > at.policy.staleness_limit:  # it holds a slot for nothing
+            lease.expires_at = min(lease.expires_at, at.now)
     return [Published(state.version)]
 
 
@@ -270,7 +274,8 @@ def put_back(at: Situation) -> list[Effect]:
     for update in state.buffer:
         seat = state.seat(update.device)
         seat.contributed = max(update.version, -1 if seat.contributed is None else seat.contributed)
-    state.first_at = at.now if state.buffer else None
+    if kept:  # what was due by its time still is
+        state.first_at = state.merging_first_at
     return []
 
 

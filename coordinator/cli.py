@@ -18,7 +18,12 @@ from coordinator.app import KEEP_ALIVE_S, build_app
 from coordinator.backup import back_up, require_finished
 from coordinator.blobs import Blobs
 from coordinator.folder_lock import only_coordinator
-from coordinator.process_limits import disk_threads, give_memory_back, raise_file_limit
+from coordinator.process_limits import (
+    disk_threads,
+    give_memory_back,
+    raise_file_limit,
+    take_turns_often,
+)
 from coordinator.service import Coordinator
 from coordinator.serving import export
 from coordinator.settings import Settings, load_settings
@@ -83,6 +88,7 @@ def _serve(options: argparse.Namespace) -> int:
     settings, by = load_settings(options.config), decompose_on(options.device)
     require_finished(options.data)
     give_memory_back()
+    take_turns_often()
     if notice := raise_file_limit():
         print(notice, flush=True)
     with only_coordinator(options.data):

@@ -17,6 +17,7 @@ row needs, which the next run finds.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,9 +97,9 @@ class Collector:
         """Those whose update is here, or comes from a version that is too old to merge."""
         newest = self._store.versions(1)
         oldest = (newest[0].version if newest else 0) - self._staleness_limit
-        for id in self._blobs.upload_ids()[:MOST_FILES]:
-            if not self._store.may_come(id, oldest):
-                self._remove(self._blobs.upload_path(id), found, "upload-collected")
+        gone = (id for id in self._blobs.upload_ids() if not self._store.may_come(id, oldest))
+        for id in itertools.islice(gone, MOST_FILES):
+            self._remove(self._blobs.upload_path(id), found, "upload-collected")
 
     def _remove(self, path: Path, found: Collected, point: Point) -> None:
         with blaming(f"{path.parent.name}/{path.name}"), contextlib.suppress(FileNotFoundError):

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 WANTED_FILES = 65536  # ten thousand devices with a connection each, and room
 MMAP_BYTES = 1 << 20  # larger blocks go back to the system when they are freed
 ARENAS = 2  # heaps of glibc; with one a thread, each keeps the most that any thread ever had
-THREADS = 12  # for the disk: most of them wait for it
+THREADS = 32  # for blocking work: most of them wait for the disk, which serves many waits at once
+SWITCH_S = 0.001  # how long a thread may keep the interpreter from others; Python's default is 5 ms
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 
 
@@ -43,6 +44,11 @@ def give_memory_back() -> None:
             (_M_TRIM_THRESHOLD, 4 * MMAP_BYTES),
         ):
             mallopt(option, value)
+
+
+def take_turns_often() -> None:
+    """Let the event loop have the interpreter soon, whatever worker threads do."""
+    sys.setswitchinterval(SWITCH_S)
 
 
 def disk_threads() -> ThreadPoolExecutor:

@@ -62,6 +62,17 @@ MIGRATIONS = [
     ALTER TABLE versions ADD COLUMN collected INTEGER NOT NULL DEFAULT 0;
     CREATE INDEX versions_files ON versions(digest) WHERE collected = 0;
     """,
+    # What the status shows of each device, so that it need not count all updates there ever were.
+    """
+    ALTER TABLE devices ADD COLUMN merged INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE devices ADD COLUMN staleness_sum INTEGER NOT NULL DEFAULT 0;
+    UPDATE devices SET (merged, staleness_sum) = (
+        SELECT COUNT(*), COALESCE(SUM(staleness), 0) FROM updates
+        WHERE device = devices.id AND merged_version IS NOT NULL AND rejected IS NULL
+    );
+    CREATE INDEX updates_merged ON updates(merged_version) WHERE merged_version IS NOT NULL;
+    CREATE INDEX updates_clipped ON updates(factor) WHERE factor < 1.0;
+    """,
 ]
 
 

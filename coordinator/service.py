@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from coordinator import events, ledger
 from coordinator.blobs import Blobs
@@ -88,6 +89,7 @@ class Coordinator:
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
         self.trouble = Trouble()
         self._seen: dict[str, float] = {}
+        self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
         self._tasks: set[asyncio.Task[None]] = set()
         self._collecting: asyncio.Task[None] | None = None
         self._expired: list[str] = []  # assignments whose end is not on disk yet
@@ -96,7 +98,7 @@ class Coordinator:
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
         self._status = SharedAnswer(self._status_text)
-        self._checking = asyncio.Semaphore(cores())  # more at a time would only take longer each
+        self._checking = asyncio.Semaphore(4 * cores())  # more would only hold more in memory
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
@@ -168,6 +170,8 @@ class Coordinator:
             elif isinstance(effect, events.Expired):
                 log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
                 self._expired.append(effect.lease.assignment)
+            elif isinstance(effect, events.Published):
+                self._collect_soon()
         return effects
 
     async def _note_expired(self) -> None:
@@ -278,6 +282,11 @@ class Coordinator:
                 after a pause: the same work again would be refused again.
             StaleUpdate: it counts no more; says why, and which version to train from.
         """
+        # One at a time of a device: the same request sent twice must not be answered before it is decided.
+        async with self._delivering.setdefault(device, asyncio.Lock()):
+            return await self._deliver(device, id, update)
+
+    async def _deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         assignment = self.require_assignment(device, id)
         if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)
@@ -325,7 +334,6 @@ class Coordinator:
         if isinstance(outcome, events.Merged):
             took_s, count = time.monotonic() - started, len(effect.weights)
             log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
-            self._collect_soon()
         self._apply(outcome)
 
     def _merged(self, effect: events.Merge) -> events.Merged | events.MergeFailed:

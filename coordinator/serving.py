@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 
 from coordinator.blobs import Blobs, written_whole
@@ -27,6 +28,7 @@ class Serving:
         self._federation, self._store, self._blobs = federation, store, blobs
         self._newest = newest
         self._making: dict[int, asyncio.Lock] = {}
+        self._asking: Counter[int] = Counter()  # who waits for a version's lock, or holds it
 
     def require(self, version: int, rank: int, current: int) -> None:
         """Raise NotFound for a version or rank that is not served; `current` is the newest version."""
@@ -44,10 +46,15 @@ class Serving:
     async def adapter(self, version: int, rung: Rung) -> Path:
         """The file that a device of that rank starts `version` from, in that dtype."""
         path = self._path(version, rung)
-        async with self._making.setdefault(version, asyncio.Lock()):
-            if not path.exists():
-                await asyncio.to_thread(self._make, version, rung)
-        self._making.pop(version, None)
+        self._asking[version] += 1
+        try:
+            async with self._making.setdefault(version, asyncio.Lock()):
+                if not path.exists():
+                    await asyncio.to_thread(self._make, version, rung)
+        finally:
+            self._asking[version] -= 1
+            if not self._asking[version]:  # a lock that somebody waits for must stay the only one
+                del self._asking[version], self._making[version]
         return path
 
     def _make(self, version: int, rung: Rung) -> None:

@@ -41,6 +41,7 @@ class State:
     buffer: list[Buffered] = field(default_factory=list)
     first_at: float | None = None  # when the oldest buffered update came
     merging: tuple[Buffered, ...] = ()
+    merging_first_at: float | None = None  # when the oldest of those came
     failures: int = 0  # merges in a row that failed for our own reasons
     merge_at: float | None = None  # no merge before this
 

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +103,23 @@ _DIGESTS_OF_VERSIONS = "SELECT digest FROM versions WHERE collected = 0"
 _DIGESTS_OF_UPDATES = "SELECT digest FROM updates WHERE merged_version IS NULL AND rejected IS NULL"
 
 
+class _Reader:
+    """A connection that sees what is committed, for one query at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        self._db.execute("PRAGMA query_only = ON")
+
+    def rows(self, query: str, values: Sequence[Any]) -> list[Any]:
+        with self._lock:
+            return self._db.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+
 class Store:
     """One SQLite file. Methods are short, may be called from any thread, and commit before they return.
 
@@ -113,7 +130,7 @@ class Store:
     """
 
     def __init__(self, path: Path, upgrade: bool = True) -> None:
-        self._lock, self._path = threading.Lock(), path
+        self._path, self._home = path, threading.get_ident()
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -127,8 +144,7 @@ class Store:
                     f"{path}: schema {have} is older than this program's {len(MIGRATIONS)}; the next "
                     "`edge-coordinator serve` on this folder brings it up to date"
                 )
-            self._reader = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._reader.execute("PRAGMA query_only = ON")
+            self._own_reader, self._reader = _Reader(path), _Reader(path)
         except (sqlite3.DatabaseError, OSError) as error:
             if isinstance(disk_error(path.name, error, path.parent), DiskFull):
                 raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
@@ -145,9 +161,10 @@ class Store:
             reach(committed)
 
     def _rows(self, query: str, *values: Any) -> list[Any]:
-        """What is committed. Never waits for a commit: the event loop asks, too."""
-        with self._lock, self._blaming():
-            return self._reader.execute(query, values).fetchall()
+        """What is committed. The thread that made the store, an event loop's, waits for nobody."""
+        reader = self._own_reader if threading.get_ident() == self._home else self._reader
+        with self._blaming():
+            return reader.rows(query, values)
 
     @contextmanager
     def _blaming(self) -> Iterator[None]:
@@ -162,8 +179,8 @@ class Store:
 
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
-        with self._lock:
-            self._reader.close()
+        self._own_reader.close()
+        self._reader.close()
         self._commits.close()
 
     # --- federation ---
@@ -201,16 +218,18 @@ class Store:
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
         rows = self._rows(
-            "SELECT d.id, d.name, d.rank, COUNT(u.merged_version), COALESCE(AVG(u.staleness), 0), d.refused "
-            "FROM devices d LEFT JOIN updates u ON u.device = d.id GROUP BY d.id ORDER BY d.joined_at"
+            "SELECT id, name, rank, merged, CAST(staleness_sum AS REAL) / MAX(1, merged), refused "
+            "FROM devices ORDER BY joined_at"
         )
         return [Device(*row) for row in rows]
 
     # --- assignments ---
 
     def add_assignment(self, device: str, assignment: Assignment, now: float) -> None:
-        """Remember a lease; it replaces any that the device held."""
+        """Remember a lease; it replaces any that the device held. Twice is the same as once."""
         with self._transaction("assignment-written", "assignment-committed") as db:
+            if db.execute("SELECT 1 FROM assignments WHERE id = ?", (assignment.id,)).fetchone():
+                return  # the device asked twice at once
             db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
             db.execute("UPDATE devices SET rank = ? WHERE id = ?", (assignment.rank, device))
             db.execute(
@@ -400,6 +419,11 @@ class Store:
                     raise sqlite3.IntegrityError(
                         f"update {id} is merged already; version {version.version} dropped"
                     )
+                db.execute(
+                    "UPDATE devices SET merged = merged + 1, staleness_sum = staleness_sum + ? "
+                    "WHERE id = (SELECT device FROM updates WHERE assignment = ?)",
+                    (tau, id),
+                )
             twice = "SELECT device FROM updates WHERE merged_version = ? GROUP BY device HAVING COUNT(*) > 1"
             if version.noise_multiplier and (row := db.execute(twice, (version.version,)).fetchone()):
                 raise sqlite3.IntegrityError(

@@ -99,7 +99,7 @@ WORK: tuple[Row[WorkPhase], ...] = (
 )
 
 _V = Row[MergePhase]
-_EVERY: tuple[MergePhase, ...] = ("collecting", "merging", "resting")
+_AWAKE: tuple[MergePhase, ...] = ("collecting", "merging")
 
 VERSION: tuple[Row[MergePhase], ...] = (
     _V(("collecting",), Restarted, None, None, do.restore),
@@ -109,8 +109,8 @@ VERSION: tuple[Row[MergePhase], ...] = (
     _V(("resting",), Tick, when.still_rests, None, do.nothing),
     _V(("resting",), Stored, None, "collecting", do.nothing, again=True),
     _V(("resting",), Tick, None, "collecting", do.nothing, again=True),
-    _V(_EVERY, Stored, None, None, do.nothing),
-    _V(_EVERY, Tick, None, None, do.nothing),
+    _V(_AWAKE, Stored, None, None, do.nothing),
+    _V(_AWAKE, Tick, None, None, do.nothing),
     _V(("merging",), Merged, None, "collecting", do.publish),
     _V(("merging",), MergeFailed, when.some_rejected, "collecting", do.put_back),
     _V(("merging",), MergeFailed, None, "resting", do.put_back_and_rest),

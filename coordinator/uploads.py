@@ -46,9 +46,13 @@ class Uploads:
 
         Raises:
             StaleUpdate: it was, and then left out.
+            ProtocolError: another adapter was.
         """
-        if self._store.update_digest(id) != update.digest:
+        known = self._store.update_digest(id)
+        if known is None:
             return False
+        if known != update.digest:
+            raise ProtocolError(f"assignment {id} was delivered before, with digest {known[:12]}")
         if reason := self._store.rejection(id):
             raise StaleUpdate(f"this update was left out: {reason}")
         self._blobs.discard(id)  # a device that heard no answer has sent it all again

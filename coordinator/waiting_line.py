@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 MOST_ASKS_S = 200.0  # questions a second from devices without work: some percent of what a core answers
 MOST_RETRY_S = 300.0
+FRONT_SHARE = 0.5  # of those questions are for the front of the line, whose slot must not wait for it
 JITTER = 0.5  # a device is told up to this share more, so that devices told at once come back apart
 ABSENCE_S = 10.0  # who comes so much later than told has lost its place, and something for its own delay
 ABSENCE_SHARE = 0.5
@@ -50,15 +51,16 @@ class WaitingLine:
             self.issued += 1
             self.tickets[device] = self.issued
         before = self.tickets[device] - next(iter(self.tickets.values()))
-        return self.wait(device, min(MOST_RETRY_S, retry_s * (1 + before / slots)), seed, now)
+        in_front = before < FRONT_SHARE * MOST_ASKS_S * retry_s
+        return self.wait(device, min(MOST_RETRY_S, retry_s * (1 + before / slots)), seed, now, not in_front)
 
-    def wait(self, device: str, at_least_s: float, seed: str, now: float) -> float:
-        """Note that a device waits; seconds until it should ask again.
+    def wait(self, device: str, at_least_s: float, seed: str, now: float, calmly: bool = True) -> float:
+        """Note that a device waits; seconds until it should ask again, `calmly`: the more wait, the more.
 
         The jitter follows from `seed`, a fresh random text: nothing here draws a number.
         """
         self._sweep(now)
-        calm_s = min(MOST_RETRY_S, len(self.back_by) / MOST_ASKS_S)
+        calm_s = min(MOST_RETRY_S, len(self.back_by) / MOST_ASKS_S) if calmly else 0.0
         share = zlib.crc32(seed.encode()) / 2**32
         retry_s = max(at_least_s, calm_s) * (1 + JITTER * share)
         self.back_by[device] = now + (1 + ABSENCE_SHARE) * retry_s + ABSENCE_S

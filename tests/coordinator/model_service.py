@@ -74,14 +74,13 @@ class Disk:
     updates: dict[str, Kept] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)  # of version 1, 2, ...
 
-    def add_work(self, id: str, work: Work) -> bool:
-        """False where the id is there: SQLite says that a key must be unique."""
+    def add_work(self, id: str, work: Work) -> None:
+        """Twice is the same as once."""
         if id in self.work:
-            return False
+            return
         for other in self.work.values():
             other.open &= other.device != work.device
         self.work[id] = work
-        return True
 
     def add_update(self, id: str, kept: Kept) -> bool | str:
         """Whether it is new, or why it is refused."""
@@ -204,8 +203,7 @@ class Service:
             left_s = lease.expires_at - self.now
             row = Work(device, lease.version, lease.rank, lease.carry_rank, steps, left_s, self.wall)
             yield
-            if not self.disk.add_work(id, row):
-                return ("failed",)
+            self.disk.add_work(id, row)
             yield
         return ("work", device, id)
 

@@ -94,6 +94,7 @@ class Judge:
     merge: Merge | None = None
     pool: list[Buffered] = field(default_factory=list)
     pool_since: float | None = None
+    merge_since: float | None = None
     fails: int = 0
     rest_until: float = -math.inf
     seen: dict[str, Seen] = field(default_factory=dict)
@@ -157,7 +158,7 @@ class Judge:
 
     # --- events ---
 
-    def saw(self, event: Event, now: float, effects: list[Effect]) -> None:
+    def saw(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 one case an event
         """Check what was done about an event."""
         effects = list(effects)
         match event:
@@ -440,7 +441,7 @@ class Judge:
             wanted = [weight / sum(raw) for weight in raw]
             assert sum(weight for _, weight, _ in merge.weights) == pytest.approx(1.0)
         assert [weight for _, weight, _ in merge.weights] == pytest.approx(wanted)
-        self.merge, self.pool_since = merge, None
+        self.merge, self.merge_since, self.pool_since = merge, self.pool_since, None
         self.pool = [update for update in self.pool if update not in taken]
 
     def publish(self) -> None:
@@ -456,14 +457,18 @@ class Judge:
         assert event.version == self.version
         self.merge, self.rank, self.fails = None, event.rank, 0
         self.pool_since = now if self.pool else None
+        for held in self.live().values():
+            if self.version - held.version > self.limit:
+                held.until = min(held.until, now)
         self.may_merge(now, effects)
 
     def merge_failed(self, event: MergeFailed, now: float) -> None:
         assert self.merge is not None
         taken = [update for update, _, _ in self.merge.weights]
         self.merge = None
-        self.pool = [update for update in taken if update.update not in event.rejected] + self.pool
-        self.pool_since = now if self.pool else None
+        back = [update for update in taken if update.update not in event.rejected]
+        self.pool = back + self.pool
+        self.pool_since = self.merge_since if back else self.pool_since
         for update in taken:
             if update.update in event.rejected:
                 seen = self.of(update.device)

@@ -36,6 +36,8 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
 @pytest.mark.parametrize(
     ("setting", "reason"),
     [
+        ("[storage]\nkeep_versions = 0", "storage.keep_versions is 0; it must be 1 or more"),
+        ("[storage]\nkeep_version = 3", "[storage]: unknown key 'keep_version'; known are keep_versions"),
         ("[policy]\nbuffer_size = 0", "policy.buffer_size is 0; it must be above 0"),
         ("[policy]\nquorum = 9", "policy.quorum is 9, above policy.buffer_size 4"),
         ("[policy]\ntimeout_s = -1", "policy.timeout_s is -1"),

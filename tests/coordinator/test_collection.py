@@ -443,6 +443,10 @@ def test_a_run_is_bounded_and_the_next_goes_on(host: Host, monkeypatch: pytest.M
     for number in range(7):
         host.blobs.write([str(number).encode()])
     assert [host.collector.run().files for _ in range(4)] == [3, 3, 1, 0]
+    for number in range(12):  # of every other one the update may still come
+        host.blobs.append(host.grant() if number % 2 else f"unknown{number}", 0, b"half", 100)
+    assert [host.collector.run().files for _ in range(3)] == [3, 3, 0]
+    assert set(host.blobs.upload_ids()) == set(host.leases)
 
 
 def test_other_files_in_the_folder_are_left_alone(host: Host) -> None:

@@ -13,12 +13,15 @@ import pytest
 
 from benchmarks import coordinator_load, soak
 from coordinator import process_limits, shared_answer
+from coordinator.blobs import Blobs
+from coordinator.ladder import Rung
 from coordinator.remembered import Assignments, Credentials
+from coordinator.serving import Serving
 from coordinator.shared_answer import SharedAnswer
 from coordinator.store import Store
 from edge_sdk.core.errors import Unauthorised
-from edge_sdk.core.messages import Assignment
-from tests.coordinator.devices import Device, configuration, member
+from edge_sdk.core.messages import Assignment, Base, Federation
+from tests.coordinator.devices import FINGERPRINT, Device, configuration, member
 from tests.processes import CoordinatorProcess
 
 
@@ -64,6 +67,36 @@ def test_an_answer_that_takes_long_serves_for_a_while(monkeypatch: pytest.Monkey
 
     asyncio.run(run())
     assert len(made) == 1
+
+
+def test_however_many_ask_for_a_version_its_files_are_made_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by those who come while it is made, when the first has gone and others still wait."""
+    made: list[Rung] = []
+
+    def make(self: Serving, version: int, rung: Rung) -> None:
+        made.append(rung)
+        time.sleep(0.05)
+        self._path(version, rung).touch()
+
+    monkeypatch.setattr(Serving, "_make", make)
+    federation = Federation("f", Base("m", FINGERPRINT, {"q": (8, 8)}), "carry", (2, 4), 4, 2.0, "balanced")
+    store = Store(tmp_path / "x.sqlite")
+
+    async def run() -> None:
+        serving = Serving(federation, store, Blobs(tmp_path), 10)
+
+        async def one(number: int) -> None:
+            await asyncio.sleep(0.002 * number)
+            assert (await serving.adapter(1, Rung(2 + 2 * (number % 2)))).exists()
+
+        await asyncio.gather(*map(one, range(100)))
+        assert not serving._making  # nothing is kept of it
+
+    asyncio.run(run())
+    assert sorted(rung.rank for rung in made) == [2, 4]
+    store.close()
 
 
 def work(id: str) -> Assignment:
@@ -141,7 +174,9 @@ def test_the_load_benchmark_measures_every_route_without_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(coordinator_load, "PAPER_DEVICES", 12)
-    plan = coordinator_load.Plan(uploads=8, active_s=0.5, idle=40, idle_s=2.0, retry_s=0.5, dtype="int8")
+    plan = coordinator_load.Plan(
+        uploads=8, active=12, active_s=0.5, idle=40, idle_s=2.0, retry_s=0.5, dtype="int8"
+    )
     found = asyncio.run(coordinator_load.Run(plan, tmp_path).go())
     assert found["errors"] == []
     routes = {"ask", "download", "heartbeat", "join", "offset", "poll", "status", "update", "upload"}

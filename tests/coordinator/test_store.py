@@ -219,9 +219,15 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
     database.execute(
         "INSERT INTO updates VALUES ('a', 'd', 0, ?, ?, 5.0, NULL, NULL, NULL, NULL)", (record, UPDATE.digest)
     )
+    for id, staleness in (("b", 1), ("c", 4)):
+        database.execute(f"INSERT INTO assignments VALUES ('{id}', 'd', 0, 4, '{{}}', 2.0, 0)")
+        database.execute(
+            f"INSERT INTO updates VALUES ('{id}', 'd', 0, ?, 'x', 5.0, 1, 1.0, {staleness}, NULL)", (record,)
+        )
     database.commit()
     database.close()
     store = Store(path)
+    assert [(d.updates, d.mean_staleness) for d in store.devices()] == [(2, 2.5)]
     assert store.unmerged() == [StoredUpdate("a", "d", 0, UPDATE)]
     assert store.recent_norms(50) == []
     assert [d.refused for d in store.devices()] == [0]
@@ -237,7 +243,7 @@ def test_a_failure_in_a_transaction_leaves_nothing(store: Store) -> None:
 
 def test_commits_are_durable(store: Store) -> None:
     assert store._rows("PRAGMA journal_mode") == [("wal",)]
-    assert store._rows("PRAGMA synchronous") == [(2,)]  # FULL
+    assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 def test_a_newer_schema_is_refused(path: Path, store: Store) -> None:

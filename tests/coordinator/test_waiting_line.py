@@ -159,7 +159,7 @@ def test_jitters_of_different_seeds_fill_the_range_evenly() -> None:
 
 
 def test_ten_thousand_devices_told_at_once_come_back_apart() -> None:
-    """All at 0, then each when told, for ten minutes: about as many a second as one core answers with ease."""
+    """All at 0, then each when told, for ten minutes: about as many a second as are meant to."""
     line, devices = WaitingLine(), 10_000
     wakes = [(0.0, device) for device in range(devices)]
     seconds: Counter[int] = Counter()

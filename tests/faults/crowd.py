@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.core.codec import encode
-from edge_sdk.core.errors import EdgeError, OurFault, Unauthorised, Unreachable
+from edge_sdk.core.codec import encode, max_adapter_bytes, open_adapter
+from edge_sdk.core.errors import EdgeError, OurFault, Unauthorised, Unreachable, UploadLost
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Ask, Assignment, JoinRequest
 from edge_sdk.transport import Transport
-from tests.coordinator.devices import FINGERPRINT, SCALING, random_adapter, update_of
+from tests.coordinator.devices import FINGERPRINT, SCALING, SHAPES, random_adapter, update_of
 from tests.processes import CoordinatorProcess
 
 RANKS = (2, 4, 8)
@@ -46,7 +46,7 @@ class FakeDevice(threading.Thread):
             while not self.crowd.stopping.is_set():
                 try:
                     self._once(Path(folder))
-                except (Unreachable, OurFault) as error:
+                except (Unreachable, OurFault, UploadLost) as error:
                     self.crowd.unanswered[type(error).__name__] += 1
                     time.sleep(0.1)
                 except EdgeError as error:
@@ -77,7 +77,7 @@ class FakeDevice(threading.Thread):
                 return
             if rank := answer.carry_rank if self.crowd.carries else answer.rank:
                 self._transport.download(answer.version, rank, folder / "start", dtype="int8")
-            self._outbox = answer, self._trained(answer)
+            self._outbox = answer, self._trained(answer, folder / "start")
         assignment, content = self._outbox
         path = folder / "update"
         path.write_bytes(content)
@@ -90,10 +90,19 @@ class FakeDevice(threading.Thread):
         self.acknowledged.append(assignment.id)
         self._outbox = None
 
-    def _trained(self, assignment: Assignment) -> bytes:
-        """Now and then the very bytes that another device sends, so that they share a blob."""
+    def _trained(self, assignment: Assignment, start: Path) -> bytes:
+        """Now and then the very bytes that another device sends, so that they share a blob.
+
+        Where devices send states, a small step from the start: anything else would diverge.
+        """
         seed = self.chance.choice([assignment.version, self.chance.randrange(1 << 30)])
-        adapter = random_adapter(assignment.rank, seed)
+        adapter = random_adapter(assignment.rank, seed, scale=0.01)
+        if not self.crowd.carries:
+            cap = max_adapter_bytes(SHAPES, assignment.rank)
+            begun = open_adapter(start, SHAPES, assignment.rank, SCALING, cap)
+            adapter = {
+                name: LoraFactors(factors.b + adapter[name].b, factors.a) for name, factors in begun.modules()
+            }
         if self.spoilt:
             name, factors = next(iter(adapter.items()))
             adapter[name] = LoraFactors(np.full_like(factors.b, np.nan), factors.a)

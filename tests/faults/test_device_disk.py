@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 
 from edge_sdk import base_model, durable
-from edge_sdk.core.errors import InputError, Unwritable
+from edge_sdk.core.errors import Unwritable
 from edge_sdk.core.messages import Base
 from edge_sdk.journal import Journal
 from edge_sdk.training import Interrupted, StepAnswer, StepReport
 from edge_sdk.worker_process import WorkerProcess
 from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
-from tests.device_zygote import Zygote, events_in, kill, lives
-from tests.faults.proxy import Proxy
 from tests.models import build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess
 from tests.test_worker import job_in, setup_of
@@ -88,36 +86,6 @@ def test_a_worker_whose_disk_is_full_trains_on_and_waits_with_the_result(tmp_pat
             worker.train(leave, lambda report: "interrupt" if "outbox" in report.trouble else "continue")
 
 
-def test_a_device_whose_disk_is_full_says_so_once_and_goes_on(
-    coordinator: CoordinatorProcess, data: Path, tmp_path: Path
-) -> None:
-    log, state = tmp_path / "log", tmp_path / "device"
-    with Zygote() as zygote, Proxy(coordinator.port) as proxy:
-        pid = zygote.start(
-            url=proxy.url,
-            token=coordinator.join_token,
-            state=state,
-            data=data,
-            log=log,
-            updates=1,
-            file_bytes=8192,
-        )
-
-        def told() -> list[str]:
-            return [event["text"] for event in events_in(log) if event["kind"] == "disk"]
-
-        # The adapter to train from finds no room first.
-        wait_until(lambda: len(proxy.asked("GET", "/versions/")) >= 3 or not lives(pid))
-        assert len(told()) == 1, events_in(log)
-        assert "cannot be written (File too large); make room on that disk" in told()[0]
-        assert lives(pid)
-        no_limit(pid)
-        wait_until(lambda: not lives(pid))
-    assert told()[1:] == ["the state folder can be written again"]
-    (update,) = updates(coordinator, Journal(state).load().device_id)  # type: ignore[union-attr]
-    assert update["steps"] == STEPS
-
-
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_disk_that_is_full_at_any_write(
@@ -150,30 +118,6 @@ def test_a_disk_that_is_full_at_any_write(
 
 
 # --- one agent on one state folder ------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_second_agent_on_a_state_folder_is_refused_and_a_killed_one_leaves_it_free(
-    coordinator: CoordinatorProcess, data: Path, tmp_path: Path
-) -> None:
-    state, log = tmp_path / "device", tmp_path / "log"
-    second = device(coordinator.url, coordinator.join_token, state, data)
-    with Zygote() as zygote:
-        pid = zygote.start(url=coordinator.url, token=coordinator.join_token, state=state, data=data, log=log)
-        wait_until(lambda: any(event["kind"] == "step" for event in events_in(log)))
-        for attempt in (second.agent.run, second.agent.prepare):
-            with pytest.raises(
-                InputError, match=r"device: another agent trains with this state folder; stop"
-            ):
-                attempt()
-        # A program that only asks shares the folder with the device that trains.
-        asker = device(coordinator.url, None, state, None, quantise=False)
-        wait_until(lambda: asker.agent.refresh() >= 1)
-        assert asker.agent.newest()[0] >= 1
-        asker.agent.close()
-        kill(pid)
-    assert second.agent.run(updates=1) == 1
-    second.agent.close()
 
 
 @pytest.mark.usefixtures("quick")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +14,17 @@ from typing import Any
 import pytest
 
 from edge_sdk import base_model
+from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Base
-from tests.device_agents import federation_config, text_of, updates, wait_until
+from edge_sdk.journal import Journal
+from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
 from tests.device_zygote import Zygote, events_in, kill, lives
 from tests.faults.proxy import Proxy, Throttle
 from tests.models import build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess
 from tests.test_federation import checkpointed_step
 
+__all__ = ["quick"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process that holds torch")
 
 STEPS = 12
@@ -106,7 +110,9 @@ class Victim:
         device_id = self.session["device_id"]
         wait_until(lambda: all(u["merged_version"] for u in updates(self._coordinator, device_id)))
         found = updates(self._coordinator, device_id)
-        assert {update["steps"] for update in found} == {STEPS}
+        # One that is killed often is late and told to finish: fewer steps then, and counted as such.
+        assert all(1 <= update["steps"] <= STEPS for update in found)
+        assert all(update["examples"] == 2 * update["steps"] for update in found)
         assert self.session["delivered"] == len(found)
         arrived = {update["assignment"]: update["digest"] for update in found}
         assert self.finished.items() <= arrived.items()
@@ -171,3 +177,58 @@ def test_many_random_kills(zygote: Zygote, coordinator: CoordinatorProcess, tmp_
         assert victim.finish()
         assert {"training", "outbox"} <= set(victim.hit)
         assert all(rule.triggered for rule in slow)
+
+
+# --- two agents, and no room ------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_agent_on_a_state_folder_is_refused_and_a_killed_one_leaves_it_free(
+    zygote: Zygote, coordinator: CoordinatorProcess, tmp_path: Path
+) -> None:
+    state, log, data = tmp_path / "device", tmp_path / "log", text_of(tmp_path)
+    second = device(coordinator.url, coordinator.join_token, state, data)
+    pid = zygote.start(url=coordinator.url, token=coordinator.join_token, state=state, data=data, log=log)
+    wait_until(lambda: any(event["kind"] == "step" for event in events_in(log)))
+    for attempt in (second.agent.run, second.agent.prepare):
+        with pytest.raises(InputError, match=r"device: another agent trains with this state folder; stop"):
+            attempt()
+    # A program that only asks shares the folder with the device that trains.
+    asker = device(coordinator.url, None, state, None, quantise=False)
+    wait_until(lambda: asker.agent.refresh() >= 1)
+    assert asker.agent.newest()[0] >= 1
+    asker.agent.close()
+    kill(pid)
+    assert second.agent.run(updates=1) == 1
+    second.agent.close()
+
+
+def test_a_device_whose_disk_is_full_says_so_once_and_goes_on(
+    zygote: Zygote, coordinator: CoordinatorProcess, tmp_path: Path
+) -> None:
+    """No file above 8 KB can be written until there is room."""
+    log, state, data = tmp_path / "log", tmp_path / "device", text_of(tmp_path)
+    with Proxy(coordinator.port) as proxy:
+        pid = zygote.start(
+            url=proxy.url,
+            token=coordinator.join_token,
+            state=state,
+            data=data,
+            log=log,
+            updates=1,
+            file_bytes=8192,
+        )
+
+        def told() -> list[str]:
+            return [event["text"] for event in events_in(log) if event["kind"] == "disk"]
+
+        # The adapter to train from finds no room first.
+        wait_until(lambda: len(proxy.asked("GET", "/versions/")) >= 3 or not lives(pid))
+        assert len(told()) == 1, events_in(log)
+        assert "cannot be written (File too large); make room on that disk" in told()[0]
+        assert lives(pid)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        wait_until(lambda: not lives(pid))
+    assert told()[1:] == ["the state folder can be written again"]
+    (update,) = updates(coordinator, Journal(state).load().device_id)  # type: ignore[union-attr]
+    assert update["steps"] == STEPS

@@ -8,14 +8,16 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edge_sdk import base_model
 from edge_sdk.core.errors import Unauthorised
 from edge_sdk.core.messages import Base
-from edge_sdk.options import Event
+from edge_sdk.options import Event, Options
 from tests.device_agents import Device, device, federation_config, quick, text_of, updates
 from tests.faults.proxy import Answer, Proxy
 from tests.models import build_model
@@ -188,11 +190,13 @@ def test_a_worker_process_told_to_finish_hands_in_what_it_has(
     """A real deadline of a real coordinator, on a device that is late; training is in its own process."""
     from edge_sdk import participation, worker_choice
 
-    monkeypatch.setattr(participation, "worker_for", worker_choice.worker_for)
+    def apart(federation: Any, options: Options, data: Path, decision: Any) -> Any:
+        return worker_choice.worker_for(federation, replace(options, isolate=True), data, decision)
+
+    monkeypatch.setattr(participation, "worker_for", apart)
     config = federation_config(tmp_path, base, steps=100_000, lease_s=1.0, max_staleness=1000)
     with CoordinatorProcess(tmp_path, config) as coordinator:
-        it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data, isolate=True)
-        it.agent.prepare()
+        it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data)
         assert it.agent.run(updates=1) == 1
         it.agent.close()
         (update,) = updates(coordinator, it.id)

@@ -150,7 +150,8 @@ def test_a_start_that_cannot_write_is_one_line(
     config.write_text(configuration(tmp_path))
     arguments = ("serve", "--data", tmp_path / "data", "--config", config, "--port", 0)
     done = run(*arguments, fail=f"{point}={error}")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    assert "listening" not in done.stdout
     assert done.stderr.startswith("edge-coordinator: ")
     assert done.stderr.count("\n") == 1
     assert cause in done.stderr
