@@ -16,6 +16,7 @@ Row = dict[str, Any]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too.
 COLOURS = {BUFFERED: "#0072B2", SYNCHRONOUS: "#D55E00", OVER: "#E69F00"}
+HOURS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)  # marked, where they are on the axis
 NAMES = {BUFFERED: "buffered", SYNCHRONOUS: "synchronous", OVER: "synchronous, 30 % over-selection"}
 
 
@@ -36,7 +37,7 @@ def plot(
     plotter = headless_pyplot()
     widths = [2.2, *(1.0 for _ in sweeps)]
     figure, axes = plotter.subplots(
-        1, len(widths), figsize=(6.0 + 3.0 * len(sweeps), 4.4), squeeze=False, width_ratios=widths
+        1, len(widths), figsize=(7.0 + 3.2 * len(sweeps), 4.4), squeeze=False, width_ratios=widths
     )
     _curves(axes[0][0], rows, goal)
     for axis, (title, values) in zip(axes[0][1:], sweeps.items(), strict=True):
@@ -63,9 +64,11 @@ def _curves(axis: Any, rows: Sequence[Row], goal: Goal) -> None:
     where = ("axes fraction", "data")
     axis.annotate("target", (1, goal.loss_share), (-4, 4), where, "offset points", ha="right")
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(lambda hours, _: f"{hours:g}")
+    low, high = axis.get_xlim()
+    axis.set_xticks(ticks := [hours for hours in HOURS if low <= hours <= high], [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
     axis.set_xlabel("virtual hours")
-    axis.set_ylabel("held-out loss of all clients, as a share of the base's")
+    axis.set_ylabel("held-out loss, as a share of the base's")
     axis.set_title("mean of the seeds, and their range")
     axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False, loc="upper right")
@@ -84,9 +87,9 @@ def _times(axis: Any, title: str, values: Mapping[str, Sequence[Row]], goal: Goa
                 place + shift, hours[-1], color=COLOURS[BUFFERED], marker="o" if reached else "^", s=28
             )
         axis.hlines(median(hours), place - 0.3, place + 0.3, color=COLOURS[BUFFERED], lw=2)
-    axis.set_xticks(range(len(values)), list(values))
+    axis.set_xticks(range(len(values)), list(values), fontsize=9)
     axis.set_xlim(-0.6, len(values) - 0.4)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
     axis.set_title(title)
     axis.set_ylabel("virtual hours to the target")
     axis.grid(axis="y", alpha=0.3)

@@ -64,7 +64,9 @@ class Comparison:
 
     def sweeps(self, seeds: int) -> dict[str, dict[str, list[Row]]]:
         """Title -> value -> rows: K and staleness function, the first few seeds."""
-        found = {}
+        found: dict[str, dict[str, list[Row]]] = {}
+        if not seeds:
+            return found
         for title, policies in (("K", sweep_of_k()), ("staleness function", sweep_of_staleness())):
             rows = self._run(policies, range(seeds))
             found[title] = {name: [row for row in rows if row["policy"] == name] for name in policies}
@@ -86,7 +88,8 @@ def measured(options: argparse.Namespace, say: Callable[[str], None]) -> Row:
     comparison = Comparison(Grid(options.data, Log(options.log), say), GOAL, options.seeds)
     if options.tune:
         return {"goal": GOAL, "rows": comparison.tuning(), "sweeps": {}}
-    return {"goal": GOAL, "rows": comparison.main(), "sweeps": comparison.sweeps(options.sweep_seeds)}
+    rows = comparison.main()
+    return {"goal": GOAL, "rows": rows, "sweeps": comparison.sweeps(options.sweep_seeds)}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -47,10 +47,11 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checked file holds: module -> rank, and the ends of every module's tensor names."""
+    """What a checked file holds: module -> rank, the ends of every module's tensor names, and the header."""
 
     ranks: Mapping[str, int]
     ends: tuple[str, ...]
+    header: Mapping[str, Any]  # tensor -> dtype, shape and data_offsets, counted from the end of the header
 
 
 def shape_of(end: str, shape: tuple[int, int], rank: int) -> list[int]:
@@ -137,7 +138,7 @@ def check_header(header: Mapping[str, Any], data_bytes: int, shapes: Shapes, ran
         _check_entry(name, entry, ends, shapes, ranks)
         _check_range(name, entry, data_bytes)
     _check_layout(header, data_bytes)
-    return Contents(ranks, ends)
+    return Contents(ranks, ends, header)
 
 
 def check_whole(header: Mapping[str, Any], data_bytes: int) -> None:
@@ -162,7 +163,7 @@ def own_contents(header: Mapping[str, Any]) -> Contents:
     ends = ends_of(header)
     first = ends[0]
     ranks = {module_of(n): int(e["shape"][0]) for n, e in header.items() if n.endswith(first)}
-    return Contents(ranks, ends)
+    return Contents(ranks, ends, header)
 
 
 def ends_of(header: Mapping[str, Any]) -> tuple[str, ...]:

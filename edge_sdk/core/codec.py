@@ -7,8 +7,8 @@ the tensors `base_model.model.{m}.lora_A.weight` (r, in) and `….lora_B.weight`
 In int8 it is no PEFT file. Its tensors are `….lora_A.int8` (r, in) and `….lora_B.int8` (r, out), one row a
 component, and the scales of their blocks, `….lora_A.scales` and `….lora_B.scales`; see `wire_dtype`.
 
-A stranger's file is checked before a tensor of it is touched (`adapter_header`). Only then does safetensors
-map it, one module at a time.
+A stranger's file is checked before a tensor of it is touched (`adapter_header`). Only then are its
+tensors read, one module at a time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from edge_sdk.core.adapter_header import (
@@ -60,6 +62,9 @@ __all__ = [
 ]
 
 
+DTYPES = {"F32": "<f4", "F16": "<f2", "I8": "i1"}  # in safetensors' words
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """A checked adapter file on disk, of any dtype. Factors are read one module at a time."""
@@ -67,6 +72,7 @@ class AdapterFile:
     path: Path
     contents: Contents
     scaling: float
+    data_begin: int  # the first byte behind the header
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -79,21 +85,34 @@ class AdapterFile:
         Raises:
             AdapterError: a value is not finite.
         """
-        with safe_open(self.path, framework="numpy") as tensors:
-            return self._read(tensors, name)
+        with self.path.open("rb", buffering=0) as file:
+            return self._read(file, name)
 
     def modules(self) -> Iterator[tuple[str, LoraFactors]]:
         """All modules in name order, one in memory at a time."""
-        with safe_open(self.path, framework="numpy") as tensors:
+        with self.path.open("rb", buffering=0) as file:
             for name in sorted(self.ranks):
-                yield name, self._read(tensors, name)
+                yield name, self._read(file, name)
 
-    def _read(self, tensors: Any, name: str) -> LoraFactors:
-        read = {end: tensors.get_tensor(PREFIX + name + end) for end in self.contents.ends}
+    def _read(self, file: FileIO, name: str) -> LoraFactors:
+        read = {end: self._tensor(file, PREFIX + name + end) for end in self.contents.ends}
         try:
             return unpack(read, self.scaling)
         except AdapterError as error:
             raise AdapterError(f"module {name} {error}") from error
+
+    def _tensor(self, file: FileIO, name: str) -> npt.NDArray[np.generic]:
+        """One tensor, read into memory of its own; other threads may compute meanwhile."""
+        entry = self.contents.header[name]
+        tensor = np.empty(entry["shape"], DTYPES[entry["dtype"]])
+        file.seek(self.data_begin + entry["data_offsets"][0])
+        rest = tensor.data.cast("B") if tensor.size else memoryview(b"")
+        while rest:
+            count = file.readinto(rest)
+            if not count:
+                raise AdapterError(f"tensor {name} is cut short")
+            rest = rest[count:]
+        return tensor
 
 
 def encode(adapter: Adapter, scaling: float, dtype: WireDtype = "float32") -> bytes:
@@ -165,13 +184,14 @@ def open_adapter(path: Path, shapes: Shapes, rank: int, scaling: float, max_byte
             pass
     except SafetensorError as error:
         raise AdapterError(f"not a safetensors file: {str(error)[:120]}") from error
-    return AdapterFile(path, contents, scaling)
+    return AdapterFile(path, contents, scaling, path.stat().st_size - data_bytes)
 
 
 def open_own(path: Path, scaling: float) -> AdapterFile:
     """A reader of a file that this side wrote itself; ranks come from its header."""
-    header, _ = read_header(path, max_bytes=path.stat().st_size)
-    return AdapterFile(path, own_contents(header), scaling)
+    size = path.stat().st_size
+    header, data_bytes = read_header(path, max_bytes=size)
+    return AdapterFile(path, own_contents(header), scaling, size - data_bytes)
 
 
 def require_length(path: Path) -> None:
