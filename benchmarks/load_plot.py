@@ -7,7 +7,7 @@ from typing import Any
 
 GOAL_MB = 300.0
 BIN_S = 2.0
-LEAST_SAMPLES = 16  # of a phase whose name is written
+LEAST_SHARE = 0.05  # of the time, for a phase whose name is written
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -34,7 +34,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
             shown = sample["phase"]
             for axis in (memory, files, uploads):
                 axis.axvline(sample["at_s"], color="0.8", linewidth=0.8)
-            if sum(other["phase"] == shown for other in samples) > LEAST_SAMPLES:  # else there is no room
+            share = sum(other["phase"] == shown for other in samples) / len(samples)
+            if share > LEAST_SHARE:  # else there is no room
                 memory.annotate(shown, (sample["at_s"], 1.02 * GOAL_MB), rotation=25, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
