@@ -138,16 +138,6 @@ class Blobs:
         with blaming(_shown(self.upload_path(id))), self._lock(id):
             return self._whole(id, digest)
 
-    def flush(self, id: str) -> None:
-        """Wait until the bytes of an upload are on disk; `finish` has to wait less then.
-
-        Raises:
-            DiskFull, InternalError: they are not, and are dropped.
-        """
-        upload = self.upload_path(id)
-        with blaming(_shown(upload)), contextlib.suppress(FileNotFoundError), _dropped_if_lost(upload):
-            fsync_file(upload)
-
     def finish(self, id: str, digest: str) -> Path:
         """Turn a whole upload into a blob, durably; the blob's path. Doing it twice is the same as once.
 
@@ -193,9 +183,14 @@ class Blobs:
 
     def _adopt(self, file: Path, digest: str) -> str:
         """Move a complete file into its place: bytes first, then the name, then the folder's own entry."""
-        with _dropped_if_lost(file):
+        try:
             reach("blob-written")
             fsync_file(file)
+        except OSError:
+            # What a failed fsync lost can still be read, from memory, and the next one says that all is well.
+            with contextlib.suppress(OSError):
+                file.unlink()
+            raise
         reach("blob-fsynced")
         target = self.path(digest)
         if target.parent not in self._durable_folders:
@@ -246,17 +241,6 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         reach("cache-renamed")
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _dropped_if_lost(file: Path) -> Iterator[None]:
-    """What a failed fsync lost can still be read, from memory, and the next one says that all is well."""
-    try:
-        yield
-    except OSError:
-        with contextlib.suppress(OSError):
-            file.unlink()
-        raise
 
 
 def _shown(path: Path) -> str:

@@ -31,7 +31,7 @@ from coordinator.serving import Serving
 from coordinator.settings import Settings
 from coordinator.shared_answer import SharedAnswer
 from coordinator.soundness import require_sound
-from coordinator.store import DATABASE, Store, StoredUpdate
+from coordinator.store import DATABASE, Store
 from coordinator.trouble import Trouble
 from coordinator.uploads import Uploads
 from edge_sdk.core.errors import (
@@ -293,7 +293,8 @@ class Coordinator:
         self.uploads.check_claims(assignment, update)
         _raise_declined(self._apply(events.Offered(device, id, assignment.version)))
         try:
-            stored = await self._checked_and_flushed(device, assignment, update)
+            async with self._checking:
+                stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
         except (AdapterError, TooLarge) as error:
             log.warning("update %s of %s refused: %s", id, device, error)
             await asyncio.to_thread(self.store.refuse, device, id)
@@ -307,15 +308,6 @@ class Coordinator:
                 await asyncio.to_thread(self._leave_out, effects)
             _raise_declined(effects)
         return UpdateReply(id, self.engine.state.version)
-
-    async def _checked_and_flushed(self, device: str, assignment: Assignment, update: Update) -> StoredUpdate:
-        """Check an adapter while the disk writes it: the one waits for processors, the other for the disk."""
-        flushing = asyncio.create_task(asyncio.to_thread(self.blobs.flush, assignment.id))
-        try:
-            async with self._checking:
-                return await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
-        finally:
-            await flushing
 
     # --- versions ---
 

@@ -11,6 +11,7 @@ import torch
 
 from edge_sdk import trainer
 from edge_sdk.core.errors import EdgeError, InputError, OutOfMemory, ProtocolError, subclasses
+from edge_sdk.keeping import Keeping
 from edge_sdk.out_of_memory import caught, means_out_of_memory, out_of_memory
 from edge_sdk.process_end import ending_of
 from edge_sdk.process_memory import peak_bytes, reset_peak, resident_bytes
@@ -112,7 +113,7 @@ def test_a_step_that_fails_in_the_middle_of_an_update_writes_nothing() -> None:
     parameter.grad = torch.ones(2)
     run.update()
     run.advance(1.0, 1, 0.1)
-    run.rescue(lambda: written.append("whole"))
+    run.rescue(Keeping(lambda: written.append("whole"), 30.0))
 
     def fail() -> None:
         raise MemoryError
@@ -120,5 +121,5 @@ def test_a_step_that_fails_in_the_middle_of_an_update_writes_nothing() -> None:
     run._optimizer.register_step_post_hook(lambda *_: fail())
     parameter.grad = torch.ones(2)
     assert caught(run.update) == "MemoryError"
-    run.rescue(lambda: written.append("torn"))
+    run.rescue(Keeping(lambda: written.append("torn"), 30.0))
     assert written == ["whole"]

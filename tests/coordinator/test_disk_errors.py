@@ -119,28 +119,6 @@ def test_an_upload_whose_fsync_failed_is_sent_again(tmp_path: Path) -> None:
     assert blobs.finish("a", digest).read_bytes() == b"test content"
 
 
-def test_an_upload_that_was_flushed_early_in_vain_is_sent_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second fsync would say that all is well; so the bytes are gone before anybody asks for it."""
-
-    def fails(path: Path) -> None:
-        raise OSError(errno.EIO, "the cause", str(path))
-
-    blobs = Blobs(tmp_path)
-    blobs.append("a", 0, b"bytes", 100)
-    monkeypatch.setattr("coordinator.blobs.fsync_file", fails)
-    with pytest.raises(InternalError, match=r"a\.part \(the cause\)"):
-        blobs.flush("a")
-    assert blobs.offset("a") == 0
-    monkeypatch.undo()
-    blobs.append("a", 0, b"bytes", 100)
-    blobs.flush("a")
-    digest = hashlib.sha256(b"bytes").hexdigest()
-    assert blobs.finish("a", digest).read_bytes() == b"bytes"
-    blobs.flush("a")  # nothing is left to flush
-
-
 def test_a_point_acts_at_its_times_alone() -> None:
     failpoints.arm("blob-renamed@2-3=EIO, cache-written=ENOSPC")
     failpoints.reach("blob-renamed")
