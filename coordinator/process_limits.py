@@ -8,7 +8,7 @@ import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-WANTED_FILES = 65536  # ten thousand devices with a connection each, and room
+WANTED_FILES = 16384  # ten thousand devices with a connection each, and room
 MMAP_BYTES = 1 << 20  # larger blocks go back to the system when they are freed
 ARENAS = 2  # heaps of glibc; with one a thread, each keeps the most that any thread ever had
 THREADS = 32  # for blocking work: most of them wait for the disk, which serves many waits at once
