@@ -57,12 +57,12 @@ def disk_error(
 
 
 @contextlib.contextmanager
-def blaming(file: str) -> Iterator[None]:
-    """Raise what goes wrong with the disk in this block as an error that names `file` and the cause."""
+def blaming(file: str, folder: Path | None = None) -> Iterator[None]:
+    """Raise what goes wrong with the disk in this block as `disk_error` has it; other errors as they are."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
-        found = disk_error(file, error)
+        found = disk_error(file, error, folder)
         if found is None:
             raise
         raise found from error

@@ -12,12 +12,12 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.disk import disk_error
+from coordinator.disk import blaming, disk_error
 from coordinator.failpoints import Point, reach
 from coordinator.group_commit import GroupCommit
 from coordinator.schema import MIGRATIONS, migrate, schema_of
@@ -166,16 +166,9 @@ class Store:
         with self._blaming():
             return reader.rows(query, values)
 
-    @contextmanager
-    def _blaming(self) -> Iterator[None]:
+    def _blaming(self) -> AbstractContextManager[None]:
         """Name the database where its disk fails; a broken rule of the schema is another matter."""
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            found = disk_error(self._path.name, error, self._path.parent)
-            if found is None:
-                raise
-            raise found from error
+        return blaming(self._path.name, self._path.parent)
 
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
