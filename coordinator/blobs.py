@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from coordinator.disk import blaming, fsync_file, fsync_folder
+from coordinator.disk import blaming, fsync_file, fsync_folder, write_all
 from coordinator.failpoints import reach
 from coordinator.pins import Pins
 from coordinator.running_digests import RunningDigests
@@ -116,7 +116,7 @@ class Blobs:
         size_bytes = sum(map(len, pieces))
         path = self.upload_path(id)
         with blaming(_shown(path)), self._lock(id):
-            with path.open("ab") as file:
+            with path.open("ab", buffering=0) as file:
                 end = file.tell()
                 if offset != end:
                     raise OffsetConflict(
@@ -124,7 +124,7 @@ class Blobs:
                     )
                 if end + size_bytes > cap_bytes:
                     raise TooLarge(f"the upload exceeds the {cap_bytes} bytes that its rank needs")
-                file.writelines(pieces)
+                write_all(file, pieces)
             self._digests.extend(id, offset, pieces)
             reach("upload-appended")
         return end + size_bytes

@@ -7,11 +7,13 @@ import errno
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 
 from edge_sdk.core.errors import DiskFull, InternalError
 
+MOST_PIECES = 1024  # of one call; POSIX promises 16, Linux, macOS and BSD take 1024
 _LEAST_ROOM_BYTES = 64 << 10  # below this SQLite cannot begin to work
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # Of SQLite's errors those that a disk causes; others are bugs, and stay what they are.
@@ -66,6 +68,34 @@ def blaming(file: str, folder: Path | None = None) -> Iterator[None]:
         if found is None:
             raise
         raise found from error
+
+
+def write_all(file: FileIO, pieces: Sequence[bytes]) -> None:
+    """Append pieces in as few calls as may be: each call hands the interpreter to another thread and back.
+
+    Raises:
+        OSError: some of the bytes may be written.
+    """
+    if not hasattr(os, "writev"):  # Windows
+        for piece in pieces:
+            _write(file, memoryview(piece))
+        return
+    for begin in range(0, len(pieces), MOST_PIECES):
+        group = pieces[begin : begin + MOST_PIECES]
+        written = os.writev(file.fileno(), group)
+        for piece in group:  # all of them, unless a disk has just become full
+            if written < len(piece):
+                _write(file, memoryview(piece)[written:])
+            written = max(0, written - len(piece))
+
+
+def _write(file: FileIO, rest: memoryview) -> None:
+    """Bytes, however few are taken at a time."""
+    while rest:
+        count = file.write(rest)
+        if not count:
+            raise OSError(errno.EIO, "nothing was written")
+        rest = rest[count:]
 
 
 def fsync_file(path: Path) -> None:

@@ -95,24 +95,41 @@ class AdapterFile:
                 yield name, self._read(file, name)
 
     def _read(self, file: FileIO, name: str) -> LoraFactors:
-        read = {end: self._tensor(file, PREFIX + name + end) for end in self.contents.ends}
         try:
-            return unpack(read, self.scaling)
+            return unpack(self._tensors(file, name), self.scaling)
         except AdapterError as error:
             raise AdapterError(f"module {name} {error}") from error
 
-    def _tensor(self, file: FileIO, name: str) -> npt.NDArray[np.generic]:
-        """One tensor, read into memory of its own; other threads may compute meanwhile."""
-        entry = self.contents.header[name]
-        tensor = np.empty(entry["shape"], DTYPES[entry["dtype"]])
-        file.seek(self.data_begin + entry["data_offsets"][0])
-        rest = tensor.data.cast("B") if tensor.size else memoryview(b"")
+    def _tensors(self, file: FileIO, name: str) -> dict[str, npt.NDArray[np.generic]]:
+        """The tensors of a module by the ends of their names, in memory of their own, at one read each.
+
+        Writers put those of a module side by side; then one read has them all, because every read hands the
+        interpreter to another thread and back.
+        """
+        entries = {end: self.contents.header[PREFIX + name + end] for end in self.contents.ends}
+        begins, stops = zip(*(entry["data_offsets"] for entry in entries.values()), strict=True)
+        first, size = min(begins), sum(stops) - sum(begins)
+        if max(stops) - first != size:
+            return {end: _tensor(self._bytes(file, *e["data_offsets"]), 0, e) for end, e in entries.items()}
+        block = self._bytes(file, first, first + size)
+        return {end: _tensor(block, e["data_offsets"][0] - first, e) for end, e in entries.items()}
+
+    def _bytes(self, file: FileIO, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """So many bytes of the data; other threads may compute meanwhile."""
+        block = np.empty(end - begin, np.uint8)
+        file.seek(self.data_begin + begin)
+        rest = block.data
         while rest:
             count = file.readinto(rest)
             if not count:
-                raise AdapterError(f"tensor {name} is cut short")
+                raise AdapterError("is cut short")
             rest = rest[count:]
-        return tensor
+        return block
+
+
+def _tensor(block: npt.NDArray[np.uint8], offset: int, entry: Mapping[str, Any]) -> npt.NDArray[np.generic]:
+    """The tensor of a header's entry that begins at `offset` of a block: a view, and perhaps not aligned."""
+    return np.ndarray(entry["shape"], DTYPES[entry["dtype"]], block.data, offset)
 
 
 def encode(adapter: Adapter, scaling: float, dtype: WireDtype = "float32") -> bytes:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
+import os
 import sqlite3
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from coordinator import failpoints
+from coordinator import disk, failpoints
 from coordinator.blobs import Blobs
-from coordinator.disk import blaming, disk_error
+from coordinator.disk import blaming, disk_error, write_all
 from coordinator.store import Store
 from coordinator.trouble import Trouble
 from edge_sdk.core.errors import DiskFull, InternalError, OurFault
@@ -151,3 +157,49 @@ def test_a_fault_is_said_once_a_minute_and_another_at_once(caplog: pytest.LogCap
         "a tick: no room for a row",
         "PATCH an upload: still none",
     ]
+
+
+PIECES = st.lists(st.binary(max_size=40), max_size=12)
+
+
+@given(pieces=PIECES, taken=st.lists(st.integers(1, 50), max_size=6), together=st.booleans())
+def test_all_pieces_are_written_however_few_bytes_are_taken_at_a_time(
+    pieces: list[bytes], taken: list[int], together: bool
+) -> None:
+    """A disk that is nearly full takes a part; `together`: the system takes several pieces in one call."""
+    takes = iter(taken)
+
+    class Slow(io.FileIO):
+        def write(self, bytes: Any, /) -> int:
+            return super().write(memoryview(bytes)[: next(takes, None)])
+
+    def writev(descriptor: int, group: Sequence[bytes]) -> int:
+        return os.write(descriptor, b"".join(group)[: next(takes, None)])
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        if together:
+            patch.setattr(os, "writev", writev)
+        else:
+            patch.delattr(os, "writev")
+        patch.setattr(disk, "MOST_PIECES", 3)
+        with Slow(Path(folder, "file"), "ab") as file:
+            write_all(file, pieces)
+        assert Path(folder, "file").read_bytes() == b"".join(pieces)
+
+
+def test_more_pieces_than_one_call_takes(tmp_path: Path) -> None:
+    pieces = [bytes([number % 251]) for number in range(5000)]
+    with io.FileIO(tmp_path / "file", "ab") as file:
+        write_all(file, pieces)
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+
+
+def test_a_file_that_takes_nothing_is_an_error(tmp_path: Path) -> None:
+    class Stuck(io.FileIO):
+        def write(self, bytes: Any, /) -> int:
+            return 0
+
+    with Stuck(tmp_path / "file", "ab") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "writev", lambda descriptor, group: 0)
+        with pytest.raises(OSError, match="nothing was written"):
+            write_all(file, [b"x"])

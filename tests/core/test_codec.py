@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import random
 import re
 from pathlib import Path
 
@@ -83,6 +85,33 @@ def test_lossy_round_trip(path: Path, drawn: tuple[dict[str, LoraFactors], int],
         assert read.b.dtype == read.a.dtype == np.float32
         assert (np.abs(read.b - f.b) <= step * np.abs(f.b).max(axis=0) + 1e-7).all()
         assert (np.abs(read.a - f.a) <= step * np.abs(f.a).max(axis=1, keepdims=True) + 1e-7).all()
+
+
+@given(drawn=adapters(), dtype=st.sampled_from(WIRE_DTYPES), chance=st.randoms(use_true_random=False))
+def test_tensors_may_lie_in_any_order(
+    path: Path, drawn: tuple[dict[str, LoraFactors], int], dtype: WireDtype, chance: random.Random
+) -> None:
+    """Whether a module's tensors lie side by side or apart, and on whatever byte they begin."""
+    adapter, rank = drawn
+    path.write_bytes(codec.encode(adapter, 2.0, dtype))
+    wanted = dict(codec.open_own(path, 2.0).modules())
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:begin])
+    names = [name for name in header if name != "__metadata__"]
+    chance.shuffle(names)
+    data = b""
+    for name in names:
+        first, last = header[name]["data_offsets"]
+        header[name]["data_offsets"] = [len(data), len(data) + last - first]
+        data += whole[begin + first : begin + last]
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    shapes = {name: f.shape for name, f in adapter.items()}
+    file = codec.open_adapter(path, shapes, rank, 2.0, codec.max_adapter_bytes(shapes, rank, dtype))
+    for name, read in file.modules():
+        np.testing.assert_array_equal(read.b, wanted[name].b)
+        np.testing.assert_array_equal(read.a, wanted[name].a)
 
 
 def test_a_module_that_cannot_be_packed_is_named() -> None:
