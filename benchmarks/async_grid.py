@@ -9,44 +9,45 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.async_learning import RANK_CAP, TRAINING, Base, RealLearner
+from benchmarks.async_policies import TUNING_SEEDS, Way, Ways
 from benchmarks.async_report import Goal
-from benchmarks.rules_clients import Clients, NaturalInstructions, SmartHome, check_there
+from benchmarks.rules_clients import NaturalInstructions, SmartHome, Task, check_there
 from benchmarks.rules_grid import Log, dealt
 from benchmarks.virtual_devices import MEDIAN_TRAIN_S, draw, median_step_s
 from benchmarks.virtual_federation import Conditions, Published, VirtualDevice, VirtualFederation
 from coordinator.engine import Engine
-from coordinator.policy import Policy
 
 Row = dict[str, Any]
 
 CONDITIONS = Conditions(drop_out=0.2, away_s=MEDIAN_TRAIN_S)
 EVALUATED = 8  # updates between two looks at the loss, at least
+DEVICES, TEST_ROWS = 40, 4  # held-out rows of each client
 HOUSEHOLDS = 12  # of --quick
 MOST_S = 30 * 24 * 3600.0  # virtual
 
 
 @dataclass(frozen=True)
 class Case:
-    """One federation. It runs until the goal's updates are merged, and on, to half as many again at most,
-    until the goal's loss is reached.
+    """One federation. It runs until the goal's updates are merged and on, until the goal's loss is reached, to
+    twice as many updates at most.
     """
 
     data: str
     label: str
-    policy: Policy
+    way: Way
     seed: int
     goal: Goal
 
     @property
     def most_updates(self) -> int:
         """The end, whatever was reached."""
-        return self.goal.updates + self.goal.updates // 2
+        return 2 * self.goal.updates
 
     @property
     def key(self) -> Row:
@@ -54,7 +55,9 @@ class Case:
         return {
             "data": self.data,
             "seed": self.seed,
-            "settings": asdict(self.policy),
+            "settings": asdict(self.way.policy),
+            "partial": self.way.partial,
+            "training": asdict(TRAINING),
             "goal": asdict(self.goal),
         }
 
@@ -73,19 +76,25 @@ class Grid:
         if data:
             check_there(data)
         self._base = Base()
-        self._source = NaturalInstructions(data, self._base.tokens) if data else SmartHome(HOUSEHOLDS)
+        self._source = NaturalInstructions(data, self._base.tokens) if data else None
         self._log, self._said = log, said
 
     def run(self, cases: Sequence[Case]) -> list[Row]:
         """The rows of `cases`, in their order, each labelled; each is run unless the log has it."""
         return [{**(self._log.find(case) or self._run(case)), "policy": case.label} for case in cases]
 
+    def clients(self, seed: int) -> tuple[Task, ...]:
+        """Whose text the devices of a seed have."""
+        if self._source is None:
+            return SmartHome(HOUSEHOLDS).clients(seed).participants
+        return self._source.many(DEVICES, TEST_ROWS, seed, TUNING_SEEDS)
+
     def _run(self, case: Case) -> Row:
-        clients = self._source.clients(case.seed)
-        devices = drawn(clients, case.seed)
+        clients = self.clients(case.seed)
+        devices = drawn(len(clients), case.seed)
         with tempfile.TemporaryDirectory() as folder:
-            eta = case.policy.server_learning_rate
-            learner = RealLearner(self._base, clients.participants, Path(folder), eta, case.seed)
+            eta = case.way.policy.server_learning_rate
+            learner = RealLearner(self._base, clients, Path(folder), eta, case.seed)
             row = {**case.key, **followed(case, devices, learner)}
         self._log.add(row)
         last = row["curve"][-1]
@@ -96,9 +105,9 @@ class Grid:
         return row
 
 
-def drawn(clients: Clients, seed: int) -> list[VirtualDevice]:
-    """One device a client; ranks are the paper's uniform mix, and all carry the whole global adapter."""
-    ranks = dealt("uniform", len(clients.participants), seed)
+def drawn(count: int, seed: int) -> list[VirtualDevice]:
+    """So many devices; ranks are the paper's uniform mix, and all carry the whole global adapter."""
+    ranks = dealt("uniform", count, seed)
     devices = draw(ranks, TRAINING.steps, seed)
     assert abs(max(d.step_s for d in devices) / median_step_s(devices) - 50.0) < 1e-6
     return [replace(device, carry_rank=RANK_CAP) for device in devices]
@@ -107,9 +116,9 @@ def drawn(clients: Clients, seed: int) -> list[VirtualDevice]:
 def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner) -> Row:
     """Run a case; its curve of losses, and what became of all work."""
     began = time.monotonic()
-    federation = VirtualFederation(
-        Engine(case.policy, steps=TRAINING.steps), devices, CONDITIONS, learner, case.seed
-    )
+    engine = Engine(case.way.policy, steps=TRAINING.steps)
+    conditions = replace(CONDITIONS, partial=case.way.partial)
+    federation = VirtualFederation(engine, devices, conditions, learner, case.seed)
     trace = federation.trace
     curve = [{"at_s": 0.0, "version": 0, "updates": 0, "loss": learner.loss(0)}]
 
@@ -138,6 +147,6 @@ def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner)
     }
 
 
-def cases(data: str, policies: Mapping[str, Policy], seeds: Sequence[int], goal: Goal) -> list[Case]:
-    """All policies of every seed."""
-    return [Case(data, label, policy, seed, goal) for seed in seeds for label, policy in policies.items()]
+def cases(data: str, ways: Ways, seeds: Sequence[int], goal: Goal) -> list[Case]:
+    """All ways on every seed."""
+    return [Case(data, label, way, seed, goal) for seed in seeds for label, way in ways.items()]

@@ -30,7 +30,7 @@ from edge_sdk.jsonl import parse_record
 from edge_sdk.trainer import Plan, Start, Trainer
 
 RANKS, RANK_CAP, SCALING = (2, 4, 8, 16), 32, 2.0
-TRAINING = Training(steps=6, batch=4, sequence_len=128, learning_rate=2e-3)
+TRAINING = Training(steps=6, batch=4, sequence_len=128, learning_rate=2e-3, learning_rate_decay=0.97)
 
 
 class Base:

@@ -9,15 +9,38 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.async_report import BUFFERED, HOUR_S, OVER, SYNCHRONOUS, Goal, by_policy, hours_of, loss_at
+from benchmarks.async_report import (
+    BUFFERED,
+    FINISH,
+    HOUR_S,
+    OVER,
+    OVER_FINISH,
+    SYNCHRONOUS,
+    Goal,
+    by_policy,
+    hours_of,
+    loss_at,
+)
 from benchmarks.rules_plots import headless_pyplot
 
 Row = dict[str, Any]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too.
-COLOURS = {BUFFERED: "#0072B2", SYNCHRONOUS: "#D55E00", OVER: "#E69F00"}
+COLOURS = {
+    BUFFERED: "#0072B2",
+    SYNCHRONOUS: "#D55E00",
+    OVER: "#E69F00",
+    FINISH: "#009E73",
+    OVER_FINISH: "#CC79A7",
+}
 HOURS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)  # marked, where they are on the axis
-NAMES = {BUFFERED: "buffered", SYNCHRONOUS: "synchronous", OVER: "synchronous, 30 % over-selection"}
+NAMES = {
+    BUFFERED: "buffered",
+    SYNCHRONOUS: "rounds as published",
+    OVER: "… with 30 % over-selection",
+    FINISH: "rounds with finish",
+    OVER_FINISH: "… with 30 % over-selection",
+}
 
 
 def plot(

@@ -1,48 +1,107 @@
-"""The policies that `benchmarks.async_vs_sync` compares, and those that they were chosen from.
+"""What `benchmarks.async_vs_sync` compares, and what that was chosen from.
 
 Virtual seconds; the device in the middle trains 600 s an assignment, the slowest 30 000 s. What is not named
 here is the coordinator's default.
+
+Rounds come in two kinds. As published (Bonawitz et al. 2019, arXiv:1902.01046), a device does all of its work
+or nothing counts; a lease that ends gives its place to another, and who comes late still counts while the
+round is open. With `finish`, as the coordinator has them, who is late is told to hand in what it has done.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from benchmarks.async_report import BUFFERED, OVER, SYNCHRONOUS
+from benchmarks.async_report import BUFFERED, FINISH, OVER, OVER_FINISH, SYNCHRONOUS
 from coordinator.policy import Policy
 from edge_sdk.core.staleness import Name
 
-# No version comes before K updates are in, whatever the time, and no update is too old. A lease is half of
-# what the device in the middle trains: whoever takes longer is told to finish, and hands in what it has.
-_COMMON = Policy(buffer_size=4, quorum=4, timeout_s=1e9, lease_s=300.0, max_staleness=1000, retry_s=10.0)
-SLOTS = 8  # twice K
 
-POLICIES = {
-    BUFFERED: replace(_COMMON, concurrency=SLOTS),
-    SYNCHRONOUS: replace(_COMMON, mode="synchronous"),
-    OVER: replace(_COMMON, mode="synchronous", over_selection=0.3),
-}
+@dataclass(frozen=True)
+class Way:
+    """A policy, and whether its devices hand in a part when they are told to finish."""
 
-LEASES_S = (300.0, 600.0, 900.0, 1800.0)
-BUFFER_SIZES = (2, 4, 8, 16)
+    policy: Policy
+    partial: bool = True
+
+
+Ways = Mapping[str, Way]
+
+K = 16  # of 40 devices
+ETA = 2.0
+# Half and a quarter of what the device in the middle trains: of LEASES_S the ones that suited each way best.
+LEASE_S, LEASE_FINISH_S = 300.0, 150.0
+OVER_SELECTION = 0.3
+TUNING_SEEDS = (1000, 1001)  # whose clients no other seed has
+
+BUFFER_SIZES = (4, 8, 16, 24)
+SLOTS = (16, 24, None)
 FUNCTIONS: tuple[Name, ...] = ("constant", "polynomial", "hinge")
+LEASES_S = (150.0, 300.0, 600.0)
 
 
-def candidates() -> dict[str, Policy]:
-    """What was compared on a seed that no result uses; POLICIES have the lease that suits rounds best."""
-    rounds, over, buffers = POLICIES[SYNCHRONOUS], POLICIES[OVER], POLICIES[BUFFERED]
-    found = {f"{SYNCHRONOUS}, lease {s:g}": replace(rounds, lease_s=s) for s in LEASES_S}
-    found |= {f"{OVER}, lease {s:g}": replace(over, lease_s=s) for s in LEASES_S[:2]}
-    return found | {
-        f"{BUFFERED}, {slots or 'all'} slots": replace(buffers, concurrency=slots) for slots in (8, None)
+def buffers(
+    k: int = K, slots: int | None = None, staleness: Name = "constant", lease_s: float = LEASE_S
+) -> Way:
+    """No version comes before K updates are in, whatever the time, and no update is too old."""
+    return Way(replace(_of(k, lease_s), concurrency=slots, staleness=staleness))
+
+
+def rounds(k: int = K, over_selection: float = 0.0, partial: bool = False, lease_s: float = LEASE_S) -> Way:
+    """Each of k updates."""
+    policy = replace(_of(k, lease_s), mode="synchronous", over_selection=over_selection)
+    return Way(policy, partial)
+
+
+def _of(k: int, lease_s: float) -> Policy:
+    """η goes with the size: a mean over more devices is shorter, because they pull apart, and less noisy."""
+    return Policy(
+        buffer_size=k,
+        quorum=k,
+        timeout_s=1e9,
+        lease_s=lease_s,
+        max_staleness=1000,
+        staleness="constant",
+        retry_s=10.0,
+        server_learning_rate=ETA * (k / K) ** 0.5,
+    )
+
+
+def compared(k: int = K, lease_s: float | None = None) -> Ways:
+    """The main comparison, with buffers and rounds of k updates; all with this lease, or each with its best."""
+    whole_s, finish_s = lease_s or LEASE_S, lease_s or LEASE_FINISH_S
+    return {
+        BUFFERED: buffers(k, lease_s=whole_s),
+        SYNCHRONOUS: rounds(k, lease_s=whole_s),
+        OVER: rounds(k, OVER_SELECTION, lease_s=whole_s),
+        FINISH: rounds(k, partial=True, lease_s=finish_s),
+        OVER_FINISH: rounds(k, OVER_SELECTION, partial=True, lease_s=finish_s),
     }
 
 
-def sweep_of_k() -> dict[str, Policy]:
-    """The buffered policy by K."""
-    return {str(k): replace(POLICIES[BUFFERED], buffer_size=k, quorum=k) for k in BUFFER_SIZES}
+def candidates() -> Ways:
+    """What the lease and K were chosen from, on seeds whose clients no result uses."""
+    found = {}
+    for lease_s in LEASES_S:
+        found |= {
+            f"{BUFFERED}, lease {lease_s:g}": buffers(lease_s=lease_s),
+            f"{SYNCHRONOUS}, lease {lease_s:g}": rounds(lease_s=lease_s),
+            f"{FINISH}, lease {lease_s:g}": rounds(lease_s=lease_s, partial=True),
+        }
+    return found | {f"{FINISH}, K {K // 2}": rounds(K // 2, partial=True)}
 
 
-def sweep_of_staleness() -> dict[str, Policy]:
-    """The buffered policy by staleness function."""
-    return {name: replace(POLICIES[BUFFERED], staleness=name) for name in FUNCTIONS}
+def sweep_of_k() -> Ways:
+    """Buffers by K."""
+    return {str(k): buffers(k) for k in BUFFER_SIZES}
+
+
+def sweep_of_slots() -> Ways:
+    """Buffers by how many devices work at a time."""
+    return {str(slots or "all"): buffers(slots=slots) for slots in SLOTS}
+
+
+def sweep_of_staleness() -> Ways:
+    """Buffers by staleness function."""
+    return {name: buffers(staleness=name) for name in FUNCTIONS}

@@ -15,23 +15,20 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from benchmarks.async_grid import CONDITIONS
+from benchmarks.async_grid import CONDITIONS, DEVICES
 from benchmarks.async_learning import TRAINING
-from benchmarks.async_policies import POLICIES
-from benchmarks.async_report import BUFFERED, HOUR_S, effective_devices
-from benchmarks.rules_clients import DEVICES
+from benchmarks.async_policies import Way, compared
+from benchmarks.async_report import BASELINES, BUFFERED, HOUR_S, effective_devices
 from benchmarks.rules_grid import dealt
 from benchmarks.virtual_devices import draw
 from benchmarks.virtual_federation import VirtualFederation, Work
 from coordinator.engine import Engine
 from coordinator.events import Merge
-from coordinator.policy import Policy
 
 Row = dict[str, Any]
 
 DEADLINES_S = (150.0, 300.0, 600.0, 900.0, 1800.0, 3600.0)
 MOST_S = 60 * 24 * 3600.0
-ALL_SLOTS = "buffered, all at once"
 
 
 @dataclass
@@ -50,17 +47,14 @@ class Nothing:
         return 1
 
 
-def policies(lease_s: float) -> dict[str, Policy]:
-    """Those of the comparison with another deadline, and buffers without a limit of slots."""
-    found = {name: replace(policy, lease_s=lease_s) for name, policy in POLICIES.items()}
-    return found | {ALL_SLOTS: replace(found[BUFFERED], concurrency=None)}
-
-
-def timed(policy: Policy, seed: int, updates: int) -> Row:
+def timed(way: Way, seed: int, updates: int) -> Row:
     """Hours until so many updates are merged, steps of each, and who sent them."""
     devices = draw(dealt("uniform", DEVICES, seed), TRAINING.steps, seed)
     learner = Nothing()
-    federation = VirtualFederation(Engine(policy, steps=TRAINING.steps), devices, CONDITIONS, learner, seed)
+    conditions = replace(CONDITIONS, partial=way.partial)
+    federation = VirtualFederation(
+        Engine(way.policy, steps=TRAINING.steps), devices, conditions, learner, seed
+    )
     trace = federation.trace
     federation.run(lambda _: trace.merged >= updates, MOST_S)
     counts = Counter(device for version in trace.versions for device in version.devices)
@@ -75,7 +69,7 @@ def timed(policy: Policy, seed: int, updates: int) -> Row:
 
 def table(seeds: Sequence[int], updates: int) -> Table:
     """One line a deadline: medians over seeds, and how many times sooner buffers are."""
-    columns = [*POLICIES, ALL_SLOTS]
+    columns = list(compared())
     found = Table(
         title=f"Virtual hours until {updates} updates are merged (devices that take part as if alike; steps)",
         title_justify="left",
@@ -86,7 +80,8 @@ def table(seeds: Sequence[int], updates: int) -> Table:
         found.add_column(column, justify="right", no_wrap=True)
     found.add_column("buffered sooner", justify="right")
     for lease_s in DEADLINES_S:
-        rows = {name: [timed(p, seed, updates) for seed in seeds] for name, p in policies(lease_s).items()}
+        ways = compared(lease_s=lease_s)
+        rows = {name: [timed(way, seed, updates) for seed in seeds] for name, way in ways.items()}
         found.add_row(f"{lease_s:g}", *(_cell(rows[name]) for name in columns), _sooner(rows))
     return found
 
@@ -101,13 +96,11 @@ def _cell(rows: Sequence[Row]) -> str:
 
 
 def _sooner(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Than rounds, with and without over-selection."""
-    names = list(POLICIES)
+    """Than each kind of rounds."""
     ratios = [
         median(
             theirs["hours"] / ours["hours"] for ours, theirs in zip(rows[BUFFERED], rows[name], strict=True)
         )
-        for name in names
-        if name != BUFFERED
+        for name in BASELINES
     ]
     return " / ".join(f"{ratio:.1f}" for ratio in ratios)

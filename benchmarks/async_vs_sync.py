@@ -26,20 +26,32 @@ from rich.console import Console
 
 from benchmarks.async_grid import Grid, cases
 from benchmarks.async_plots import plot
-from benchmarks.async_policies import POLICIES, candidates, sweep_of_k, sweep_of_staleness
+from benchmarks.async_policies import (
+    TUNING_SEEDS,
+    K,
+    Ways,
+    candidates,
+    compared,
+    sweep_of_k,
+    sweep_of_slots,
+    sweep_of_staleness,
+)
 from benchmarks.async_report import Goal, as_json, summary_table, verdict
 from benchmarks.async_times import table as times_table
-from benchmarks.rules_clients import TUNING_SEED
 from benchmarks.rules_grid import Log
-from coordinator.policy import Policy
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.processor import cpu_name
 
 Row = dict[str, Any]
 
 DATA = Path("../shared/data/natural_instructions/clients.jsonl.xz")
-GOAL = Goal(loss_share=0.75, updates=40)
-QUICK_GOAL, QUICK_SEEDS = Goal(loss_share=0.8, updates=24), 1
+GOAL = Goal(loss_share=0.75, updates=96)
+QUICK_GOAL, QUICK_SEEDS, QUICK_K = Goal(loss_share=0.8, updates=24), 1, 4
+SWEEPS: Mapping[str, Callable[[], Ways]] = {
+    "K": sweep_of_k,
+    "slots": sweep_of_slots,
+    "staleness function": sweep_of_staleness,
+}
 
 
 class Comparison:
@@ -49,31 +61,33 @@ class Comparison:
         grid: runs what is not known yet.
         goal: what is to be reached.
         seeds: of the main comparison.
+        k: updates of a buffer and of a round.
     """
 
-    def __init__(self, grid: Grid, goal: Goal, seeds: int) -> None:
-        self._grid, self._goal, self._seeds = grid, goal, seeds
+    def __init__(self, grid: Grid, goal: Goal, seeds: int, k: int = K) -> None:
+        self._grid, self._goal, self._seeds, self._k = grid, goal, seeds, k
 
     def main(self) -> list[Row]:
         """The policies, all seeds."""
-        return self._run(POLICIES, range(self._seeds))
+        return self._run(compared(self._k), range(self._seeds))
 
     def tuning(self) -> list[Row]:
-        """The candidates, one seed and clients that nothing else uses."""
-        return self._run(candidates(), [TUNING_SEED])
+        """The candidates, on seeds whose clients nothing else uses."""
+        return self._run(candidates(), TUNING_SEEDS)
 
     def sweeps(self, seeds: int) -> dict[str, dict[str, list[Row]]]:
-        """Title -> value -> rows: K and staleness function, the first few seeds."""
+        """Title -> value -> rows: each of SWEEPS, the first few seeds."""
         found: dict[str, dict[str, list[Row]]] = {}
         if not seeds:
             return found
-        for title, policies in (("K", sweep_of_k()), ("staleness function", sweep_of_staleness())):
-            rows = self._run(policies, range(seeds))
-            found[title] = {name: [row for row in rows if row["policy"] == name] for name in policies}
+        for title, sweep in SWEEPS.items():
+            values = sweep()
+            rows = self._run(values, range(seeds))
+            found[title] = {name: [row for row in rows if row["policy"] == name] for name in values}
         return found
 
-    def _run(self, policies: Mapping[str, Policy], seeds: Sequence[int]) -> list[Row]:
-        return self._grid.run(cases(self._grid.name, policies, seeds, self._goal))
+    def _run(self, ways: Ways, seeds: Sequence[int]) -> list[Row]:
+        return self._grid.run(cases(self._grid.name, ways, seeds, self._goal))
 
 
 def measured(options: argparse.Namespace, say: Callable[[str], None]) -> Row:
@@ -83,7 +97,7 @@ def measured(options: argparse.Namespace, say: Callable[[str], None]) -> Row:
             f"--quick: smart-home commands, {QUICK_SEEDS} seed, {QUICK_GOAL.updates} updates, no sweeps; "
             "to see that it works, no result"
         )
-        comparison = Comparison(Grid(None, Log(options.log), say), QUICK_GOAL, QUICK_SEEDS)
+        comparison = Comparison(Grid(None, Log(options.log), say), QUICK_GOAL, QUICK_SEEDS, QUICK_K)
         return {"goal": QUICK_GOAL, "rows": comparison.main(), "sweeps": {}}
     comparison = Comparison(Grid(options.data, Log(options.log), say), GOAL, options.seeds)
     if options.tune:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from edge_sdk.core.errors import InputError
 from examples import smart_home
-from examples.instruction_clients import Client, Filter, choose, eligible, read_clients
+from examples.instruction_clients import Client, Filter, choose, eligible, read_clients, spread
 
 Record = Mapping[str, str]
 
@@ -76,13 +76,21 @@ class NaturalInstructions:
         unseen = {group: _tasks(clients) for group, clients in choice.unseen.items()}
         return Clients(_tasks(choice.participants), unseen)
 
+    def many(self, devices: int, test_rows: int, seed: int, tuned_on: Sequence[int] = ()) -> tuple[Task, ...]:
+        """Clients of all categories, drawn evenly by `seed`, but for those that seeds of `tuned_on` draw."""
+        usable = self._usable
+        if seed not in tuned_on:
+            taken = {client.id for other in tuned_on for client in spread(usable, devices, other)}
+            usable = [client for client in usable if client.id not in taken]
+        return _tasks(spread(usable, devices, seed), test_rows)
 
-def _tasks(clients: Sequence[Client]) -> tuple[Task, ...]:
-    """The clients' training rows, and `TEST_ROWS` held-out rows taken evenly."""
+
+def _tasks(clients: Sequence[Client], test_rows: int = TEST_ROWS) -> tuple[Task, ...]:
+    """The clients' training rows, and `test_rows` held-out rows taken evenly."""
     tasks = []
     for client in clients:
         count = len(client.held_out)
-        held_out = [client.held_out[place * count // TEST_ROWS] for place in range(min(TEST_ROWS, count))]
+        held_out = [client.held_out[place * count // test_rows] for place in range(min(test_rows, count))]
         rows = tuple(client.records(client.train)), tuple(client.records(held_out))
         tasks.append(Task(f"{client.category} {client.task}", *rows))
     return tuple(tasks)

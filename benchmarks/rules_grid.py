@@ -23,7 +23,7 @@ Row = dict[str, Any]
 MARKS = (4, 8, 12)  # versions after which losses are measured
 QUICK_MARKS = (1, 2)
 
-# Ranks of 20 devices (of the first few, if there are fewer): the shares of the FlexLoRA paper's types.
+# Ranks of 20 devices (the first few, or over again): the shares of the FlexLoRA paper's types.
 MIXES: dict[str, tuple[int, ...]] = {
     "all 2": (2,) * 20,
     "heavy-tail-light": (2, 2, 4, 2, 2, 2, 8, 2, 2, 2, 16, 2, 2, 4, 2, 2, 2, 2, 2, 2),
@@ -121,7 +121,8 @@ def _read(path: Path) -> Iterator[Row]:
 
 def dealt(mix: str, devices: int, seed: int) -> list[int]:
     """The rank of each device: those of the mix in an order drawn by `seed`, the same for all rules."""
-    ranks = MIXES[mix][:devices]
+    shares = MIXES[mix]
+    ranks = [shares[place % len(shares)] for place in range(devices)]
     return [ranks[i] for i in np.random.default_rng([seed, 7]).permutation(devices)]
 
 

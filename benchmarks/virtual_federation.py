@@ -76,6 +76,7 @@ class Conditions:
     tick_s: float = 1.0
     merge_s: float = 2.0  # from the merge to the version
     waking_s: float = 30.0  # devices ask for the first time at some moment within this
+    partial: bool = True  # devices that are told to finish hand in a part; else all steps or nothing
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ class VirtualFederation:
             self._end(place, attempt, "abandoned")
             self._ask(place)
             return
-        if answer.directive == "finish" and done + 1 < attempt.steps:
+        if answer.directive == "finish" and self._conditions.partial and done + 1 < attempt.steps:
             attempt.steps, attempt.finishing = done + 1, True  # the step in hand is the last
             self.trace.counts["shortened"] += 1
             end_s = attempt.began_s + attempt.steps * attempt.step_s

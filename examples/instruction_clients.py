@@ -182,11 +182,7 @@ def choose(clients: Sequence[Client], devices: int, unseen: int, seed: int) -> C
         InputError: fewer such categories than devices.
     """
     rng = random.Random(seed)
-    by_category: dict[str, list[Client]] = {}
-    for client in sorted(clients, key=lambda client: client.id):
-        by_category.setdefault(client.category, []).append(client)
-    for members in by_category.values():
-        rng.shuffle(members)
+    by_category = _shuffled(clients, rng)
     able = sorted(category for category, members in by_category.items() if len(members) > 1)
     if not 1 <= devices <= len(able):
         raise InputError(
@@ -201,6 +197,31 @@ def choose(clients: Sequence[Client], devices: int, unseen: int, seed: int) -> C
         same_category=_evenly([by_category[category][1:] for category in chosen], unseen),
         other_category=_evenly([by_category[category] for category in others], unseen),
     )
+
+
+def spread(clients: Sequence[Client], count: int, seed: int) -> tuple[Client, ...]:
+    """Draw `count` clients evenly over all categories: one of each, then a second of each, and so on.
+
+    Raises:
+        InputError: there are fewer clients.
+    """
+    if not 1 <= count <= len(clients):
+        raise InputError(f"{count} devices: {len(clients)} clients pass the filter; choose so many at most")
+    rng = random.Random(seed)
+    groups = _shuffled(clients, rng)
+    categories = sorted(groups)
+    rng.shuffle(categories)
+    return _evenly([groups[category] for category in categories], count)
+
+
+def _shuffled(clients: Sequence[Client], rng: random.Random) -> dict[str, list[Client]]:
+    """The clients of each category in an order drawn by `rng`."""
+    by_category: dict[str, list[Client]] = {}
+    for client in sorted(clients, key=lambda client: client.id):
+        by_category.setdefault(client.category, []).append(client)
+    for members in by_category.values():
+        rng.shuffle(members)
+    return by_category
 
 
 def _evenly(groups: Sequence[Sequence[Client]], count: int) -> tuple[Client, ...]:

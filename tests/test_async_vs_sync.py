@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import async_grid, async_report
+from benchmarks import async_grid, async_plots, async_report
 from benchmarks.async_grid import Case, Grid, cases, drawn
 from benchmarks.async_learning import Base, RealLearner
-from benchmarks.async_policies import POLICIES, candidates, sweep_of_k, sweep_of_staleness
-from benchmarks.async_report import BUFFERED, OVER, SYNCHRONOUS
+from benchmarks.async_policies import Way, candidates, compared
+from benchmarks.async_report import BASELINES, BUFFERED, FINISH, OVER, OVER_FINISH, SYNCHRONOUS
+from benchmarks.async_vs_sync import SWEEPS
 from benchmarks.rules_clients import SmartHome
 from benchmarks.rules_grid import Log
 from benchmarks.virtual_federation import Work
@@ -83,21 +85,32 @@ def test_a_row_says_when_it_was_censored() -> None:
 # --- what is compared ---
 
 
-def test_policies_differ_in_their_mode_and_in_nothing_else_that_learns() -> None:
-    buffered, rounds, over = (POLICIES[name] for name in (BUFFERED, SYNCHRONOUS, OVER))
-    same = ("buffer_size", "quorum", "timeout_s", "server_learning_rate", "retry_s", "max_examples", "work_s")
-    for name in same:
-        assert getattr(buffered, name) == getattr(rounds, name) == getattr(over, name)
-    assert rounds == replace(over, over_selection=0.0, lease_s=rounds.lease_s)
-    assert over.round_size == 6
-    assert buffered in sweep_of_k().values()
-    assert buffered in sweep_of_staleness().values()
-    assert all(policy in candidates().values() for policy in POLICIES.values())
+@pytest.mark.parametrize("k", [4, 16])
+def test_ways_differ_in_their_mode_and_in_nothing_else_that_learns(k: int) -> None:
+    ways = compared(k, lease_s=300.0)
+    assert list(ways) == [BUFFERED, *BASELINES]
+    rounds = ways[SYNCHRONOUS].policy
+    assert ways[BUFFERED] == Way(replace(rounds, mode="buffered"))
+    assert ways[FINISH] == Way(rounds)
+    assert ways[OVER] == replace(ways[OVER_FINISH], partial=False)
+    assert ways[OVER].policy == replace(rounds, over_selection=0.3)
+    assert rounds.round_size == rounds.buffer_size == k
+    assert ways[OVER].policy.round_size == math.ceil(1.3 * k)
+
+
+def test_what_is_compared_is_among_the_candidates_and_in_every_sweep() -> None:
+    for sweep in SWEEPS.values():
+        assert compared()[BUFFERED] in sweep().values()
+    assert all(compared()[name] in candidates().values() for name in (BUFFERED, SYNCHRONOUS, FINISH))
+
+
+def test_every_policy_has_a_colour_and_a_name_in_the_plot() -> None:
+    assert list(async_plots.COLOURS) == list(async_plots.NAMES) == list(compared())
 
 
 def test_devices_of_a_seed_are_the_same_for_all_policies() -> None:
-    clients = SmartHome().clients(0)
-    assert drawn(clients, 0) == drawn(clients, 0) != drawn(clients, 1)
+    assert drawn(5, 0) == drawn(5, 0) != drawn(5, 1)
+    assert len(drawn(40, 0)) == 40
 
 
 def test_a_grid_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,14 +124,15 @@ def test_a_grid_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(async_grid, "Base", object)
     monkeypatch.setattr(async_grid, "RealLearner", lambda *_: None)
     goal = async_report.Goal(0.8, 8)
-    wanted = cases("smart-home", POLICIES, [0], goal)
+    ways = compared()
+    wanted = cases("smart-home", ways, [0], goal)
     path = tmp_path / "log.jsonl"
     first = Grid(None, Log(path), lambda _: None).run(wanted)
-    assert runs == list(POLICIES)
-    again = Grid(None, Log(path), lambda _: None).run([*wanted, *cases("smart-home", POLICIES, [1], goal)])
-    assert runs == [*POLICIES, *POLICIES]
-    assert again[:3] == first
-    assert [row["seed"] for row in again] == [0, 0, 0, 1, 1, 1]
+    assert runs == list(ways)
+    again = Grid(None, Log(path), lambda _: None).run([*wanted, *cases("smart-home", ways, [1], goal)])
+    assert runs == [*ways, *ways]
+    assert again[: len(ways)] == first
+    assert [row["seed"] for row in again] == [0] * len(ways) + [1] * len(ways)
 
 
 # --- the real learner ---

@@ -5,6 +5,7 @@ import lzma
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from edge_sdk.core.messages import RuleName
 from edge_sdk.core.setting import Ranks
 from edge_sdk.model_files import read_config, resolve
 from examples import natural_instructions
-from examples.instruction_clients import Client, Filter, choose, eligible, read_clients
+from examples.instruction_clients import Client, Filter, choose, eligible, read_clients, spread
 from examples.instruction_report import Loss, Participant, Report, fell, markdown, means
 
 Line = dict[str, Any] | bytes
@@ -174,6 +175,25 @@ def test_the_choice_follows_from_the_seed_and_not_from_the_order() -> None:
 def test_as_many_devices_as_categories_with_two_clients(devices: int) -> None:
     with pytest.raises(InputError, match=rf"--devices {devices}: .* choose 1 to 2$"):
         choose(clients([2, 1, 2]), devices, 4, 0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 9, 15])
+def test_clients_are_spread_evenly_over_all_categories(count: int) -> None:
+    everyone = clients([1, 2, 3, 4, 5])
+    drawn = spread(everyone, count, seed=0)
+    assert len({client.id for client in drawn}) == len(drawn) == count
+    counts = Counter(client.category for client in drawn)
+    for category, size in Counter(client.category for client in everyone).items():
+        # No category has two more than one that has more to give.
+        assert counts[category] == size or counts[category] >= max(counts.values()) - 1
+    assert spread(everyone[::-1], count, 0) == drawn
+    assert spread(everyone, count, 1) != drawn
+
+
+@pytest.mark.parametrize("count", [0, 16])
+def test_no_more_clients_are_spread_than_there_are(count: int) -> None:
+    with pytest.raises(InputError, match=rf"^{count} devices: 15 clients pass .* at most$"):
+        spread(clients([1, 2, 3, 4, 5]), count, 0)
 
 
 # --- the run's settings ---

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import rules, rules_grid, rules_toy, rules_training
+from benchmarks import rules, rules_clients, rules_grid, rules_toy, rules_training
 from benchmarks.rules_clients import Clients, SmartHome, Task
 from benchmarks.rules_grid import MIXES, Case, Log, dealt
 from benchmarks.rules_report import (
@@ -26,6 +26,7 @@ from benchmarks.rules_report import (
 from benchmarks.rules_training import BUFFER_SIZE, Way, turns
 from edge_sdk.core.errors import InputError
 from examples import smart_home
+from examples.instruction_clients import Client
 
 VERSIONS = 30  # of the synthetic target; the benchmark takes 120
 UNEQUAL = ("heavy-tail-light", "uniform", "all 2")
@@ -165,3 +166,22 @@ def test_quick_toy_writes_all_rows_and_a_plot(tmp_path: Path, monkeypatch: pytes
     wanted = sum(rules_toy.applies(way, mix) for way in rules_toy.WAYS for mix in rules_toy.MIXES)
     assert len(rows) == 2 * wanted
     assert toy_table(rows, "buffered").row_count == len(rules_toy.WAYS)
+
+
+def test_clients_that_policies_were_tuned_on_are_in_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = tuple((f"input {n}", f"output {n}") for n in range(9))
+    made = [Client(n, "ABCDE"[n % 5], n, "", pairs[:3], pairs[3:]) for n in range(40)]
+    monkeypatch.setattr(rules_clients, "read_clients", lambda path: made)
+    monkeypatch.setattr(rules_clients, "eligible", lambda clients, wanted, tokens: clients)
+    source = rules_clients.NaturalInstructions(Path("unread"), len)
+
+    def drawn(seed: int) -> set[str]:
+        tasks = source.many(10, 2, seed, tuned_on=(1000, 1001))
+        assert [len(task.test) for task in tasks] == [2] * 10
+        return {task.name for task in tasks}
+
+    tuned_on = drawn(1000) | drawn(1001)
+    assert 10 < len(tuned_on) <= 20
+    for seed in range(5):
+        assert len(drawn(seed)) == 10
+        assert not drawn(seed) & tuned_on

@@ -130,6 +130,16 @@ def test_a_device_past_its_deadline_hands_in_what_it_has() -> None:
     assert trace.counts["shortened"] == 1
 
 
+def test_without_parts_it_does_all_of_its_work_whatever_it_is_told() -> None:
+    learner = Counting()
+    policy = replace(PATIENT, buffer_size=1, quorum=1, lease_s=12.0)
+    whole = replace(EXACT, partial=False)
+    trace = run(federation(policy, [device("slow", 10.0)], whole, learner), 1)
+    assert [work.steps for work in learner.works] == [STEPS]
+    assert trace.versions[0].at_s == pytest.approx(STEPS * 10.0)
+    assert trace.counts["shortened"] == 0
+
+
 # --- time ---
 
 
