@@ -30,8 +30,9 @@ Ways = Mapping[str, Way]
 
 K = 16  # of 40 devices
 ETA = 2.0
-# Half and a quarter of what the device in the middle trains: of LEASES_S the ones that suited each way best.
-LEASE_S, LEASE_FINISH_S = 300.0, 150.0
+LEASE_S = (
+    150.0  # a quarter of what the device in the middle trains: of LEASES_S the one that suits rounds best
+)
 OVER_SELECTION = 0.3
 TUNING_SEEDS = (1000, 1001)  # whose clients no other seed has
 
@@ -68,15 +69,14 @@ def _of(k: int, lease_s: float) -> Policy:
     )
 
 
-def compared(k: int = K, lease_s: float | None = None) -> Ways:
-    """The main comparison, with buffers and rounds of k updates; all with this lease, or each with its best."""
-    whole_s, finish_s = lease_s or LEASE_S, lease_s or LEASE_FINISH_S
+def compared(k: int = K, lease_s: float = LEASE_S) -> Ways:
+    """The main comparison, with buffers and rounds of k updates."""
     return {
-        BUFFERED: buffers(k, lease_s=whole_s),
-        SYNCHRONOUS: rounds(k, lease_s=whole_s),
-        OVER: rounds(k, OVER_SELECTION, lease_s=whole_s),
-        FINISH: rounds(k, partial=True, lease_s=finish_s),
-        OVER_FINISH: rounds(k, OVER_SELECTION, partial=True, lease_s=finish_s),
+        BUFFERED: buffers(k, lease_s=lease_s),
+        SYNCHRONOUS: rounds(k, lease_s=lease_s),
+        OVER: rounds(k, OVER_SELECTION, lease_s=lease_s),
+        FINISH: rounds(k, partial=True, lease_s=lease_s),
+        OVER_FINISH: rounds(k, OVER_SELECTION, partial=True, lease_s=lease_s),
     }
 
 

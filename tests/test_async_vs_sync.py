@@ -87,7 +87,7 @@ def test_a_row_says_when_it_was_censored() -> None:
 
 @pytest.mark.parametrize("k", [4, 16])
 def test_ways_differ_in_their_mode_and_in_nothing_else_that_learns(k: int) -> None:
-    ways = compared(k, lease_s=300.0)
+    ways = compared(k)
     assert list(ways) == [BUFFERED, *BASELINES]
     rounds = ways[SYNCHRONOUS].policy
     assert ways[BUFFERED] == Way(replace(rounds, mode="buffered"))
