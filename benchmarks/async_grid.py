@@ -34,8 +34,8 @@ MOST_S = 30 * 24 * 3600.0  # virtual
 
 @dataclass(frozen=True)
 class Case:
-    """One federation. It runs until the goal's updates are merged, and on until the goal's loss is reached, but
-    to twice as many updates at most.
+    """One federation. It runs until the goal's updates are merged, and on until the loss is reached too, or
+    twice as many updates are merged.
     """
 
     data: str

@@ -152,8 +152,8 @@ class Run:
         devices = self.devices[: self.plan.uploads]
         await each(devices, CONNECTIONS, ask)
         self.say("uploads and sink")
-        sent = {"sink": 0, "ingest": 0}
-        seconds = {"sink": 0.0, "ingest": 0.0}
+        servers = {"sink": self.sink, "ingest": self.server}
+        sent, seconds, cpu_s = (dict.fromkeys(servers, 0.0) for _ in range(3))
         shares = []
         turns = max(1, len(devices) // TURN)
         for turn in range(turns):
@@ -161,17 +161,19 @@ class Run:
             size, took = sum(device.kind.size_bytes for device in part), {}
             for name in ("sink", "ingest") if turn % 2 else ("ingest", "sink"):
                 # Sink files stay until the end: freeing their blocks would slow down whoever writes next.
-                cpu = time.process_time()
+                own, theirs = time.process_time(), servers[name].cpu_s()
                 took[name] = await each(part, CONNECTIONS, pour if name == "sink" else deliver)
-                shares.append((time.process_time() - cpu) / took[name])
+                shares.append((time.process_time() - own) / took[name])
+                cpu_s[name] += servers[name].cpu_s() - theirs
             for name, took_s in took.items():
                 sent[name] += size
                 seconds[name] += took_s
             print({k: round(size / v / 1e6) for k, v in took.items()}, file=sys.stderr, flush=True)
         hang_up(lines + sink_lines)
         self.found |= {f"{name}_mb_s": sent[name] / seconds[name] / 1e6 for name in sent}
+        self.found |= {f"{name}_cpu_ms": 1e3 * cpu_s[name] / len(devices) for name in sent}  # of an upload
         self.found["client_processor_share"] = sum(shares) / len(shares)
-        self.found["uploaded_bytes"] = sent["ingest"]
+        self.found |= {"uploads": len(devices), "uploaded_bytes": sent["ingest"]}
         self.found["at_full_load"] = ignored.quantiles()
         self.tally.errors += ignored.errors
 
@@ -275,6 +277,11 @@ def show(found: dict[str, Any], console: Console) -> None:
         f"uploads   sink {found['sink_mb_s']:.0f} MB/s   coordinator {found['ingest_mb_s']:.0f} MB/s   "
         f"ratio {found['ratio']:.2f} (goal {GOAL_RATIO})   this client's core: "
         f"{found['client_processor_share']:.0%} busy",
+        highlight=False,
+    )
+    console.print(
+        f"processor time of an upload, {found['uploaded_bytes'] / found['uploads'] / 1e6:.1f} MB on average: "
+        f"sink {found['sink_cpu_ms']:.1f} ms   coordinator {found['ingest_cpu_ms']:.1f} ms",
         highlight=False,
     )
     table = Table()

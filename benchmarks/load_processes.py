@@ -49,6 +49,12 @@ class Server:
                 raise InputError(f"{self.arguments[0]} does not listen; {self.log} says: {said[-300:]}")
             time.sleep(0.02)
 
+    def cpu_s(self) -> float:
+        """Processor seconds that it has taken, over all threads and by the system for it."""
+        assert self.process is not None
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
+
     def kill(self) -> None:
         """SIGKILL."""
         self._end(signal.SIGKILL)

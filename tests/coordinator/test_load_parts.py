@@ -183,6 +183,7 @@ def test_the_load_benchmark_measures_every_route_without_an_error(
     assert routes <= set(found["routes"])
     assert found["ingest_mb_s"] > 0
     assert found["sink_mb_s"] > 0
+    assert found["ingest_cpu_ms"] > 0
     assert found["ratio"] == pytest.approx(found["ingest_mb_s"] / found["sink_mb_s"])
     assert found["active_devices"] == 12
     assert found["rss_max_bytes"] > 10e6
