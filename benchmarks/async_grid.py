@@ -34,8 +34,8 @@ MOST_S = 30 * 24 * 3600.0  # virtual
 
 @dataclass(frozen=True)
 class Case:
-    """One federation. It runs until the goal's updates are merged, and on until the loss is reached too, or
-    twice as many updates are merged.
+    """One federation. It runs until its updates are merged, and on until the goal's loss is reached too, or
+    twice the goal's updates are merged.
     """
 
     data: str
@@ -43,6 +43,11 @@ class Case:
     way: Way
     seed: int
     goal: Goal
+
+    @property
+    def updates(self) -> int:
+        """How many it makes at least."""
+        return self.way.longer * self.goal.updates
 
     @property
     def most_updates(self) -> int:
@@ -59,6 +64,7 @@ class Case:
             "partial": self.way.partial,
             "training": asdict(TRAINING),
             "goal": asdict(self.goal),
+            "longer": self.way.longer,
         }
 
 
@@ -128,7 +134,7 @@ def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner)
             return False
         loss = learner.loss(published.version)
         curve.append({"at_s": published.at_s, "version": published.version, "updates": merged, "loss": loss})
-        if merged < case.goal.updates:
+        if merged < case.updates:
             return False
         return merged >= case.most_updates or case.goal.time_s({"curve": curve}) is not None
 

@@ -110,14 +110,24 @@ def effective_devices(row: Row) -> float:
 
 
 def difference(ours: Sequence[Row], theirs: Sequence[Row], goal: Goal, at: str) -> Difference:
-    """Loss less theirs, seed by seed: after equal `updates`, or at the `hour` at which ours has so many."""
+    """Loss less theirs, seed by seed.
+
+    `at`: after equal `updates`; at the `hour` at which ours has so many; or ours at the `end` of its run and
+    theirs after the goal's updates.
+    """
     by_seed = {row["seed"]: row for row in theirs}
     values = []
     for row in ours:
-        end, other = goal.final(row), by_seed[row["seed"]]
-        their_loss = goal.final(other)["loss"] if at == "updates" else loss_at(other, end["at_s"])
-        values.append(end["loss"] - their_loss)
+        now, other = row["curve"][-1] if at == "end" else goal.final(row), by_seed[row["seed"]]
+        their_loss = loss_at(other, now["at_s"]) if at == "hour" else goal.final(other)["loss"]
+        values.append(now["loss"] - their_loss)
     return Difference(tuple(values))
+
+
+def hours_saved(ours: Sequence[Row], theirs: Sequence[Row], goal: Goal) -> float:
+    """How many times sooner ours end than theirs have the goal's updates; median of the seeds."""
+    by_seed = {row["seed"]: row for row in theirs}
+    return median(goal.final(by_seed[row["seed"]])["at_s"] / row["curve"][-1]["at_s"] for row in ours)
 
 
 def summary_table(rows: Sequence[Row], goal: Goal, title: str = "policy") -> Table:
@@ -128,6 +138,7 @@ def summary_table(rows: Sequence[Row], goal: Goal, title: str = "policy") -> Tab
     table.add_column(title, no_wrap=True)
     n = goal.updates
     columns = ["seeds", "reached", "hours", "times sooner", f"loss, {n} updates", f"hours, {n} updates"]
+    columns += ["updates", "loss, end", "hours, end"]
     columns += ["staleness", "devices", "lost", "in vain"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -140,7 +151,7 @@ def _cells(rows: Sequence[Row], reference: Sequence[Row], goal: Goal) -> list[st
     """The numbers of a policy."""
     hours = [seconds / HOUR_S for row in rows if (seconds := goal.time_s(row))]
     granted = sum(row["counts"]["granted"] for row in rows)
-    ends = [goal.final(row) for row in rows]
+    ends, lasts = [goal.final(row) for row in rows], [row["curve"][-1] for row in rows]
     comparable = {row["seed"] for row in rows} <= {row["seed"] for row in reference}
     return [
         str(len(rows)),
@@ -149,6 +160,9 @@ def _cells(rows: Sequence[Row], reference: Sequence[Row], goal: Goal) -> list[st
         str(bootstrapped(speedups(rows, reference, goal))) if comparable else "–",
         f"{fmean(end['loss'] for end in ends):.3f}",
         f"{median(end['at_s'] for end in ends) / HOUR_S:.2f}",
+        f"{fmean(last['updates'] for last in lasts):.0f}",
+        f"{fmean(last['loss'] for last in lasts):.3f}",
+        f"{median(last['at_s'] for last in lasts) / HOUR_S:.2f}",
         f"{fmean(tau for row in rows for tau in row['staleness']):.1f}",
         f"{fmean(effective_devices(row) for row in rows):.1f}",
         f"{sum(row['counts'].get('lost', 0) for row in rows) / granted:.0%}",
@@ -166,14 +180,15 @@ def verdict(rows: Sequence[Row], goal: Goal) -> str:
         found = bootstrapped(each)
         never = sum(goal.time_s(row) is None for row in theirs)
         bounds = f"; {never} of {len(theirs)} are lower bounds, it had not arrived" if never else ""
-        after = difference(ours, theirs, goal, "updates")
-        same = difference(ours, theirs, goal, "hour")
+        after, same, end = (difference(ours, theirs, goal, at) for at in ("updates", "hour", "end"))
+        sooner = hours_saved(ours, theirs, goal)
         reached = "reached" if found.median >= WANTED_SPEEDUP else "not reached"
         lines.append(
             f"buffered reaches the target {found} times sooner than {name} (median, 95 % bootstrap interval "
             f"of {len(each)} paired seeds: {', '.join(f'{one:.1f}' for one in each)}{bounds}); "
             f"goal of {WANTED_SPEEDUP:g} times: {reached}; "
-            f"loss after {goal.updates} updates {after}, at the same hour {same}"
+            f"loss after {goal.updates} updates {after}, at the same hour {same}, at the end of its run "
+            f"({sooner:.1f} times sooner than {name} has {goal.updates} updates) {end}"
         )
     return "\n".join(lines)
 
@@ -195,6 +210,8 @@ def as_json(rows: Sequence[Row], goal: Goal) -> Row:
                 "target_loss": goal.target(row),
                 "final_loss": end["loss"],
                 "final_s": end["at_s"],
+                "end_loss": row["curve"][-1]["loss"],
+                "end_s": row["curve"][-1]["at_s"],
                 **{name: row[name] for name in kept},
             }
         )

@@ -52,6 +52,9 @@ def test_a_run_that_never_arrives_bounds_the_speed_up() -> None:
     assert async_report.loss_at(slow, 399) == 3.5
     assert async_report.difference([fast], [slow], GOAL, "updates").values == (pytest.approx(2.5 - 2.9),)
     assert async_report.difference([fast], [slow], GOAL, "hour").values == (pytest.approx(2.5 - 4.0),)
+    longer = curve(0, (0, 0, 4.0), (10, 8, 3.0), (20, 16, 2.5), (40, 24, 2.4))
+    assert async_report.difference([longer], [slow], GOAL, "end").values == (pytest.approx(2.4 - 2.9),)
+    assert async_report.hours_saved([longer], [slow], GOAL) == 10.0
 
 
 def test_the_interval_of_a_median_lies_within_the_values() -> None:
@@ -90,7 +93,7 @@ def test_ways_differ_in_their_mode_and_in_nothing_else_that_learns(k: int) -> No
     ways = compared(k)
     assert list(ways) == [BUFFERED, *BASELINES]
     rounds = ways[SYNCHRONOUS].policy
-    assert ways[BUFFERED] == Way(replace(rounds, mode="buffered"))
+    assert ways[BUFFERED] == Way(replace(rounds, mode="buffered"), longer=2)
     assert ways[FINISH] == Way(rounds)
     assert ways[OVER] == replace(ways[OVER_FINISH], partial=False)
     assert ways[OVER].policy == replace(rounds, over_selection=0.3)
@@ -99,9 +102,17 @@ def test_ways_differ_in_their_mode_and_in_nothing_else_that_learns(k: int) -> No
 
 
 def test_what_is_compared_is_among_the_candidates_and_in_every_sweep() -> None:
+    ways = compared() | {BUFFERED: replace(compared()[BUFFERED], longer=1)}
     for sweep in SWEEPS.values():
-        assert compared()[BUFFERED] in sweep().values()
-    assert all(compared()[name] in candidates().values() for name in (BUFFERED, SYNCHRONOUS, FINISH))
+        assert ways[BUFFERED] in sweep().values()
+    assert all(ways[name] in candidates().values() for name in (BUFFERED, SYNCHRONOUS, FINISH))
+
+
+def test_a_way_that_is_watched_for_longer_is_another_case() -> None:
+    goal = async_report.Goal(0.8, 8)
+    short, long = (Case("smart-home", "x", Way(compared()[OVER].policy, True, n), 0, goal) for n in (1, 2))
+    assert short.key != long.key
+    assert (short.updates, long.updates, short.most_updates) == (8, 16, 16)
 
 
 def test_every_policy_has_a_colour_and_a_name_in_the_plot() -> None:
