@@ -96,7 +96,7 @@ class AdapterFile:
 
     def _read(self, file: FileIO, name: str) -> LoraFactors:
         try:
-            return unpack(self._tensors(file, name), self.scaling)
+            return unpack(self._tensors(file, name), self.scaling, owned=True)
         except AdapterError as error:
             raise AdapterError(f"module {name} {error}") from error
 

@@ -79,8 +79,12 @@ def pack(factors: LoraFactors, scaling: float, dtype: WireDtype) -> Packed:
     return Packed({INT8_A: q_a, INT8_B: q_b, SCALES_A: scales_a, SCALES_B: scales_b})
 
 
-def unpack(tensors: Mapping[str, npt.NDArray[np.generic]], scaling: float) -> LoraFactors:
+def unpack(
+    tensors: Mapping[str, npt.NDArray[np.generic]], scaling: float, owned: bool = False
+) -> LoraFactors:
     """The float32 factors of tensors by the ends of their names, scaling folded in.
+
+    `owned`: nobody else needs the tensors, so that B is scaled where it lies and no second one is held.
 
     Raises:
         AdapterError: a value, or a scale, is not finite.
@@ -92,7 +96,7 @@ def unpack(tensors: Mapping[str, npt.NDArray[np.generic]], scaling: float) -> Lo
         a = tensors[WEIGHT_A].astype(np.float32, copy=False)
         b = tensors[WEIGHT_B].astype(np.float32, copy=False)
     with np.errstate(over="ignore"):  # a huge B becomes infinite here and is refused like one
-        b = b * np.float32(scaling)
+        b = np.multiply(b, np.float32(scaling), out=b if owned else None)
     if not (_is_finite(b) and _is_finite(a)):
         raise AdapterError("holds values that are not finite")
     return LoraFactors(b, a)

@@ -172,3 +172,15 @@ def test_values_that_are_not_finite_are_not_packed(dtype: WireDtype, value: floa
     f.b[3, 1] = value
     with pytest.raises(AdapterError, match="not finite"):
         pack(f, 2.0, dtype)
+
+
+@pytest.mark.parametrize("dtype", WIRE_DTYPES)
+def test_tensors_that_somebody_else_needs_are_left_alone(dtype: WireDtype) -> None:
+    packed = pack(factors(np.random.default_rng(0), 6, 5, 3), 2.0, dtype)
+    before = {end: tensor.copy() for end, tensor in packed.tensors.items()}
+    read = unpack(packed.tensors, 2.0)
+    for end, tensor in packed.tensors.items():
+        np.testing.assert_array_equal(tensor, before[end])
+    owned = unpack(packed.tensors, 2.0, owned=True)
+    np.testing.assert_array_equal(owned.b, read.b)
+    np.testing.assert_array_equal(owned.a, read.a)
