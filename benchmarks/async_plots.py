@@ -37,9 +37,9 @@ HOURS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 2, 3, 5, 10, 20, 50, 100)  # marked, 
 NAMES = {
     BUFFERED: "buffered",
     SYNCHRONOUS: "rounds as published",
-    OVER: "… with 30 % over-selection",
+    OVER: "as published, 30 % over-selection",
     FINISH: "rounds with finish",
-    OVER_FINISH: "… with 30 % over-selection",
+    OVER_FINISH: "with finish, 30 % over-selection",
 }
 
 
@@ -94,7 +94,7 @@ def _curves(axis: Any, rows: Sequence[Row], goal: Goal) -> None:
     axis.set_ylabel("held-out loss, as a share of the base's")
     axis.set_title("mean of the seeds, and their range")
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, loc="upper right")
+    axis.legend(frameon=False, loc="lower left", fontsize=9)
 
 
 def _times(axis: Any, title: str, values: Mapping[str, Sequence[Row]], goal: Goal) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -168,6 +168,20 @@ def _cells(rows: Sequence[Row], reference: Sequence[Row], goal: Goal) -> list[st
         f"{sum(row['counts'].get('lost', 0) for row in rows) / granted:.0%}",
         f"{sum(row['wasted_s'] for row in rows) / sum(row['trained_s'] for row in rows):.0%}",
     ]
+
+
+def targets_table(rows: Sequence[Row], goal: Goal, shares: Sequence[float]) -> Table:
+    """How many times sooner buffers reach other targets: medians, and how many of all runs arrived at all."""
+    labels = by_policy(rows)
+    table = Table(title="Times sooner, by target", title_justify="left", box=box.MARKDOWN)
+    for column in ("target", *BASELINES, "arrived"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for share in shares:
+        other = replace(goal, loss_share=share)
+        cells = [str(bootstrapped(speedups(labels[BUFFERED], labels[name], other))) for name in BASELINES]
+        arrived = [sum(other.time_s(row) is not None for row in labels[n]) for n in (BUFFERED, *BASELINES)]
+        table.add_row(f"{share:.0%}", *cells, ", ".join(map(str, arrived)))
+    return table
 
 
 def verdict(rows: Sequence[Row], goal: Goal) -> str:

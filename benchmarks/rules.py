@@ -24,7 +24,7 @@ from rich.console import Console
 
 from benchmarks import carry_toy, rules_grid, rules_toy
 from benchmarks.rules_grid import FAMILY_GRID, MAIN_GRID, Grid, Log, cases, tuning_cases
-from benchmarks.rules_plots import plot_toy, plot_training
+from benchmarks.rules_plots import headless_pyplot, plot_toy, plot_training
 from benchmarks.rules_report import differences_table, losses_table, toy_table
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.processor import cpu_name
@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"machine": {"cpu": cpu_name(), "threads": 1}}
     console.print(f"{cpu_name()}, one compute thread", highlight=False)
     try:
+        if options.plots:
+            headless_pyplot()
         if options.part != "training":
             result["toy"] = toy(options, console)
         if options.part != "toy":

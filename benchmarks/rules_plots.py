@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.rules_report import BASELINE, EQUAL_MEMORY, Pairing, difference, loss
 from benchmarks.rules_toy import MIXES, MOST_STALE, WAYS
+from edge_sdk.core.errors import InputError
 
 Row = dict[str, Any]
 
@@ -25,8 +26,15 @@ COLOURS = {
 
 
 def headless_pyplot() -> Any:
-    """Matplotlib without a screen, imported only when something is drawn."""
-    import matplotlib
+    """Matplotlib without a screen, imported only when something is drawn.
+
+    Raises:
+        InputError: it is not installed; asked for before hours of work, not after.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise InputError('plots need matplotlib: pip install "flexlora-edge[benchmarks]"') from error
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

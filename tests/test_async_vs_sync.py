@@ -68,6 +68,14 @@ def test_devices_that_take_part_alike_all_count() -> None:
     assert async_report.effective_devices({"updates_by_device": [3, 3, 3, 0]}) == pytest.approx(3.0)
 
 
+def test_the_table_of_targets_counts_who_arrived() -> None:
+    rows = [curve(0, (0, 0, 4.0), (10, 8, 3.0), (20, 16, 2.5))]
+    rows += [curve(0, (0, 0, 4.0), (100, 8, 2.9)) | {"policy": name} for name in BASELINES]
+    table = async_report.targets_table(rows, GOAL, (0.75, 0.7))
+    assert list(table.columns[1].cells) == ["10.0 (10.0 to 10.0)", "5.0 (5.0 to 5.0)"]
+    assert list(table.columns[-1].cells) == ["1, 1, 1, 1, 1", "1, 0, 0, 0, 0"]
+
+
 def test_a_row_says_when_it_was_censored() -> None:
     fast, slow = curve(0, (0, 0, 4.0), (10, 8, 2.5)), curve(0, (0, 0, 4.0), (400, 16, 3.9))
     more = {
