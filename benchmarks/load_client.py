@@ -78,14 +78,20 @@ class Connection:
     async def send(self, *parts: bytes | memoryview, keep_body: bool = True) -> Reply:
         """One request and its answer.
 
+        A server may close an idle connection just when a request is on its way. Those of one part, which may
+        all be repeated, are then sent again on a new one, as HTTP clients do (RFC 9110, section 9.2.2).
+
         Raises:
             BrokenOff, ConnectionError, TimeoutError: no whole answer came; the connection is closed.
         """
+        was_open = self._socket is not None
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 return await self._exchange(parts, keep_body)
-        except (BrokenOff, OSError, TimeoutError):
+        except (BrokenOff, OSError, TimeoutError) as error:
             self.close()
+            if was_open and len(parts) == 1 and isinstance(error, BrokenOff | ConnectionError):
+                return await self.send(*parts, keep_body=keep_body)
             raise
 
     async def send_only(self, content: bytes) -> None:

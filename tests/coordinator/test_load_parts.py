@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import coordinator_load, soak
+from benchmarks.load_client import BrokenOff, Connection, head_of
 from coordinator import process_limits, shared_answer
 from coordinator.blobs import Blobs
 from coordinator.ladder import Rung
@@ -187,6 +188,33 @@ def test_the_load_benchmark_measures_every_route_without_an_error(
     assert found["ratio"] == pytest.approx(found["ingest_mb_s"] / found["sink_mb_s"])
     assert found["active_devices"] == 12
     assert found["rss_max_bytes"] > 10e6
+
+
+def test_a_request_that_meets_a_closing_connection_is_sent_again_and_an_upload_is_not() -> None:
+    asked = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers the first request of a connection, and closes it at the second."""
+        for number in range(2):
+            asked.append(await reader.readuntil(b"\r\n\r\n"))
+            if number == 0:
+                writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+                await writer.drain()
+        writer.close()
+
+    async def go() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            line = Connection(server.sockets[0].getsockname()[1])
+            request = head_of("GET", "/", "x")
+            assert [(await line.send(request)).status for _ in range(2)] == [204, 204]
+            assert len(asked) == 3
+            with pytest.raises((BrokenOff, ConnectionError)):
+                await line.send(request, b"")
+            assert len(asked) == 4
+            line.close()
+
+    asyncio.run(go())
 
 
 def test_a_short_soak_loses_nothing() -> None:
