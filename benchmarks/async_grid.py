@@ -20,7 +20,7 @@ from benchmarks.async_report import Goal
 from benchmarks.rules_clients import NaturalInstructions, SmartHome, Task, check_there
 from benchmarks.rules_grid import Log, dealt
 from benchmarks.virtual_devices import MEDIAN_TRAIN_S, draw, median_step_s
-from benchmarks.virtual_federation import Conditions, Published, VirtualDevice, VirtualFederation
+from benchmarks.virtual_federation import Conditions, Learner, Published, VirtualDevice, VirtualFederation
 from coordinator.engine import Engine
 
 Row = dict[str, Any]
@@ -119,12 +119,18 @@ def drawn(count: int, seed: int) -> list[VirtualDevice]:
     return [replace(device, carry_rank=RANK_CAP) for device in devices]
 
 
+def federation_of(
+    way: Way, devices: Sequence[VirtualDevice], learner: Learner, seed: int
+) -> VirtualFederation:
+    """A new one, which nobody has asked for anything yet."""
+    engine = Engine(way.policy, steps=TRAINING.steps)
+    return VirtualFederation(engine, devices, replace(CONDITIONS, partial=way.partial), learner, seed)
+
+
 def followed(case: Case, devices: Sequence[VirtualDevice], learner: RealLearner) -> Row:
     """Run a case; its curve of losses, and what became of all work."""
     began = time.monotonic()
-    engine = Engine(case.way.policy, steps=TRAINING.steps)
-    conditions = replace(CONDITIONS, partial=case.way.partial)
-    federation = VirtualFederation(engine, devices, conditions, learner, case.seed)
+    federation = federation_of(case.way, devices, learner, case.seed)
     trace = federation.trace
     curve = [{"at_s": 0.0, "version": 0, "updates": 0, "loss": learner.loss(0)}]
 

@@ -35,9 +35,8 @@ Ways = Mapping[str, Way]
 
 K = 16  # of 40 devices
 ETA = 2.0
-LEASE_S = (
-    150.0  # a quarter of what the device in the middle trains: of LEASES_S the one that suits rounds best
-)
+# A quarter of what the device in the middle trains: of LEASES_S the one that suits rounds best.
+LEASE_S = 150.0
 OVER_SELECTION = 0.3
 TUNING_SEEDS = (1000, 1001)  # whose clients no other seed has
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from benchmarks.async_grid import CONDITIONS, DEVICES
+from benchmarks.async_grid import DEVICES, federation_of
 from benchmarks.async_learning import TRAINING
 from benchmarks.async_policies import Way, compared
 from benchmarks.async_report import BASELINES, BUFFERED, HOUR_S, effective_devices
 from benchmarks.rules_grid import dealt
 from benchmarks.virtual_devices import draw
-from benchmarks.virtual_federation import VirtualFederation, Work
-from coordinator.engine import Engine
+from benchmarks.virtual_federation import Work
 from coordinator.events import Merge
 
 Row = dict[str, Any]
@@ -51,10 +50,7 @@ def timed(way: Way, seed: int, updates: int) -> Row:
     """Hours until so many updates are merged, steps of each, and who sent them."""
     devices = draw(dealt("uniform", DEVICES, seed), TRAINING.steps, seed)
     learner = Nothing()
-    conditions = replace(CONDITIONS, partial=way.partial)
-    federation = VirtualFederation(
-        Engine(way.policy, steps=TRAINING.steps), devices, conditions, learner, seed
-    )
+    federation = federation_of(way, devices, learner, seed)
     trace = federation.trace
     federation.run(lambda _: trace.merged >= updates, MOST_S)
     counts = Counter(device for version in trace.versions for device in version.devices)

@@ -78,8 +78,9 @@ class Connection:
     async def send(self, *parts: bytes | memoryview, keep_body: bool = True) -> Reply:
         """One request and its answer.
 
-        A server may close an idle connection just when a request is on its way. Those of one part, which may
-        all be repeated, are then sent again on a new one, as HTTP clients do (RFC 9110, section 9.2.2).
+        A server may close an idle connection just when a request is on its way. Those of one part are then
+        sent again on a new one, as HTTP clients do (RFC 9110, section 9.2.2): all may be repeated, but for a
+        join, which would leave a device that never comes.
 
         Raises:
             BrokenOff, ConnectionError, TimeoutError: no whole answer came; the connection is closed.
