@@ -47,6 +47,15 @@ def until_version(device: Device, version: int) -> Status:
     return status
 
 
+def work_after(device: Device, before: Assignment) -> Assignment:
+    """Other work, once the lease of `before` has run out; until then the same is given again."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (work := device.work()).id == before.id:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return work
+
+
 def waiting(device: Device) -> NotNow:
     answer = device.transport.ask(Ask(4))
     assert isinstance(answer, NotNow), answer
@@ -160,9 +169,7 @@ def test_an_update_beyond_the_budget_is_refused_or_left_out(tmp_path: Path) -> N
         member(coordinator, "b") as b,
     ):
         first = a.work()
-        time.sleep(0.8)  # the lease runs out, and the device is given other work beside
-        second = a.work()
-        assert first.id != second.id
+        second = work_after(a, first)
         a.hand_in(first)
         coordinator.kill()
         low = {**privacy, "max_epsilon": accountant.epsilon({1.0: 1}, 1e-5) + 0.01}
@@ -191,7 +198,7 @@ def test_two_updates_of_a_device_go_into_two_versions(tmp_path: Path) -> None:
         for other in (b, c):
             other.hand_in(other.work())
         until_version(a, 1)
-        second = a.work()  # the first lease has expired; its update still counts
+        second = work_after(a, first)  # the first lease has expired; its update still counts
         a.hand_in(first)
         a.hand_in(second)
         assert a.transport.status().buffered == 2
