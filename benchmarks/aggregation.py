@@ -31,6 +31,7 @@ from rich.table import Table
 
 from benchmarks.aggregation_cases import LLAMA_7B, MIXES, SMALL, Mix, Model, Shape, write_updates
 from benchmarks.aggregation_rivals import environment
+from benchmarks.plotting import drawing
 from edge_sdk.processor import cpu_name
 
 Row = dict[str, Any]
@@ -189,7 +190,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=drawing)
     options = parser.parse_args()
     model, mixes = (SMALL, MIXES[:2]) if options.quick else (LLAMA_7B, MIXES)
     console = Console(width=None if sys.stdout.isatty() else 150)

@@ -21,7 +21,7 @@ from benchmarks.async_report import (
     hours_of,
     loss_at,
 )
-from benchmarks.rules_plots import headless_pyplot
+from benchmarks.plotting import headless_pyplot
 
 Row = dict[str, Any]
 

@@ -38,8 +38,8 @@ from benchmarks.async_policies import (
 )
 from benchmarks.async_report import Goal, as_json, summary_table, targets_table, verdict
 from benchmarks.async_times import table as times_table
+from benchmarks.plotting import drawing
 from benchmarks.rules_grid import Log
-from benchmarks.rules_plots import headless_pyplot
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.processor import cpu_name
 
@@ -120,7 +120,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="compare candidates, on clients kept for that")
     parser.add_argument("--times", action="store_true", help="no learning: when updates come, by deadline")
     parser.add_argument("--log", type=Path, help="a JSON line for each federation; goes on where it was")
-    parser.add_argument("--plots", type=Path, help="a folder for async_vs_sync.png")
+    parser.add_argument("--plots", type=drawing, help="a folder for async_vs_sync.png")
     parser.add_argument("--json", type=Path, help="all rows, and the speed-up")
     return parser.parse_args(arguments)
 
@@ -140,8 +140,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(times_table(range(options.seeds), GOAL.updates))
         return 0
     try:
-        if options.plots:
-            headless_pyplot()
         found = measured(options, say)
     except EdgeError as error:
         print(f"async_vs_sync: {error}", file=sys.stderr)

@@ -35,6 +35,7 @@ from benchmarks.load_client import Connection, Tally, each, head_of
 from benchmarks.load_devices import Device, hand_in, join, patiently, take_part
 from benchmarks.load_plot import draw
 from benchmarks.load_processes import Server, Watch, coordinator
+from benchmarks.plotting import drawing
 from edge_sdk.core import messages
 from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from edge_sdk.processor import cpu_name
@@ -312,7 +313,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer uploads and a shorter time")
     parser.add_argument("--dtype", choices=WIRE_DTYPES, default="float32", help="of adapters both ways")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="memory and throughput over time, as PNG")
+    parser.add_argument("--plot", type=drawing, help="memory and throughput over time, as PNG")
     parser.add_argument("--folder", type=Path, help="where to keep the data (default: a temporary folder)")
     options = parser.parse_args()
     base = QUICK if options.quick else FULL

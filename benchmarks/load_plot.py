@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plotting import headless_pyplot
+
 GOAL_MB = 300.0
 BIN_S = 2.0
 LEAST_SHARE = 0.05  # of the time, for a phase whose name is written
@@ -12,11 +14,7 @@ LEAST_SHARE = 0.05  # of the time, for a phase whose name is written
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Write the PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = headless_pyplot()
     samples = found["samples"]
     at = [sample["at_s"] for sample in samples]
     figure, (memory, files, uploads) = pyplot.subplots(3, 1, sharex=True, figsize=(9, 7))

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.plotting import drawing, headless_pyplot
 from edge_sdk.core.facts import ModelFacts, facts_from_config
 from edge_sdk.core.memory import estimate, human_bytes
 from edge_sdk.core.setting import Ranks, Setting
@@ -202,7 +203,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small models, under two minutes")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--plot", type=Path, help="draw predicted against measured into this file")
+    parser.add_argument("--plot", type=drawing, help="draw predicted against measured into this file")
     parser.add_argument("--resume", type=Path, help="folder that keeps models and finished points")
     parser.add_argument("--point", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -272,10 +273,8 @@ def run_grid(folder: Path, quick: bool) -> list[Row]:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Predicted against measured, on logarithmic axes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    pyplot = headless_pyplot()
+    from matplotlib import ticker
 
     figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
     for model in MODELS:

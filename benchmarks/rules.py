@@ -23,8 +23,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import carry_toy, rules_grid, rules_toy
+from benchmarks.plotting import drawing
 from benchmarks.rules_grid import FAMILY_GRID, MAIN_GRID, Grid, Log, cases, tuning_cases
-from benchmarks.rules_plots import headless_pyplot, plot_toy, plot_training
+from benchmarks.rules_plots import plot_toy, plot_training
 from benchmarks.rules_report import differences_table, losses_table, toy_table
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.processor import cpu_name
@@ -87,7 +88,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default=str(DATA), help=f"clients.jsonl.xz, or {SMART_HOME}")
     parser.add_argument("--tune", action="store_true", help="compare rates, on clients kept for that")
     parser.add_argument("--log", type=Path, help="a JSON line for each federation; goes on where it was")
-    parser.add_argument("--plots", type=Path, help="a folder for rules_toy.png and rules_training.png")
+    parser.add_argument("--plots", type=drawing, help="a folder for rules_toy.png and rules_training.png")
     parser.add_argument("--json", type=Path, help="all rows, and the machine")
     return parser.parse_args(arguments)
 
@@ -101,8 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result: dict[str, Any] = {"machine": {"cpu": cpu_name(), "threads": 1}}
     console.print(f"{cpu_name()}, one compute thread", highlight=False)
     try:
-        if options.plots:
-            headless_pyplot()
         if options.part != "training":
             result["toy"] = toy(options, console)
         if options.part != "toy":

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.plotting import headless_pyplot
 from benchmarks.rules_report import BASELINE, EQUAL_MEMORY, Pairing, difference, loss
 from benchmarks.rules_toy import MIXES, MOST_STALE, WAYS
-from edge_sdk.core.errors import InputError
 
 Row = dict[str, Any]
 
@@ -23,23 +23,6 @@ COLOURS = {
     "flora": "#009E73",
     "fedit": "#D55E00",
 }
-
-
-def headless_pyplot() -> Any:
-    """Matplotlib without a screen, imported only when something is drawn.
-
-    Raises:
-        InputError: it is not installed; asked for before hours of work, not after.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise InputError('plots need matplotlib: pip install "flexlora-edge[benchmarks]"') from error
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def plot_toy(rows: Sequence[Row], path: Path) -> None:

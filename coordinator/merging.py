@@ -12,8 +12,9 @@ from coordinator.admission import Admission, bound
 from coordinator.blobs import Blobs
 from coordinator.events import Merge
 from coordinator.privacy import Noise
+from coordinator.rows import StoredUpdate, Version
 from coordinator.rules import RULES, SumRule
-from coordinator.store import Store, StoredUpdate, Version
+from coordinator.store import Store
 from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.low_rank import decompose

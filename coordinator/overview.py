@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from coordinator.engine import Engine
 from coordinator.ledger import Spending
-from coordinator.store import Device, Store
+from coordinator.rows import Device
+from coordinator.store import Store
 from edge_sdk.core.messages import DeviceStatus, Federation, Status
 
 NEWEST = 20  # versions that are shown

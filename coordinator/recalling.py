@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from coordinator import pacing
 from coordinator.events import Buffered, Lease, Restarted
-from coordinator.store import Store, StoredUpdate
+from coordinator.rows import StoredUpdate
+from coordinator.store import Store
 from edge_sdk.core.messages import Assignment
 
 

@@ -13,13 +13,14 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coordinator.disk import blaming, disk_error
 from coordinator.failpoints import Point, reach
 from coordinator.group_commit import GroupCommit
+from coordinator.rows import Device, StoredUpdate, Version
 from coordinator.schema import MIGRATIONS, migrate, schema_of
 from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
@@ -28,64 +29,12 @@ from edge_sdk.core.records import from_json, to_json
 DATABASE = "coordinator.sqlite"  # in a data folder
 
 
-@dataclass(frozen=True)
-class StoredUpdate:
-    """An acknowledged update: id (that of its assignment), device, version it started from, and record.
-
-    `factor`: by which the device's change is merged, below 1 where it was clipped. `norm`: of that; None for
-    an update from before norms were kept.
-    """
-
-    id: str
-    device: str
-    version: int
-    update: Update
-    factor: float = 1.0
-    norm: float | None = None
-
-
-@dataclass(frozen=True)
-class Version:
-    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
-
-    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it. `collected`: its blob
-    is gone, because nobody may need it any more.
-    """
-
-    version: int
-    digest: str
-    rank: int  # live rank
-    energy: float
-    discarded_energy: float
-    published_at: float
-    noise_multiplier: float = 0.0
-    clip_norm: float = 0.0
-    collected: bool = False
-
-    @property
-    def discarded_share(self) -> float:
-        """What the rank cap dropped, as a share of the energy of the sum."""
-        return self.discarded_energy / self.energy if self.energy else 0.0
-
-
 _VERSION_COLUMNS = ", ".join(field.name for field in dataclasses.fields(Version))
 _VERSION_MARKS = ", ".join("?" for _ in dataclasses.fields(Version))
 
 
 def _version(*values: Any) -> Version:
     return replace(Version(*values), collected=bool(values[-1]))
-
-
-@dataclass(frozen=True)
-class Device:
-    """An enrolled device."""
-
-    id: str
-    name: str
-    rank: int
-    updates: int
-    mean_staleness: float
-    refused: int
 
 
 def _require_whole(db: sqlite3.Connection, path: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from coordinator.admission import Admission, admit, bound, measure
 from coordinator.blobs import Blobs
 from coordinator.disk import blaming
+from coordinator.rows import StoredUpdate
 from coordinator.rules import RULES, SumRule, served
-from coordinator.store import Store, StoredUpdate
+from coordinator.store import Store
 from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError, ProtocolError, StaleUpdate, TooLarge
 from edge_sdk.core.lora import LoraFactors

@@ -13,8 +13,9 @@ from coordinator.aggregation import Addend, Start, aggregate
 from coordinator.blobs import Blobs
 from coordinator.events import Buffered, Merge
 from coordinator.merging import Merger
+from coordinator.rows import StoredUpdate, Version
 from coordinator.settings import load_settings
-from coordinator.store import Store, StoredUpdate, Version
+from coordinator.store import Store
 from edge_sdk.core import codec
 from edge_sdk.core.errors import AdapterError, BadUpdates, InternalError, OurFault
 from edge_sdk.core.lora import LoraFactors

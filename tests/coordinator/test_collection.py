@@ -19,9 +19,10 @@ from coordinator import failpoints
 from coordinator.blobs import Blobs
 from coordinator.collection import Collector
 from coordinator.pins import Pins
+from coordinator.rows import StoredUpdate, Version
 from coordinator.serving import Serving
 from coordinator.settings import Settings, load_settings
-from coordinator.store import Store, StoredUpdate, Version
+from coordinator.store import Store
 from coordinator.uploads import Uploads
 from edge_sdk.core import codec
 from edge_sdk.core.errors import InternalError, NotFound, StaleUpdate

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.store import MIGRATIONS, Store, StoredUpdate, Version
+from coordinator.rows import StoredUpdate, Version
+from coordinator.store import MIGRATIONS, Store
 from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import to_json

@@ -1,0 +1,59 @@
+"""What the store keeps, a record for each kind of row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edge_sdk.core.messages import Update
+
+
+@dataclass(frozen=True)
+class StoredUpdate:
+    """An acknowledged update: id (that of its assignment), device, version it started from, and record.
+
+    `factor`: by which the device's change is merged, below 1 where it was clipped. `norm`: of that; None for
+    an update from before norms were kept.
+    """
+
+    id: str
+    device: str
+    version: int
+    update: Update
+    factor: float = 1.0
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Version:
+    """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
+
+    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it. `collected`: its blob
+    is gone, because nobody may need it any more.
+    """
+
+    version: int
+    digest: str
+    rank: int  # live rank
+    energy: float
+    discarded_energy: float
+    published_at: float
+    noise_multiplier: float = 0.0
+    clip_norm: float = 0.0
+    collected: bool = False
+
+    @property
+    def discarded_share(self) -> float:
+        """What the rank cap dropped, as a share of the energy of the sum."""
+        return self.discarded_energy / self.energy if self.energy else 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """An enrolled device."""
+
+    id: str
+    name: str
+    rank: int
+    updates: int
+    mean_staleness: float
+    refused: int
