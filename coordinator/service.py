@@ -23,7 +23,7 @@ from coordinator.join_token import join_token
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.overview import Overview
-from coordinator.parallel import cores
+from coordinator.process_limits import THREADS
 from coordinator.ration import Ration
 from coordinator.recalling import buffered, recalled
 from coordinator.remembered import Assignments, Credentials
@@ -98,7 +98,7 @@ class Coordinator:
         self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
         self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
         self._status = SharedAnswer(self._status_text)
-        self._checking = asyncio.Semaphore(4 * cores())  # more would only hold more in memory
+        self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
         self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
 
     # --- life ---
@@ -293,8 +293,8 @@ class Coordinator:
         self.uploads.check_claims(assignment, update)
         _raise_declined(self._apply(events.Offered(device, id, assignment.version)))
         try:
-            async with self._checking:
-                stored = await asyncio.to_thread(self.uploads.check_adapter, device, assignment, update)
+            async with self._taking_in:
+                stored, fresh = await asyncio.to_thread(self.uploads.take_in, device, assignment, update)
         except (AdapterError, TooLarge) as error:
             log.warning("update %s of %s refused: %s", id, device, error)
             await asyncio.to_thread(self.store.refuse, device, id)
@@ -302,7 +302,7 @@ class Coordinator:
             raise
         if stored.factor < 1.0:
             log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
-        if await asyncio.to_thread(self.uploads.keep, stored):
+        if fresh:
             effects = self._apply(events.Stored(buffered(stored), update.steps))
             if any(isinstance(effect, events.Decline) for effect in effects):  # a round ended meanwhile
                 await asyncio.to_thread(self._leave_out, effects)

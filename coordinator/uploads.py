@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from coordinator.admission import Admission, admit, bound, measure
 from coordinator.blobs import Blobs
 from coordinator.disk import blaming
+from coordinator.parallel import cores
 from coordinator.rows import StoredUpdate
 from coordinator.rules import RULES, SumRule, served
 from coordinator.store import Store
@@ -29,6 +31,8 @@ class Uploads:
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
         self._admission = admission
+        # More at a time would hold more in memory, and hand the interpreter around.
+        self._checks = threading.Semaphore(cores())
 
     def cap(self, assignment: Assignment) -> int:
         """The most bytes that the adapter of this assignment can have in the federation's dtype.
@@ -68,6 +72,16 @@ class Uploads:
         cap = self.cap(assignment)
         if update.size_bytes > cap:
             raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
+
+    def take_in(self, device: str, assignment: Assignment, update: Update) -> tuple[StoredUpdate, bool]:
+        """`check_adapter` and `keep`, without a hand-over between threads in the middle.
+
+        Returns:
+            What was checked, and whether it is new here.
+        """
+        with self._checks:
+            stored = self.check_adapter(device, assignment, update)
+        return stored, self.keep(stored)
 
     def check_adapter(self, device: str, assignment: Assignment, update: Update) -> StoredUpdate:
         """Shapes, dtypes and values of the whole upload, and the norm of what the device changed.

@@ -61,7 +61,7 @@ def configuration(
         "rule": rule,
         "ladder": sorted(set(RANKS.get(rule, LADDER))),
         "rank_cap": cap_of(rule, base),
-        "heartbeat_s": 0.01,
+        "heartbeat_s": 0.001,  # with every step, however quick the machine
         "download_dtype": wire,
         "upload_dtype": wire,
     }
