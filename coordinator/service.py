@@ -23,7 +23,7 @@ from coordinator.join_token import join_token
 from coordinator.ladder import Rung
 from coordinator.merging import Merger
 from coordinator.overview import Overview
-from coordinator.process_limits import THREADS
+from coordinator.process_limits import THREADS, trim_heap
 from coordinator.ration import Ration
 from coordinator.recalling import buffered, recalled
 from coordinator.remembered import Assignments, Credentials
@@ -352,6 +352,8 @@ class Coordinator:
             if (there := self.store.version(effect.version)) is None:
                 raise
             version = there
+        finally:
+            trim_heap()
         return events.Merged(version.version, version.rank)
 
     def _collect_soon(self) -> None:

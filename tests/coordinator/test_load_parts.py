@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import platform
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -169,6 +172,29 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
         assert process_limits.raise_file_limit(wanted=64) is None
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep less")
+def test_what_lies_free_between_things_in_use_goes_back_to_the_system() -> None:
+    program = """
+import psutil
+from coordinator.process_limits import give_memory_back, trim_heap
+
+def resident():
+    return psutil.Process().memory_info().rss
+
+give_memory_back()
+large, small = [], []
+for _ in range(300):
+    large.append(bytearray(b"x") * 200_000)
+    small.append(bytearray(b"x") * 5_000)
+large.clear()
+before = resident()
+trim_heap()
+print(before - resident())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60.0)
+    assert int(done.stdout) > 0.8 * 300 * 200_000
 
 
 def test_the_load_benchmark_measures_every_route_without_an_error(
