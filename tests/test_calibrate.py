@@ -167,7 +167,8 @@ def test_calibration_of_tiny() -> None:
 
 def test_a_vocabulary_smaller_than_the_cut_down_one() -> None:
     times = step_times(ALL["llama"] | {"vocab_size": 40}, Lesson(1, 16, (Ranks.uniform(2),)), "cpu")
-    assert times.per_layer_pass_s + times.per_frozen_gflop_s > 0
+    assert min(astuple(times)) >= 0
+    assert max(astuple(times)) > 0  # which of them, steps of a millisecond do not tell beside other work
 
 
 def test_a_configuration_that_is_none() -> None:
