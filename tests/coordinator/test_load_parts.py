@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,12 +21,15 @@ from benchmarks.load_client import BrokenOff, Connection, head_of
 from coordinator import process_limits, shared_answer
 from coordinator.blobs import Blobs
 from coordinator.ladder import Rung
+from coordinator.parallel import cores
 from coordinator.remembered import Assignments, Credentials
+from coordinator.rows import StoredUpdate
 from coordinator.serving import Serving
 from coordinator.shared_answer import SharedAnswer
 from coordinator.store import Store
+from coordinator.uploads import Uploads
 from edge_sdk.core.errors import Unauthorised
-from edge_sdk.core.messages import Assignment, Base, Federation
+from edge_sdk.core.messages import Assignment, Base, Federation, Update
 from tests.coordinator.devices import FINGERPRINT, Device, configuration, member
 from tests.processes import CoordinatorProcess
 
@@ -156,6 +161,46 @@ def test_a_credential_revoked_while_it_runs_is_refused_soon(tmp_path: Path) -> N
         while not refused(device):
             assert time.monotonic() < deadline
             time.sleep(0.05)
+
+
+class CountedUploads(Uploads):
+    """Checks and keeps nothing; notes how many threads do at a time."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        self.most, self._at = {"check": 0, "keep": 0}, {"check": 0, "keep": 0}
+        self._counting = threading.Lock()
+        self._meet = {"check": threading.Barrier(cores()), "keep": threading.Barrier(3 * cores())}
+
+    def _meeting(self, what: str) -> None:
+        with self._counting:
+            self._at[what] += 1
+            self.most[what] = max(self.most[what], self._at[what])
+        self._meet[what].wait(30.0)
+        time.sleep(0.02)  # who may come too does
+        with self._counting:
+            self._at[what] -= 1
+
+    def check_adapter(self, device: str, assignment: Assignment, update: Update) -> StoredUpdate:
+        self._meeting("check")
+        return StoredUpdate(assignment.id, device, assignment.version, update)
+
+    def keep(self, stored: StoredUpdate) -> bool:
+        self._meeting("keep")
+        return True
+
+
+def test_no_more_uploads_are_checked_at_a_time_than_there_are_cores(tmp_path: Path) -> None:
+    """And all of them wait for the disk together."""
+    federation = Federation("f", Base("m", FINGERPRINT, {"q": (8, 8)}), "carry", (2, 4), 4, 2.0, "balanced")
+    blobs = Blobs(tmp_path)
+    with contextlib.closing(Store(tmp_path / "coordinator.sqlite")) as store:
+        uploads = CountedUploads(federation, store, blobs, None)
+        work, update = Assignment("a", 0, 2, 2, 5, 0, 60.0), Update("0" * 64, 1, 2, 1, 1, 1.0, 1.0, 1.0)
+        with ThreadPoolExecutor(3 * cores()) as pool:
+            taken = [pool.submit(uploads.take_in, "new", work, update) for _ in range(3 * cores())]
+        assert all(future.result()[1] for future in taken)
+    assert uploads.most == {"check": cores(), "keep": 3 * cores()}
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
