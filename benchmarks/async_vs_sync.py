@@ -114,7 +114,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smart-home, one seed, half of it; no result")
     parser.add_argument("--seeds", type=int, default=5, help="of the comparison (default %(default)s)")
     parser.add_argument(
-        "--sweep-seeds", type=int, default=2, help="of each K and function (default %(default)s)"
+        "--sweep-seeds", type=int, default=3, help="of each K and function (default %(default)s)"
     )
     parser.add_argument("--data", type=Path, default=DATA, help="clients.jsonl.xz of Natural Instructions")
     parser.add_argument("--tune", action="store_true", help="compare candidates, on clients kept for that")
