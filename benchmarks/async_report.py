@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from rich import box
@@ -20,6 +20,8 @@ from rich.table import Table
 from benchmarks.rules_report import Difference
 
 Row = dict[str, Any]
+At = Literal["updates", "hour", "end"]  # where losses are compared; see `difference`
+AT: tuple[At, ...] = get_args(At)
 
 # Rounds as published (all of the work or nothing), with over-selection, and both with `finish`.
 SYNCHRONOUS, OVER = "synchronous", "synchronous_over"
@@ -109,7 +111,7 @@ def effective_devices(row: Row) -> float:
     return float(counts.sum() ** 2 / (counts**2).sum())
 
 
-def difference(ours: Sequence[Row], theirs: Sequence[Row], goal: Goal, at: str) -> Difference:
+def difference(ours: Sequence[Row], theirs: Sequence[Row], goal: Goal, at: At) -> Difference:
     """Loss less theirs, seed by seed.
 
     `at`: after equal `updates`; at the `hour` at which ours has so many; or ours at the `end` of its run and
@@ -194,7 +196,7 @@ def verdict(rows: Sequence[Row], goal: Goal) -> str:
         found = bootstrapped(each)
         never = sum(goal.time_s(row) is None for row in theirs)
         bounds = f"; {never} of {len(theirs)} are lower bounds, it had not arrived" if never else ""
-        after, same, end = (difference(ours, theirs, goal, at) for at in ("updates", "hour", "end"))
+        after, same, end = (difference(ours, theirs, goal, at) for at in AT)
         sooner = hours_saved(ours, theirs, goal)
         reached = "reached" if found.median >= WANTED_SPEEDUP else "not reached"
         lines.append(

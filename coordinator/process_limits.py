@@ -1,4 +1,4 @@
-"""What a server asks of the operating system at its start: many connections, and memory given back."""
+"""What a server asks of the operating system: many connections, and memory given back."""
 
 from __future__ import annotations
 
