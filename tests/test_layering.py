@@ -1,22 +1,204 @@
-"""Imports run downwards only, and importing a light module loads nothing heavy."""
+"""The house: which wings there are, which of them stands on which, and what may be imported where.
+
+What a newcomer must know stands in the tables at the top. A file that belongs to no wing fails the first test;
+a new wing gets its place in a table.
+"""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
-import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# From the ground up: a wing imports itself and those before it, never one after it.
+DEVICE = ("core", "conditions", "system", "text", "options", "callbacks", "machine", "connection", "model")
+DEVICE += ("training", "trials", "worker", "membership", "participation", "agent", "diagnosis", "commands")
+CORE = ("errors", "records", "lora", "profile", "adapter_file", "svd", "flexlora", "messages", "choice")
+COORDINATOR = ("engine", "storage", "rules", "privacy", "merging", "adapters", "settings", "upkeep")
+COORDINATOR += ("service", "web")
+HOUSE = {
+    "edge_sdk": (*DEVICE, "cli"),
+    "edge_sdk.core": CORE,
+    "coordinator": (*COORDINATOR, "cli"),
+}
+# The ground floor of the coordinator: these know nothing of each other.
+STRANGERS = ("engine", "storage", "rules")
+# Where torch lives, and all that is built on it. Nothing else imports it.
+TORCH = ("edge_sdk.model", "edge_sdk.training", "edge_sdk.trials", "edge_sdk.worker.worker")
+TORCH += ("edge_sdk.machine.torch_device", "coordinator.merging.torch_svd")
+
 LEARNING = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 OF_THE_DEVICE = LEARNING | {"httpx"}
 HEAVY = OF_THE_DEVICE | {"psutil", "aiohttp"}
+FACES = (
+    "edge_sdk",
+    "coordinator",
+)  # whose own file names what an application imports, and loads it when asked
+
+
+# --- the tree, as files have it -------------------------------------------------------------------
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def shown(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in python_files("edge_sdk", "coordinator")}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere in it: `from x import y` gives `x.y`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def modules_named(path: Path) -> set[str]:
+    """Modules of this project that a file imports, or imports something from."""
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in imports_of(path)}
+    return {name for name in found if name in MODULES} - {module_of(path)} - set(FACES)
+
+
+GRAPH = {module: modules_named(path) for module, path in MODULES.items()}
+
+
+def place_in(package: str, module: str) -> str | None:
+    """The part of `package` that a module belongs to; None where it is the package itself or outside."""
+    inside = module.removeprefix(f"{package}.")
+    return inside.split(".")[0] if inside != module else None
+
+
+def below(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def of_core(module: str) -> bool:
+    return below(module, "edge_sdk.core")
+
+
+# --- wings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_every_file_belongs_to_a_wing(package: str) -> None:
+    places = {place_in(package, module) for module in MODULES} - {None}
+    assert places == set(HOUSE[package])
+
+
+@pytest.mark.parametrize("package", HOUSE)
+def test_no_wing_imports_one_above_it(package: str) -> None:
+    order = HOUSE[package]
+    upwards = []
+    for module, named in GRAPH.items():
+        here = place_in(package, module)
+        for other in sorted(named):
+            there = place_in(package, other)
+            if here is not None and there is not None and order.index(there) > order.index(here):
+                upwards.append(f"{module} imports {other}")
+    assert upwards == []
+
+
+def test_engine_storage_and_rules_know_nothing_of_each_other() -> None:
+    ground = [f"coordinator.{wing}" for wing in STRANGERS]
+    for wing in ground:
+        named = {other for module in GRAPH if below(module, wing) for other in GRAPH[module]}
+        assert named, f"{wing} imports nothing: is it still there?"
+        assert [other for other in named if not of_core(other) and not below(other, wing)] == []
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import themselves by way of others: what is left when all others are taken away."""
+    left = {module: set(named) for module, named in graph.items()}
+    while True:
+        named = set().union(*left.values()) if left else set()
+        gone = {module for module, others in left.items() if not others or module not in named}
+        if not gone:
+            return sorted(left)
+        left = {module: others - gone for module, others in left.items() if module not in gone}
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circles(GRAPH) == []
+
+
+def wing_faces() -> list[Path]:
+    faces = python_files("edge_sdk", "coordinator")
+    return [path for path in faces if path.name == "__init__.py" and module_of(path) not in FACES]
+
+
+@pytest.mark.parametrize("path", wing_faces(), ids=shown)
+def test_a_wing_says_what_it_is_and_loads_nothing(path: Path) -> None:
+    """Otherwise importing one light file of it would load all the others, and torch with them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert len(tree.body) == 1
+    assert ast.get_docstring(tree)
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)
+def test_learning_libraries_are_named_in_their_wings_alone(path: Path) -> None:
+    named = {name.split(".")[0] for name in imports_of(path)} & LEARNING
+    assert not named or below(module_of(path), *TORCH)
+
+
+SOME = {
+    "edge_sdk/machine/torch_device.py": {"torch"},
+    "edge_sdk/worker/worker.py": {"torch"},
+    "edge_sdk/training/checkpoint.py": set[str](),
+    "edge_sdk/training/plan.py": set[str](),
+    "edge_sdk/training/fair_lock.py": set[str](),
+    "edge_sdk/training/factor_layers.py": {"torch", "bitsandbytes"},
+    "edge_sdk/training/loss.py": {"torch"},
+    "edge_sdk/training/optimizers.py": {"torch", "bitsandbytes"},
+    "edge_sdk/training/recompute.py": {"torch", "transformers"},
+    "edge_sdk/model/files.py": set[str](),
+    "edge_sdk/trials/four_bit.py": {"torch"},
+    "edge_sdk/trials/four_bit_child.py": {
+        "torch",
+        "bitsandbytes",
+    },  # the trial must not wait for transformers
+    "edge_sdk/trials/library_memory.py": set[str](),
+    "edge_sdk/trials/library_memory_child.py": {"torch"},
+    "edge_sdk/trials/step_times.py": set[str](),
+    "edge_sdk/trials/step_times_child.py": {"torch"},
+    "edge_sdk/trials/findings.py": set[str](),
+    "coordinator/merging/torch_svd.py": {"torch"},  # where the host asks for an accelerator
+}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_these_files_need_some_of_them_only(name: str) -> None:
+    named = {found.split(".")[0] for found in imports_of(ROOT / name)} & LEARNING
+    assert named <= SOME[name]
+
+
+# --- what an import loads -------------------------------------------------------------------------
 
 
 def loaded_by(*modules: str) -> set[str]:
@@ -35,20 +217,6 @@ def loaded_by(*modules: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def modules_below(package: str) -> list[str]:
-    """Every module of a package as the tree has it, without importing any."""
-    folder = ROOT / package.replace(".", "/")
-    found = [info.name for info in pkgutil.walk_packages([str(folder)], f"{package}.")]
-    return sorted(name for name in found if not name.endswith("__main__"))
-
-
-def of_core(module: str) -> bool:
-    return module == "edge_sdk.core" or module.startswith("edge_sdk.core.")
-
-
-# --- what an import loads -------------------------------------------------------------------------
-
-
 def test_the_probe_sees_what_is_loaded() -> None:
     assert "torch" in loaded_by("torch")
 
@@ -58,50 +226,35 @@ def test_importing_edge_sdk_loads_nothing() -> None:
 
 
 def test_the_core_needs_numpy_and_safetensors_only() -> None:
-    modules = modules_below("edge_sdk.core")
+    modules = [module for module in MODULES if of_core(module)]
     assert "edge_sdk.core.flexlora" in modules
+    assert "edge_sdk.core.svd.decompose" in modules
     loaded = loaded_by(*modules)
     assert not loaded & (HEAVY | {"rich", "tqdm"})
     assert [m for m in loaded if m.startswith("edge_sdk.") and not of_core(m)] == []
 
 
-COORDINATOR = [m for m in modules_below("coordinator") if not m.startswith("coordinator.simulation")]
-
-
-@pytest.mark.parametrize("module", COORDINATOR)
+@pytest.mark.parametrize("module", [m for m in MODULES if below(m, "coordinator")])
 def test_the_coordinator_loads_no_learning_library(module: str) -> None:
     loaded = loaded_by(module)
     assert not loaded & OF_THE_DEVICE
     assert [m for m in loaded if m.startswith("edge_sdk.") and not of_core(m)] == []
 
 
-DEVICE = [m for m in modules_below("edge_sdk") if m.count(".") == 1 and m != "edge_sdk.core"]
-
-
-@pytest.mark.parametrize("module", DEVICE)
+@pytest.mark.parametrize("module", [m for m in MODULES if below(m, "edge_sdk") and not of_core(m)])
 def test_the_device_loads_nothing_of_the_coordinator(module: str) -> None:
-    assert not loaded_by(module) & {"coordinator", "aiohttp"}
+    loaded = loaded_by(module)
+    assert not loaded & {"coordinator", "aiohttp"}
+    if not below(module, *TORCH):
+        assert not loaded & LEARNING
 
 
 def test_an_application_that_trains_in_a_process_of_its_own_holds_no_learning_library() -> None:
-    assert not loaded_by("edge_sdk.worker_process", "edge_sdk.recovery") & OF_THE_DEVICE
+    modules = ("edge_sdk.worker.process", "edge_sdk.worker.messages", "edge_sdk.participation.corrections")
+    assert not loaded_by(*modules) & OF_THE_DEVICE
 
 
-# --- what a file says that it imports -------------------------------------------------------------
-
-
-def python_files(*folders: str) -> list[Path]:
-    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
-
-
-def imports_of(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports anywhere in it: `from x import y` gives `x.y`."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+# --- what a file names ----------------------------------------------------------------------------
 
 
 def literals_of(path: Path) -> Iterator[str]:
@@ -113,10 +266,6 @@ def literals_of(path: Path) -> Iterator[str]:
             yield node.value
 
 
-def shown(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
 @pytest.mark.parametrize("path", python_files("edge_sdk"), ids=shown)
 def test_edge_sdk_never_names_the_coordinator(path: Path) -> None:
     assert [name for name in imports_of(path) if name.split(".")[0] == "coordinator"] == []
@@ -124,50 +273,8 @@ def test_edge_sdk_never_names_the_coordinator(path: Path) -> None:
 
 @pytest.mark.parametrize("path", python_files("coordinator"), ids=shown)
 def test_the_coordinator_names_only_the_core(path: Path) -> None:
-    if shown(path).startswith("coordinator/simulation/"):
-        pytest.skip("the simulator drives the device's code too")
     named = [name for name in imports_of(path) if name.split(".")[0] == "edge_sdk"]
     assert [name for name in named if not of_core(name) and name != "edge_sdk.__version__"] == []
-
-
-@pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)
-def test_learning_libraries_are_named_by_the_trainer_and_its_parts_alone(path: Path) -> None:
-    allowed = {
-        "edge_sdk/trainer.py": LEARNING,
-        "edge_sdk/answering.py": LEARNING,
-        "edge_sdk/base_model.py": LEARNING,
-        "edge_sdk/adapter_places.py": LEARNING,
-        "edge_sdk/cut_down.py": LEARNING,
-        "edge_sdk/calibrate.py": {"torch"},
-        "edge_sdk/worker.py": {"torch"},
-        "edge_sdk/factor_layers.py": {"torch"},
-        "edge_sdk/frozen_factors.py": {"torch", "bitsandbytes"},
-        "edge_sdk/loss.py": {"torch"},
-        "edge_sdk/optimizers.py": {"torch", "bitsandbytes"},
-        "edge_sdk/recompute.py": {"torch", "transformers"},
-        "edge_sdk/process_memory.py": {"torch"},  # where it is asked of an accelerator
-        "edge_sdk/four_bit.py": {"torch", "bitsandbytes"},  # the trial must not wait for transformers
-        "edge_sdk/device.py": {"torch"},
-        "edge_sdk/preflight.py": {"torch"},
-        "coordinator/torch_svd.py": {"torch"},  # where the host asks for an accelerator
-    }
-    named = {name.split(".")[0] for name in imports_of(path)} & LEARNING
-    assert named <= allowed.get(shown(path), set())
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "edge_sdk.agent",
-        "edge_sdk.probe",
-        "edge_sdk.preflight",
-        "edge_sdk.doctor",
-        "edge_sdk.prospect",
-        "edge_sdk.cli",
-    ],
-)
-def test_what_an_application_imports_loads_no_learning_library(module: str) -> None:
-    assert not loaded_by(module) & LEARNING
 
 
 @pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)
