@@ -32,7 +32,7 @@ from rich.table import Table
 from benchmarks.aggregation_cases import LLAMA_7B, MIXES, SMALL, Mix, Model, Shape, write_updates
 from benchmarks.aggregation_rivals import environment
 from benchmarks.plotting import drawing
-from edge_sdk.processor import cpu_name
+from edge_sdk.machine.processor import cpu_name
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]

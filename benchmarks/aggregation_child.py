@@ -23,14 +23,14 @@ import numpy.typing as npt
 
 from benchmarks import aggregation_rivals
 from benchmarks.aggregation_cases import KEPT, LLAMA_7B, SMALL, Shape, federation, updates
-from coordinator.aggregation import Addend, Start, aggregate
-from coordinator.blobs import Blobs
+from coordinator.merging.aggregation import Addend, Start, aggregate
+from coordinator.storage.blobs import Blobs
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.low_rank import dense_pays
-from edge_sdk.core.safe_svd import safe_svd
-from edge_sdk.core.stack import Stack
-from edge_sdk.core.triplets import PROBES
+from edge_sdk.core.svd.decompose import dense_pays
+from edge_sdk.core.svd.qr import safe_svd
+from edge_sdk.core.svd.stack import Stack
+from edge_sdk.core.svd.triplets import PROBES
 
 Addends = list[tuple[float, LoraFactors]]
 Sigmas = npt.NDArray[np.floating[Any]]

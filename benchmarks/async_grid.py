@@ -21,7 +21,7 @@ from benchmarks.rules_clients import NaturalInstructions, SmartHome, Task, check
 from benchmarks.rules_grid import Log, dealt
 from benchmarks.virtual_devices import MEDIAN_TRAIN_S, draw, median_step_s
 from benchmarks.virtual_federation import Conditions, Learner, Published, VirtualDevice, VirtualFederation
-from coordinator.engine import Engine
+from coordinator.engine.engine import Engine
 
 Row = dict[str, Any]
 

@@ -2,8 +2,8 @@
 
 One process, one base, loaded once. A device of a federation in virtual time trains here at the moment that
 its update is accepted, from the version that it was given. Updates and versions are files in a folder, as on
-a coordinator's disk, and `coordinator.aggregation` makes the one from the other. Rule `carry`, the default:
-devices hold the whole global adapter frozen in int8 and train fresh factors on top.
+a coordinator's disk, and `coordinator.merging.aggregation` makes the one from the other. Rule `carry`, the
+default: devices hold the whole global adapter frozen in int8 and train fresh factors on top.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from statistics import fmean
 
 from benchmarks.rules_clients import Task
 from benchmarks.virtual_federation import Work
-from coordinator.aggregation import Addend, aggregate
-from coordinator.aggregation import Start as Merging
-from coordinator.blobs import Blobs
-from coordinator.events import Merge
-from edge_sdk import base_model
-from edge_sdk.core import codec
+from coordinator.engine.events import Merge
+from coordinator.merging.aggregation import Addend, aggregate
+from coordinator.merging.aggregation import Start as Merging
+from coordinator.storage.blobs import Blobs
+from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.flexlora import live_rank, split
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Federation, Training
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
-from edge_sdk.trainer import Plan, Start, Trainer
+from edge_sdk.model import base_model
+from edge_sdk.text.examples import parse_record
+from edge_sdk.text.rows import Tokenised, tokenise
+from edge_sdk.training.trainer import Plan, Start, Trainer
 
 RANKS, RANK_CAP, SCALING = (2, 4, 8, 16), 32, 2.0
 TRAINING = Training(steps=6, batch=4, sequence_len=128, learning_rate=2e-3, learning_rate_decay=0.97)

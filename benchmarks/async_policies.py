@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from benchmarks.async_report import BUFFERED, FINISH, OVER, OVER_FINISH, SYNCHRONOUS
-from coordinator.policy import Policy
-from edge_sdk.core.staleness import Name
+from coordinator.engine.policy import Policy
+from coordinator.engine.staleness import Name
 
 
 @dataclass(frozen=True)

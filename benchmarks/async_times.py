@@ -22,7 +22,7 @@ from benchmarks.async_report import BASELINES, BUFFERED, HOUR_S, effective_devic
 from benchmarks.rules_grid import dealt
 from benchmarks.virtual_devices import draw
 from benchmarks.virtual_federation import Work
-from coordinator.events import Merge
+from coordinator.engine.events import Merge
 
 Row = dict[str, Any]
 

@@ -41,7 +41,7 @@ from benchmarks.async_times import table as times_table
 from benchmarks.plotting import drawing
 from benchmarks.rules_grid import Log
 from edge_sdk.core.errors import EdgeError
-from edge_sdk.processor import cpu_name
+from edge_sdk.machine.processor import cpu_name
 
 Row = dict[str, Any]
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from coordinator.rules import RULES, Change, Merging
-from edge_sdk.core.carried import CarriedDtype
+from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import fresh_row, live_rank, serve
 from edge_sdk.core.lora import LoraFactors, Matrix, stacked
 from edge_sdk.core.messages import RuleName
-from edge_sdk.frozen_factors import FrozenFactor
+from edge_sdk.training.factor_layers import FrozenFactor
 
 WIDTH, TRUE_RANK, RANK_CAP = 64, 16, 32
 DEVICES, VERSIONS, BUFFER_SIZE, MOST_STALE = 80, 120, 10, 2

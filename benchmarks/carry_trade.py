@@ -29,9 +29,9 @@ from benchmarks import carry_toy
 from benchmarks.carry_toy import DEVICES, Rules, Split
 from benchmarks.carry_training import RANK_CAP, Choice, Federation
 from benchmarks.kept_results import Results, spread
-from edge_sdk.core.carried import BYTES_PER_VALUE, CarriedDtype
-from edge_sdk.core.memory import FACTOR_BYTES, MOMENT_BYTES
-from edge_sdk.processor import cpu_name
+from edge_sdk.core.choice.carried import BYTES_PER_VALUE, CarriedDtype
+from edge_sdk.core.choice.memory import FACTOR_BYTES, MOMENT_BYTES
+from edge_sdk.machine.processor import cpu_name
 
 TRAINED_BYTES = 2 * FACTOR_BYTES + MOMENT_BYTES["adamw"]  # per value: weight, gradient, two moments
 WIDE = 4.0  # of the random rows of A under `carry`; the table of starts says why

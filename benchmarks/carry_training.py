@@ -16,14 +16,14 @@ from typing import Literal
 import numpy as np
 
 from coordinator.rules import RULES, Change, Merging
-from edge_sdk import base_model
-from edge_sdk.core.carried import CarriedDtype
+from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import live_rank, pad, serve, split
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.core.messages import RuleName, Training
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
-from edge_sdk.trainer import Plan, Start, StepReport, Trainer
+from edge_sdk.model import base_model
+from edge_sdk.text.examples import parse_record
+from edge_sdk.text.rows import Tokenised, tokenise
+from edge_sdk.training.trainer import Plan, Start, StepReport, Trainer
 from examples import smart_home
 
 SCALING, RANK_CAP = 2.0, 32

@@ -35,17 +35,17 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from edge_sdk import base_model
 from edge_sdk.agent import Agent
 from edge_sdk.callbacks import Callbacks
+from edge_sdk.conditions import Conditions
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.messages import Assignment, Base
 from edge_sdk.core.records import to_json
-from edge_sdk.dataset import IGNORED, Tokenised, collate, load_examples, tokenise
-from edge_sdk.manners import Conditions
+from edge_sdk.machine.processor import cpu_name
+from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
-from edge_sdk.processor import cpu_name
-from edge_sdk.training import batch_indices
+from edge_sdk.text.rows import IGNORED, Tokenised, collate, load_examples, tokenise
+from edge_sdk.training.plan import batch_indices
 from examples import smart_home
 from examples.local_federation import LocalFederation, write_jsonl
 

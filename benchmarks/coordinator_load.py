@@ -37,8 +37,8 @@ from benchmarks.load_plot import draw
 from benchmarks.load_processes import Server, Watch, coordinator
 from benchmarks.plotting import drawing
 from edge_sdk.core import messages
-from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
-from edge_sdk.processor import cpu_name
+from edge_sdk.core.adapter_file.dtypes import WIRE_DTYPES, WireDtype
+from edge_sdk.machine.processor import cpu_name
 
 GOAL_RATIO, GOAL_RSS_BYTES = 0.7, 300e6
 TURN = 100  # uploads, about, before it is the other's turn: enough that its end, when few are left, is short

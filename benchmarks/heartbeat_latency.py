@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aggregation_cases import LLAMA_7B, SCALING, Model, update
-from edge_sdk.core.codec import encode_chunks
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.adapter_file.codec import encode_chunks
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Ask, Assignment, Base, Heartbeat, JoinRequest, Update
 from edge_sdk.core.records import to_json
-from edge_sdk.processor import cpu_name
-from edge_sdk.transport import Transport
+from edge_sdk.machine.processor import cpu_name
 from examples.local_federation import LocalFederation
 
 FINGERPRINT = "ab" * 32

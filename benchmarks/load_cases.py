@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aggregation_cases import Model, update
-from edge_sdk.core.codec import encode_chunks
+from edge_sdk.core.adapter_file.codec import encode_chunks
+from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.messages import Base, Update
 from edge_sdk.core.records import to_json
-from edge_sdk.core.setting import Ranks
-from edge_sdk.core.wire_dtype import WireDtype
 
 PAPER_DEVICES = 1613
 FINGERPRINT = "ab" * 32

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.load_cases import FINGERPRINT, Template
 from benchmarks.load_client import BrokenOff, Connection, Reply, Tally, head_of, json_request
 from edge_sdk.core import messages
-from edge_sdk.core.wire_dtype import WireDtype
+from edge_sdk.core.adapter_file.dtypes import WireDtype
 
 FIRST_ASK_S = 0.1
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.plotting import drawing, headless_pyplot
-from edge_sdk.core.facts import ModelFacts, facts_from_config
-from edge_sdk.core.memory import estimate, human_bytes
-from edge_sdk.core.setting import Ranks, Setting
+from edge_sdk.core.choice.memory import estimate, human_bytes
+from edge_sdk.core.choice.model_facts import ModelFacts, facts_from_config
+from edge_sdk.core.choice.setting import Ranks, Setting
 
 STEPS = 3  # the second has the optimiser's moments; the heap settles over a few
 RANKS = (2, 8, 16, 32, 64)
@@ -94,10 +94,11 @@ class Row:
 
 def measure(directory: Path, setting: Setting) -> dict[str, Any]:
     """Train for real in this process and say what it took."""
-    from edge_sdk import base_model, process_memory
-    from edge_sdk.baseline import framework_bytes
-    from edge_sdk.dataset import Tokenised
-    from edge_sdk.trainer import Plan, Start, Trainer
+    from edge_sdk.model import base_model
+    from edge_sdk.system import process_memory
+    from edge_sdk.text.rows import Tokenised
+    from edge_sdk.training.trainer import Plan, Start, Trainer
+    from edge_sdk.trials.library_memory_child import framework_bytes
 
     base_model.use_threads(1)
     framework = framework_bytes("cpu")
@@ -152,7 +153,7 @@ def build(model: Model, folder: Path) -> Path:
         "model.save_pretrained(out)\n"
         "transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(out)\n"
     )
-    from edge_sdk.model_files import resolve
+    from edge_sdk.model.files import resolve
 
     command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(model.config), str(directory)]
     subprocess.run([*command, str(resolve("tiny"))], check=True, stderr=subprocess.DEVNULL)
@@ -193,7 +194,7 @@ def summary(rows: list[Row], label: str) -> str:
 
 def cpu_name() -> str:
     """The processor, as /proc/cpuinfo or Python names it."""
-    from edge_sdk import processor
+    from edge_sdk.machine import processor
 
     return processor.cpu_name()
 
@@ -231,7 +232,7 @@ def main() -> int:
 @functools.cache
 def facts_of(directory: Path) -> ModelFacts:
     """What the memory model is told of a model: its configuration, nothing of its weights."""
-    from edge_sdk import base_model
+    from edge_sdk.model import base_model
 
     config = json.loads((directory / "config.json").read_text())
     return facts_from_config(config, base_model.describe(str(directory)).modules)
@@ -239,7 +240,7 @@ def facts_of(directory: Path) -> ModelFacts:
 
 def predict(directory: Path, setting: Setting, framework_bytes: int) -> int:
     """Peak of the process by the memory model."""
-    from edge_sdk import base_model
+    from edge_sdk.model import base_model
 
     placement = replace(base_model.placement("cpu"), framework_bytes=framework_bytes)
     return estimate(facts_of(directory), setting, placement).peak_bytes

@@ -28,7 +28,7 @@ from benchmarks.kept_results import Results, spread
 from benchmarks.poisoning_toy import Attack, Case, Defence
 from benchmarks.poisoning_training import HONEST_VERSIONS, Federation
 from edge_sdk.core.messages import RuleName
-from edge_sdk.processor import cpu_name
+from edge_sdk.machine.processor import cpu_name
 
 ATTACKS: tuple[Attack, ...] = ("scaled", "reversed", "flipped", "nobody")
 DEFENCES: dict[Defence, str] = {

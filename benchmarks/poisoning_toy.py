@@ -13,8 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from coordinator.admission import Admission, admit, bound, measure
-from coordinator.robust import RobustName, gram, reweight
+from coordinator.merging.admission import Admission, admit, bound, measure
+from coordinator.merging.robust import RobustName, gram, reweight
 from coordinator.rules import RULES, Change, Merging, SumRule
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix

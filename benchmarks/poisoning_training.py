@@ -16,18 +16,19 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.poisoning_toy import TIMES, Case
-from coordinator.admission import admit, bound, measure
-from coordinator.aggregation import Addend, Start, aggregate
-from coordinator.blobs import Blobs
+from coordinator.merging.admission import admit, bound, measure
+from coordinator.merging.aggregation import Addend, Start, aggregate
 from coordinator.rules import RULES, served
-from edge_sdk import base_model, trainer
+from coordinator.storage.blobs import Blobs
 from edge_sdk.core import messages
-from edge_sdk.core.codec import encode, open_own
+from edge_sdk.core.adapter_file.codec import encode, open_own
 from edge_sdk.core.flexlora import combine, live_rank
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import RuleName, Training
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
+from edge_sdk.model import base_model
+from edge_sdk.text.examples import parse_record
+from edge_sdk.text.rows import Tokenised, tokenise
+from edge_sdk.training import trainer
 from examples import smart_home
 
 SCALING, RANK_CAP = 2.0, 32

@@ -30,17 +30,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.accountant import epsilon
-from coordinator.privacy import Privacy, clip_factor, noised, squared_norm_bound
-from edge_sdk import base_model
-from edge_sdk.core import staleness
+from coordinator.engine import staleness
+from coordinator.privacy.accountant import epsilon
+from coordinator.privacy.mechanism import Privacy, clip_factor, noised, squared_norm_bound
 from edge_sdk.core.flexlora import live_rank, pad, split
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Training
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
-from edge_sdk.processor import cpu_name
-from edge_sdk.trainer import Plan, Start, Trainer
+from edge_sdk.machine.processor import cpu_name
+from edge_sdk.model import base_model
+from edge_sdk.text.examples import parse_record
+from edge_sdk.text.rows import Tokenised, tokenise
+from edge_sdk.training.trainer import Plan, Start, Trainer
 from examples import smart_home
 
 SCALING, RANK, RANK_CAP = 2.0, 4, 32

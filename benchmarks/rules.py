@@ -28,7 +28,7 @@ from benchmarks.rules_grid import FAMILY_GRID, MAIN_GRID, Grid, Log, cases, tuni
 from benchmarks.rules_plots import plot_toy, plot_training
 from benchmarks.rules_report import differences_table, losses_table, toy_table
 from edge_sdk.core.errors import EdgeError
-from edge_sdk.processor import cpu_name
+from edge_sdk.machine.processor import cpu_name
 
 Row = dict[str, Any]
 

@@ -13,7 +13,7 @@ from benchmarks import carry_toy
 from benchmarks.carry_toy import DEVICES, RANK_CAP, WIDTH, Rules, Split
 from coordinator.rules import RULES
 from edge_sdk.core.messages import RuleName
-from edge_sdk.trainer import FRESH_ROWS
+from edge_sdk.training.trainer import FRESH_ROWS
 
 Row = dict[str, Any]
 

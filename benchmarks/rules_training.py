@@ -18,15 +18,15 @@ import numpy as np
 
 from benchmarks.rules_clients import Clients, Task
 from coordinator.rules import RULES, Change, Merging
-from edge_sdk import base_model
-from edge_sdk.core.carried import held_bytes
-from edge_sdk.core.columns import serve_columns
+from coordinator.rules.columns import serve_columns
+from edge_sdk.core.choice.carried import held_bytes
 from edge_sdk.core.flexlora import fresh_row, live_rank, split
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.core.messages import RuleName
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
-from edge_sdk.trainer import FRESH_ROWS, Plan, Start, StepReport, Trainer
+from edge_sdk.model import base_model
+from edge_sdk.text.examples import parse_record
+from edge_sdk.text.rows import Tokenised, tokenise
+from edge_sdk.training.trainer import FRESH_ROWS, Plan, Start, StepReport, Trainer
 
 SCALING, RANK_CAP, BUFFER_SIZE = 2.0, 32, 4
 STEPS, BATCH, SEQUENCE_LEN = 10, 4, 128

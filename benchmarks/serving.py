@@ -27,13 +27,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from coordinator.blobs import Blobs
-from coordinator.ladder import Rung, file_name, write_rungs
-from edge_sdk.core.codec import encode_chunks
+from coordinator.adapters.ladder import Rung, file_name, write_rungs
+from coordinator.storage.blobs import Blobs
+from edge_sdk.core.adapter_file.codec import encode_chunks
+from edge_sdk.core.adapter_file.dtypes import WIRE_DTYPES, WireDtype
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Base, Federation
-from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
-from edge_sdk.processor import cpu_name
+from edge_sdk.machine.processor import cpu_name
 
 LADDER = (2, 4, 8, 16, 24, 32, 48, 64)
 STORED_RANK = 64

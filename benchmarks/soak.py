@@ -37,9 +37,9 @@ from benchmarks.load_cases import configuration, templates
 from benchmarks.load_client import BrokenOff, Connection, Tally
 from benchmarks.load_devices import Device, join
 from benchmarks.load_processes import Watch, coordinator
-from edge_sdk.core.codec import sha256_file
-from edge_sdk.core.setting import Ranks
-from edge_sdk.processor import cpu_name
+from edge_sdk.core.adapter_file.codec import sha256_file
+from edge_sdk.core.choice.setting import Ranks
+from edge_sdk.machine.processor import cpu_name
 
 MODEL = Model("narrow", 64, 172, 1)
 TYPES = (Ranks(2, 2), Ranks(8, 8), Ranks(8, 48), Ranks(48, 48))

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.memory_model import MODELS, build
-from edge_sdk.core.facts import facts_from_config
-from edge_sdk.core.setting import Ranks, Setting
-from edge_sdk.model_files import read_config, resolve
-from edge_sdk.processor import cpu_name
+from edge_sdk.core.choice.model_facts import facts_from_config
+from edge_sdk.core.choice.setting import Ranks, Setting
+from edge_sdk.machine.processor import cpu_name
+from edge_sdk.model.files import read_config, resolve
 
 LADDER = (2, 8, 32)
 LARGEST = (4, 256)  # examples at a time and tokens of the largest step
@@ -77,15 +77,16 @@ def grid(quick: bool) -> Iterator[tuple[int, Setting]]:
 
 def measure(name: str, directory: Path, quick: bool) -> dict[str, Any]:
     """Calibrate, then time every setting; rows, constants and the seconds that calibration took."""
-    from edge_sdk import base_model, calibrate
-    from edge_sdk.trainer import Trainer
+    from edge_sdk.model import base_model
+    from edge_sdk.training.trainer import Trainer
+    from edge_sdk.trials import step_times_child
 
     base_model.use_threads(1)
     base_model.import_libraries()
     began = time.monotonic()
-    lesson = calibrate.Lesson(*LARGEST, tuple(map(Ranks.uniform, LADDER)), carries=True)
+    lesson = step_times_child.Lesson(*LARGEST, tuple(map(Ranks.uniform, LADDER)), carries=True)
     config = read_config(directory)
-    times = calibrate.step_times(config, lesson, "cpu", clock=time.process_time)
+    times = step_times_child.step_times(config, lesson, "cpu", clock=time.process_time)
     calibrated_s = time.monotonic() - began
     modules = base_model.target_modules(directory)
     facts = facts_from_config(config, modules)
@@ -111,10 +112,10 @@ def measure(name: str, directory: Path, quick: bool) -> dict[str, Any]:
 
 def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
     """Median seconds of real steps."""
-    from edge_sdk.calibrate import Watch
     from edge_sdk.core.lora import LoraFactors
-    from edge_sdk.dataset import Tokenised
-    from edge_sdk.trainer import Plan, Start
+    from edge_sdk.text.rows import Tokenised
+    from edge_sdk.training.trainer import Plan, Start
+    from edge_sdk.trials.step_times_child import Watch
 
     draw = np.random.default_rng(0)
     ids = draw.integers(5, 4000, (batch, setting.sequence_len))

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from coordinator.engine import Engine
-from coordinator.events import (
+from coordinator.engine.engine import Engine
+from coordinator.engine.events import (
     Asked,
     Beat,
     Buffered,

@@ -31,11 +31,11 @@ from benchmarks.carry_trade import WIDE
 from benchmarks.carry_training import BUFFER_SIZE, HOUSEHOLDS, SCALING, TEST_PER_INTENT, Choice, Part
 from benchmarks.error_feedback import corrected, next_residual
 from benchmarks.kept_results import Results, spread
-from edge_sdk.core import codec
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.lora import Adapter, LoraFactors, max_rank
-from edge_sdk.core.wire_dtype import WireDtype
-from edge_sdk.processor import cpu_name
-from edge_sdk.trainer import Start
+from edge_sdk.machine.processor import cpu_name
+from edge_sdk.training.trainer import Start
 from examples import smart_home
 
 RESIDUAL_RANKS = 4  # rank of the residual, as a multiple of the upload's

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.error_feedback import corrected, next_residual
+from edge_sdk.core.adapter_file.dtypes import dequantised, pack, quantised, unpack
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import LoraFactors, Matrix
-from edge_sdk.core.wire_dtype import dequantised, pack, quantised, unpack
 
 SHAPE, RANK, SEEDS = (768, 256), 4, 5
 BLOCKS = (32, 64, 128, 256)

@@ -13,22 +13,24 @@ from pathlib import Path
 
 from aiohttp import web
 
-from coordinator import __version__, failpoints, ledger
-from coordinator.app import KEEP_ALIVE_S, build_app
-from coordinator.backup import back_up, require_finished
-from coordinator.blobs import Blobs
-from coordinator.folder_lock import only_coordinator
-from coordinator.process_limits import (
+from coordinator import __version__
+from coordinator.adapters.serving import export
+from coordinator.merging.torch_svd import decompose_on
+from coordinator.privacy import ledger
+from coordinator.service.coordinator import Coordinator
+from coordinator.service.process_limits import (
     disk_threads,
     give_memory_back,
     raise_file_limit,
     take_turns_often,
 )
-from coordinator.service import Coordinator
-from coordinator.serving import export
 from coordinator.settings import Settings, load_settings
-from coordinator.store import DATABASE, Store
-from coordinator.torch_svd import decompose_on
+from coordinator.storage import failpoints
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.store import DATABASE, Store
+from coordinator.upkeep.backup import back_up, require_finished
+from coordinator.upkeep.folder_lock import only_coordinator
+from coordinator.web.app import KEEP_ALIVE_S, build_app
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation

@@ -31,17 +31,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator import accountant, privacy
-from coordinator.admission import Admission
-from coordinator.policy import Policy
-from coordinator.privacy import Privacy
+from coordinator.engine.policy import Policy
+from coordinator.merging.admission import Admission
+from coordinator.privacy import accountant, mechanism
+from coordinator.privacy.mechanism import Privacy
 from coordinator.rules import RULES, SumRule
-from coordinator.storage import Storage
+from coordinator.storage_choices import Storage
+from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
 from edge_sdk.core.records import from_json
-from edge_sdk.core.wire_dtype import WireDtype
 
 Record = TypeVar("Record")
 
@@ -216,9 +216,9 @@ def _check_privacy(settings: Settings, where: str) -> None:
             "out: privacy.clip_norm is the bound"
         )
     accountant.library()
-    if rule not in privacy.RULES:
+    if rule not in mechanism.RULES:
         raise InputError(
-            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, privacy.RULES))}, not "
+            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, mechanism.RULES))}, not "
             f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"
         )
 

@@ -19,17 +19,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_sdk import priority
 from edge_sdk.callbacks import Callbacks, Teller
-from edge_sdk.core.choice import RankChoice
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.choice.rank import RankChoice
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Federation
-from edge_sdk.journal import Journal
-from edge_sdk.membership import Membership
+from edge_sdk.membership.journal import Journal
+from edge_sdk.membership.membership import Membership
 from edge_sdk.options import Event, Options
-from edge_sdk.participation import Participation
-from edge_sdk.transport import Transport
+from edge_sdk.participation.loop import Participation
+from edge_sdk.system import priority
 
 log = logging.getLogger("edge_sdk")
 

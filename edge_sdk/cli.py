@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edge_sdk.agent import Agent
-    from edge_sdk.device_config import DeviceConfig
+    from edge_sdk.commands.device_config import DeviceConfig
     from edge_sdk.options import Event
 
 TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"
@@ -161,9 +161,9 @@ def _add_chat(chat: argparse.ArgumentParser) -> None:
 
 
 def _join(options: argparse.Namespace) -> int:
-    from edge_sdk import priority
     from edge_sdk.agent import Agent
-    from edge_sdk.device_config import load_device_config
+    from edge_sdk.commands.device_config import load_device_config
+    from edge_sdk.system import priority
 
     config = _told(options)
     if options.config:
@@ -193,8 +193,8 @@ def _join(options: argparse.Namespace) -> int:
 
 def _told(options: argparse.Namespace) -> DeviceConfig:
     """What the flags say."""
-    from edge_sdk.device_config import DeviceConfig
-    from edge_sdk.manners import Conditions
+    from edge_sdk.commands.device_config import DeviceConfig
+    from edge_sdk.conditions import Conditions
 
     names = {field.name for field in dataclasses.fields(DeviceConfig)} - {"conditions"}
     values = {name: getattr(options, name) for name in names}
@@ -255,7 +255,7 @@ def _say(text: str) -> None:
 
 def _chat(options: argparse.Namespace) -> int:
     from edge_sdk.agent import Agent
-    from edge_sdk.chat import HELP, Chat
+    from edge_sdk.commands.chat import HELP, Chat
     from edge_sdk.options import Options
 
     if options.max_new_tokens < 1:
@@ -291,7 +291,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _base(options: argparse.Namespace) -> int:
-    from edge_sdk import base_model
+    from edge_sdk.model import base_model
 
     record = base_model.describe(options.model, options.targets)
     text = json.dumps(to_json(record), indent=1) + "\n"
@@ -308,8 +308,8 @@ def _base(options: argparse.Namespace) -> int:
 
 def _profile(options: argparse.Namespace) -> int:
     from edge_sdk.core.profile import to_toml
+    from edge_sdk.machine.probe import probe
     from edge_sdk.options import cache_dir
-    from edge_sdk.probe import probe
 
     if options.model is not None:
         return _profile_model(options)
@@ -322,24 +322,24 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _profile_model(options: argparse.Namespace) -> int:
-    from edge_sdk import profile_report, prospect
-    from edge_sdk.asking import question
+    from edge_sdk.commands.profile import question
+    from edge_sdk.diagnosis import model_fit, model_fit_report
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
             print(f"{text} …", file=sys.stderr, flush=True)
 
-    found = prospect.examine(question(vars(options)), say)
+    found = model_fit.examine(question(vars(options)), say)
     if options.json:
-        print(json.dumps(profile_report.as_json(found), indent=1))
+        print(json.dumps(model_fit_report.as_json(found), indent=1))
     else:
-        print(profile_report.as_text(found, shutil.get_terminal_size((100, 24)).columns), end="")
+        print(model_fit_report.as_text(found, shutil.get_terminal_size((100, 24)).columns), end="")
     return 0 if found.chosen else 1
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from edge_sdk import doctor
-    from edge_sdk.check import rendered
+    from edge_sdk.diagnosis import doctor
+    from edge_sdk.diagnosis.check import rendered
     from edge_sdk.options import Options
 
     question = doctor.Question(

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from edge_sdk.conditions import Conditions
+from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import DeviceProfile
-from edge_sdk.core.setting import Ranks
-from edge_sdk.manners import Conditions
 
 Kind = Literal[
     "joined",

@@ -28,16 +28,16 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from edge_sdk import base_model
-from edge_sdk.core import memory
+from edge_sdk.core.choice import memory
+from edge_sdk.core.choice.model_facts import facts_from_config
+from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import EdgeError
-from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.messages import CARRYING, RuleName, Status, Training
 from edge_sdk.core.profile import load_profile
-from edge_sdk.core.setting import Ranks, Setting
-from edge_sdk.model_files import read_config, resolve
+from edge_sdk.model import base_model
+from edge_sdk.model.files import read_config, resolve
 from edge_sdk.options import cache_dir
-from edge_sdk.preflight import four_bit_works
+from edge_sdk.trials.four_bit import four_bit_works
 from examples import smart_home
 from examples.local_federation import Device, LocalFederation, fresh_folder, write_jsonl
 

@@ -14,15 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_sdk import base_model
 from edge_sdk.agent import Agent
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.profile import load_profile
-from edge_sdk.dataset import tokenise
-from edge_sdk.durable import write_durably
-from edge_sdk.jsonl import load_examples
-from edge_sdk.trainer import Trainer
+from edge_sdk.model import base_model
+from edge_sdk.system.durable import write_durably
+from edge_sdk.text.examples import load_examples
+from edge_sdk.text.rows import tokenise
+from edge_sdk.training.trainer import Trainer
 from examples.embedded import embedded_agent
 
 ANSWER_TOKENS = 40  # the longest intent of the generator has about 35

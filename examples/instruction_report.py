@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from edge_sdk.core.memory import human_bytes
+from edge_sdk.core.choice.memory import human_bytes
 
 
 @dataclass(frozen=True)

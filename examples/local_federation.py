@@ -24,9 +24,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from edge_sdk.connection.transport import Transport
 from edge_sdk.core.errors import InputError, Unreachable
 from edge_sdk.core.messages import DeviceStatus, Status
-from edge_sdk.transport import Transport
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 90.0

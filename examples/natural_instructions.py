@@ -30,23 +30,24 @@ if not __package__:  # started as a file, as `python examples/natural_instructio
 from rich.console import Console
 from rich.progress import track
 
-from coordinator.policy import Policy
+from coordinator.engine.policy import Policy
 from coordinator.settings import NEW_DTYPE
-from edge_sdk import base_model
-from edge_sdk.core import codec, memory
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.adapter_file.dtypes import BYTES_PER_VALUE
+from edge_sdk.core.choice import memory
+from edge_sdk.core.choice.model_facts import facts_from_config
+from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import EdgeError, InputError
-from edge_sdk.core.facts import facts_from_config
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import CARRYING, Base, RuleName, Status, Training
-from edge_sdk.core.setting import Ranks, Setting
-from edge_sdk.core.wire_dtype import BYTES_PER_VALUE
-from edge_sdk.dataset import Tokenised, tokenise
-from edge_sdk.jsonl import parse_record
-from edge_sdk.model_files import read_config, resolve
+from edge_sdk.machine.processor import cpu_name
+from edge_sdk.model import base_model
+from edge_sdk.model.files import read_config, resolve
 from edge_sdk.options import cache_dir
-from edge_sdk.preflight import four_bit_works
-from edge_sdk.processor import cpu_name
-from edge_sdk.trainer import Evaluation, Trainer
+from edge_sdk.text.examples import parse_record
+from edge_sdk.text.rows import Tokenised, tokenise
+from edge_sdk.training.trainer import Evaluation, Trainer
+from edge_sdk.trials.four_bit import four_bit_works
 from examples.instruction_clients import Choice, Client, Filter, choose, eligible, read_clients
 from examples.instruction_report import Loss, Participant, Report, markdown, show
 from examples.local_federation import Device, LocalFederation, fresh_folder, write_jsonl

@@ -352,7 +352,7 @@ def export(work: Path, out: Path, batch: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    from edge_sdk import base_model
+    from edge_sdk.model import base_model
 
     quantised = base_model.load(str(out), device="cpu", dtype="bfloat16").model
     for name in ("valid_t0", "valid_english"):

@@ -14,12 +14,14 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_sdk import participation, patience, transport
 from edge_sdk.agent import Agent
+from edge_sdk.connection import transport
 from edge_sdk.core.messages import Base
 from edge_sdk.options import Event, Options
-from edge_sdk.worker import Worker
-from edge_sdk.worker_messages import Setup
+from edge_sdk.participation import loop
+from edge_sdk.system import backoff
+from edge_sdk.worker.messages import Setup
+from edge_sdk.worker.worker import Worker
 from tests.processes import PATIENCE_S, CoordinatorProcess
 from tests.test_federation import configuration, write_data
 
@@ -63,9 +65,9 @@ def quick() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transport, "TIMEOUT", httpx.Timeout(3.0))
         patch.setattr(transport, "BEAT_TIMEOUT", httpx.Timeout(1.0))
-        patch.setattr(patience, "FIRST_S", 0.05)
-        patch.setattr(patience, "MOST_S", 0.5)
-        patch.setattr(participation, "worker_for", worker_for)
+        patch.setattr(backoff, "FIRST_S", 0.05)
+        patch.setattr(backoff, "MOST_S", 0.5)
+        patch.setattr(loop, "worker_for", worker_for)
         yield workers
 
 

@@ -120,9 +120,10 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the children
     import torch
 
-    from edge_sdk import base_model, patience
+    from edge_sdk.model import base_model
+    from edge_sdk.system import backoff
 
-    patience.FIRST_S, patience.MOST_S = 0.05, 0.5
+    backoff.FIRST_S, backoff.MOST_S = 0.05, 0.5
     torch.set_num_threads(1)
     base_model.import_libraries()
 

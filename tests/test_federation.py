@@ -19,18 +19,19 @@ from peft import PeftModel
 from safetensors import safe_open
 
 from coordinator.cli import main as host
-from edge_sdk import base_model
-from edge_sdk.adapter_places import CARRIED, AdapterPlaces
+from coordinator.rules.columns import drawn_columns
 from edge_sdk.agent import Agent
-from edge_sdk.core import codec, memory
-from edge_sdk.core.columns import drawn_columns
-from edge_sdk.core.facts import facts_from_config
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.choice import memory
+from edge_sdk.core.choice.model_facts import facts_from_config
+from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.messages import CARRYING, Base, RuleName, Update, UpdateReply
 from edge_sdk.core.records import to_json
-from edge_sdk.core.setting import Ranks, Setting
-from edge_sdk.core.wire_dtype import WireDtype
+from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
-from edge_sdk.transport import Transport
+from edge_sdk.training.adapter_places import CARRIED, AdapterPlaces
 from tests.models import Architecture, build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
 

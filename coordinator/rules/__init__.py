@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coordinator.rules.carry import Carry
+from coordinator.rules.columns import serve_columns
 from coordinator.rules.fedit import FedIt
 from coordinator.rules.flexlora import FlexLora
 from coordinator.rules.flora import Flora
 from coordinator.rules.hetlora import HetLora
 from coordinator.rules.innovation import Innovation
 from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule, SumRule
-from edge_sdk.core.columns import serve_columns
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation, RuleName
 

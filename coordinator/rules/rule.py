@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from edge_sdk.core.flexlora import Decompose, Split, combine, live_rank, serve
 from edge_sdk.core.lora import LoraFactors, stacked
-from edge_sdk.core.low_rank import decompose
+from edge_sdk.core.svd.decompose import decompose
 
 Addends = list[tuple[float, LoraFactors]]
 

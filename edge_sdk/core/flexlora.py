@@ -16,9 +16,9 @@ import numpy as np
 
 from edge_sdk.core.errors import AdapterError
 from edge_sdk.core.lora import LoraFactors, Matrix
-from edge_sdk.core.low_rank import decompose
-from edge_sdk.core.stack import Stack, Wide
-from edge_sdk.core.triplets import Triplets
+from edge_sdk.core.svd.decompose import decompose
+from edge_sdk.core.svd.stack import Stack, Wide
+from edge_sdk.core.svd.triplets import Triplets
 
 Split = Literal["sigma_in_b", "balanced"]
 

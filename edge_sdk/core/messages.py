@@ -22,9 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import BaseMismatch, ProtocolError
 from edge_sdk.core.flexlora import Split
-from edge_sdk.core.wire_dtype import WireDtype
 
 PROTOCOL_VERSION = 1
 

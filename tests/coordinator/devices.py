@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.core.codec import encode
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Ask, Assignment, JoinRequest, NotNow, Update, UpdateReply
-from edge_sdk.transport import Transport
 from tests.processes import CoordinatorProcess, toml
 
 SHAPES = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.core import codec
+from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import OurFault, TheirFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Ask, NotNow
 from tests.coordinator.devices import SCALING, Device, configuration, member, random_adapter, update_of

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator import accountant, aggregation, ledger
-from coordinator.blobs import Blobs
 from coordinator.cli import main
-from coordinator.privacy import Noise, Privacy
-from coordinator.store import Store
-from edge_sdk.core import codec
+from coordinator.merging import aggregation
+from coordinator.privacy import accountant, ledger
+from coordinator.privacy.mechanism import Noise, Privacy
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.store import Store
+from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import InputError, StaleUpdate
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Ask, Assignment, Base, Federation, NotNow, Status
@@ -30,8 +31,8 @@ from tests.coordinator.devices import (
     member,
     random_adapter,
 )
-from tests.coordinator.test_partial_carry import stored, tail_of
-from tests.core.draws import dense
+from tests.coordinator.rules.test_partial_carry import stored, tail_of
+from tests.edge_sdk.core.draws import dense
 from tests.processes import PATIENCE_S, CoordinatorProcess
 
 pytest.importorskip("dp_accounting")

@@ -15,14 +15,15 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.settings import NEW_DTYPE
-from edge_sdk.core import codec, messages
+from edge_sdk.core import messages
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.adapter_file.dtypes import WIRE_DTYPES, WireDtype
 from edge_sdk.core.errors import AdapterError, NotFound, TooLarge
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import from_json, to_json
-from edge_sdk.core.wire_dtype import WIRE_DTYPES, WireDtype
 from tests.coordinator.devices import FINGERPRINT, LADDER, SCALING, Device, member
-from tests.core import wire_samples
+from tests.edge_sdk.core import wire_samples
 from tests.processes import PATIENCE_S as WAIT_S
 from tests.processes import CoordinatorProcess, toml
 

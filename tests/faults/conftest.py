@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from coordinator import failpoints
 from coordinator.cli import main
+from coordinator.storage import failpoints
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

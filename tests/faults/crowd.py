@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_sdk.core.codec import encode, max_adapter_bytes, open_adapter
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.adapter_file.codec import encode, max_adapter_bytes, open_adapter
 from edge_sdk.core.errors import EdgeError, OurFault, Unauthorised, Unreachable, UploadLost
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Ask, Assignment, JoinRequest
-from edge_sdk.transport import Transport
 from tests.coordinator.devices import FINGERPRINT, SCALING, SHAPES, random_adapter, update_of
 from tests.processes import CoordinatorProcess
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.core import codec
+from edge_sdk.core.adapter_file import codec
 from tests.coordinator.devices import SCALING
 
 

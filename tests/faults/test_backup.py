@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from coordinator import backup
-from coordinator.blobs import Blobs
-from coordinator.collection import Collector
-from coordinator.failpoints import VARIABLE, Point
-from coordinator.store import Store
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.failpoints import VARIABLE, Point
+from coordinator.storage.store import Store
+from coordinator.upkeep import backup
+from coordinator.upkeep.collection import Collector
+from edge_sdk.connection.transport import Transport
 from edge_sdk.core.errors import InputError
-from edge_sdk.transport import Transport
 from tests.coordinator.devices import Device, configuration, member
 from tests.faults.conftest import Run
 from tests.faults.crowd import Crowd

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
-from edge_sdk import base_model, durable
 from edge_sdk.core.errors import Unwritable
 from edge_sdk.core.messages import Base
-from edge_sdk.journal import Journal
-from edge_sdk.training import Interrupted, StepAnswer, StepReport
-from edge_sdk.worker_process import WorkerProcess
+from edge_sdk.membership.journal import Journal
+from edge_sdk.model import base_model
+from edge_sdk.system import durable
+from edge_sdk.training.plan import Interrupted, StepAnswer, StepReport
+from edge_sdk.worker.process import WorkerProcess
 from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
+from tests.edge_sdk.worker.test_worker import job_in, setup_of
 from tests.models import build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess
-from tests.test_worker import job_in, setup_of
 
 __all__ = ["quick"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of POSIX, and forks")

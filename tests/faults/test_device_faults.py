@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
-from edge_sdk import base_model, patience, transport
+from edge_sdk.connection import transport
+from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import Unreachable
 from edge_sdk.core.messages import Base
-from edge_sdk.core.setting import Ranks
+from edge_sdk.model import base_model
+from edge_sdk.system import backoff as patience
 from tests.device_agents import Device, device, federation_config, quick, text_of, updates, wait_until
 from tests.faults.proxy import (
     Answer,

@@ -21,20 +21,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from edge_sdk import durable, participation
-from edge_sdk import journal as journals
-from edge_sdk import session as sessions
 from edge_sdk.callbacks import Callbacks, Teller
+from edge_sdk.connection.transport import TransferStopped
+from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import NotFound, ProtocolError, StaleUpdate, Unreachable, UploadLost
 from edge_sdk.core.messages import Assignment, HeartbeatReply, JoinReply, NotNow, UpdateReply
-from edge_sdk.core.setting import Ranks, Setting
-from edge_sdk.journal import Journal
-from edge_sdk.membership import Membership
+from edge_sdk.membership import journal as journals
+from edge_sdk.membership import session as sessions
+from edge_sdk.membership.journal import Journal
+from edge_sdk.membership.membership import Membership
 from edge_sdk.options import Options
-from edge_sdk.training import Abandoned, StepReport
-from edge_sdk.transport import TransferStopped
-from edge_sdk.worker_messages import Finished, Memory
-from tests.core.wire_samples import FEDERATION
+from edge_sdk.participation import loop
+from edge_sdk.system import durable
+from edge_sdk.training.plan import Abandoned, StepReport
+from edge_sdk.worker.messages import Finished, Memory
+from tests.edge_sdk.core.wire_samples import FEDERATION
 
 SETTING = Setting(Ranks.uniform(4), carry_rank=0, sequence_len=32, micro_batch=2)
 STEPS = 5
@@ -205,7 +206,7 @@ class DeviceOverTime(RuleBasedStateMachine):
         membership._session = membership.journal.load()
         membership.journal.clear_work = self._clearing  # type: ignore[method-assign]
         self.membership = membership
-        self.part = participation.Participation(membership, self.folder / "data")
+        self.part = loop.Participation(membership, self.folder / "data")
         self.part._fitting = SimpleNamespace(  # type: ignore[assignment]
             again=lambda: SimpleNamespace(rank=4, setting=SETTING), setting_for=lambda work: SETTING
         )
@@ -240,7 +241,7 @@ class DeviceOverTime(RuleBasedStateMachine):
         self.part._work._beat_due = 0.0
         try:
             self.part._step()
-        except (Unreachable, participation.OurFault):
+        except (Unreachable, loop.OurFault):
             return
         except Crash:
             self.boots()

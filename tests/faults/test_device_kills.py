@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from edge_sdk import base_model
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Base
-from edge_sdk.journal import Journal
+from edge_sdk.membership.journal import Journal
+from edge_sdk.model import base_model
 from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
 from tests.device_zygote import Zygote, events_in, kill, lives
 from tests.faults.proxy import Proxy, Throttle

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from edge_sdk import base_model
 from edge_sdk.core.errors import Unauthorised
 from edge_sdk.core.messages import Base
+from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
 from tests.device_agents import Device, device, federation_config, quick, text_of, updates
 from tests.faults.proxy import Answer, Proxy
@@ -147,7 +147,7 @@ def test_a_coordinator_of_before_starts_is_worked_with(
     coordinator: CoordinatorProcess, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its records hold no `start`: files are named by version and rank alone."""
-    from edge_sdk import transport
+    from edge_sdk.connection import transport
 
     decode = transport.from_json
 
@@ -188,12 +188,12 @@ def test_a_worker_process_told_to_finish_hands_in_what_it_has(
     tmp_path: Path, base: Base, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real deadline of a real coordinator, on a device that is late; training is in its own process."""
-    from edge_sdk import participation, worker_choice
+    from edge_sdk.participation import loop, worker_choice
 
     def apart(federation: Any, options: Options, data: Path, decision: Any) -> Any:
         return worker_choice.worker_for(federation, replace(options, isolate=True), data, decision)
 
-    monkeypatch.setattr(participation, "worker_for", apart)
+    monkeypatch.setattr(loop, "worker_for", apart)
     config = federation_config(tmp_path, base, steps=100_000, lease_s=1.0, max_staleness=1000)
     with CoordinatorProcess(tmp_path, config) as coordinator:
         it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data)

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.failpoints import VARIABLE
-from edge_sdk.core import codec
+from coordinator.storage.failpoints import VARIABLE
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import DiskFull, InternalError, OurFault
 from edge_sdk.core.messages import JoinRequest
-from edge_sdk.transport import Transport
 from tests.coordinator.devices import (
     FINGERPRINT,
     SCALING,

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.failpoints import POINTS, VARIABLE, Point
-from edge_sdk.core import codec
+from coordinator.storage.failpoints import POINTS, VARIABLE, Point
+from edge_sdk.core.adapter_file import codec
 from tests.coordinator.devices import SCALING, Device, configuration, member, random_adapter, update_of
 from tests.faults.conftest import Run
 from tests.faults.crowd import Crowd

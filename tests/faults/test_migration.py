@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.failpoints import VARIABLE
-from coordinator.schema import MIGRATIONS
+from coordinator.storage.failpoints import VARIABLE
+from coordinator.storage.schema import MIGRATIONS
 from tests.coordinator.devices import configuration, member
 from tests.faults.conftest import Run
 from tests.faults.outside import Seen, rows

@@ -1,0 +1,1 @@
+"""Adapter files on their way in and out."""

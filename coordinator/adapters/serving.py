@@ -1,0 +1,88 @@
+"""Adapters on their way out: immutable files for each (version, rank, dtype), made at the first request.
+
+At the first request for one rank that devices ask for, the files of all such ranks are made. Not when a
+version is published: one that nobody fetches, because the next came before, costs nothing then, a crash
+leaves nothing to be taken up, and who comes first waits little longer than for one file (docs/WIRE.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+
+from coordinator.adapters.ladder import Rung, file_name, rungs, write_rungs
+from coordinator.storage.blobs import Blobs, written_whole
+from coordinator.storage.store import Store
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.errors import AdapterError, InternalError, NotFound
+from edge_sdk.core.messages import Federation
+
+
+class Serving:
+    """Makes and finds the files that devices start from. `newest` versions are kept, whoever needs them."""
+
+    def __init__(self, federation: Federation, store: Store, blobs: Blobs, newest: int) -> None:
+        self._federation, self._store, self._blobs = federation, store, blobs
+        self._newest = newest
+        self._making: dict[int, asyncio.Lock] = {}
+        self._asking: Counter[int] = Counter()  # who waits for a version's lock, or holds it
+
+    def require(self, version: int, rank: int, current: int) -> None:
+        """Raise NotFound for a version or rank that is not served; `current` is the newest version."""
+        if not 0 <= version <= current:
+            raise NotFound(f"version {version} does not exist; the current one is {current}")
+        if (stored := self._store.version(version)) and stored.collected:
+            raise NotFound(collected(version, self._newest))
+        if not 1 <= rank <= self._federation.rank_cap:
+            raise NotFound(f"rank {rank} is not served; 1 to {self._federation.rank_cap} are")
+
+    def holding(self, version: int, rung: Rung) -> contextlib.AbstractContextManager[None]:
+        """Keeps that file from being collected while the block runs."""
+        return self._blobs.pins.hold(self._path(version, rung).name)
+
+    async def adapter(self, version: int, rung: Rung) -> Path:
+        """The file that a device of that rank starts `version` from, in that dtype."""
+        path = self._path(version, rung)
+        self._asking[version] += 1
+        try:
+            async with self._making.setdefault(version, asyncio.Lock()):
+                if not path.exists():
+                    await asyncio.to_thread(self._make, version, rung)
+        finally:
+            self._asking[version] -= 1
+            if not self._asking[version]:  # a lock that somebody waits for must stay the only one
+                del self._asking[version], self._making[version]
+        return path
+
+    def _make(self, version: int, rung: Rung) -> None:
+        """Make this file; if it is one of those that devices ask for, all of them that are not there."""
+        stored = self._store.version(version)
+        current = self._blobs.path(stored.digest) if stored else None
+        ladder = rungs(self._federation, stored.rank if stored else 0)
+        wanted = ladder if rung in ladder else (rung,)
+        missing = [one for one in wanted if not self._path(version, one).exists()]
+        try:
+            with self._blobs.pins.hold(*([stored.digest] if stored else [])):
+                write_rungs(self._federation, version, current, missing, self._blobs.caching)
+        except AdapterError as error:  # not the fault of the device that asks
+            raise InternalError(f"version {version} cannot be had in {rung.dtype}: {error}") from error
+
+    def _path(self, version: int, rung: Rung) -> Path:
+        return self._blobs.cached(file_name(self._federation, version, rung))
+
+
+def collected(version: int, newest: int) -> str:
+    """What to tell who asks for a version whose file is gone."""
+    return f"version {version} was collected; the {newest} newest are kept"
+
+
+def export(federation: Federation, version: int, current: Path | None, rank: int, out: Path) -> None:
+    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads: float32, whatever devices get."""
+    out.mkdir(parents=True, exist_ok=True)
+    adapter = out / "adapter_model.safetensors"
+    write_rungs(federation, version, current, [Rung(rank)], lambda _: written_whole(adapter))
+    config = codec.peft_config(federation.base.model, federation.base.modules, rank, federation.scaling)
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -1,0 +1,146 @@
+"""Adapters on their way in: how large they may be, what is checked, and when one is on disk for good."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from coordinator.merging.admission import Admission, admit, bound, measure
+from coordinator.merging.parallel import cores
+from coordinator.rules import RULES, SumRule, served
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.disk import blaming
+from coordinator.storage.rows import StoredUpdate
+from coordinator.storage.store import Store
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.errors import AdapterError, ProtocolError, StaleUpdate, TooLarge
+from edge_sdk.core.lora import LoraFactors
+from edge_sdk.core.messages import Assignment, Federation, Update
+
+
+class Uploads:
+    """What devices hand in. Methods that read or write files are for a worker thread.
+
+    `admission`: None under differential privacy, where no update may tell how another is treated.
+    """
+
+    def __init__(
+        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None
+    ) -> None:
+        self._federation, self._store, self._blobs = federation, store, blobs
+        self._admission = admission
+        # More at a time would hold more in memory, and hand the interpreter around.
+        self._checks = threading.Semaphore(cores())
+
+    def cap(self, assignment: Assignment) -> int:
+        """The most bytes that the adapter of this assignment can have in the federation's dtype.
+
+        It may come in another that takes no more.
+        """
+        federation = self._federation
+        return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
+
+    def stored_bytes(self, id: str) -> int:
+        """How much of an upload is here. A device that heard no acknowledgement needs not send it again."""
+        return self._blobs.offset(id) or self._store.update_bytes(id)
+
+    def is_known(self, id: str, update: Update) -> bool:
+        """Whether this very update was acknowledged before; what was sent again of it is dropped.
+
+        Raises:
+            StaleUpdate: it was, and then left out.
+            ProtocolError: another adapter was.
+        """
+        known = self._store.update_digest(id)
+        if known is None:
+            return False
+        if known != update.digest:
+            raise ProtocolError(f"assignment {id} was delivered before, with digest {known[:12]}")
+        if reason := self._store.rejection(id):
+            raise StaleUpdate(f"this update was left out: {reason}")
+        self._blobs.discard(id)  # a device that heard no answer has sent it all again
+        return True
+
+    def check_claims(self, assignment: Assignment, update: Update) -> None:
+        """Raise ProtocolError or TooLarge for a record that cannot be true."""
+        if not 1 <= update.rank <= assignment.rank:  # lower where the device's memory did not suffice
+            raise ProtocolError(f"Update.rank: {update.rank}, but rank {assignment.rank} was assigned")
+        if update.examples < 1 or update.steps < 1:
+            raise ProtocolError("Update.examples and Update.steps must be 1 or more")
+        cap = self.cap(assignment)
+        if update.size_bytes > cap:
+            raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
+
+    def take_in(self, device: str, assignment: Assignment, update: Update) -> tuple[StoredUpdate, bool]:
+        """`check_adapter` and `keep`, without a hand-over between threads in the middle.
+
+        Returns:
+            What was checked, and whether it is new here.
+        """
+        with self._checks:
+            stored = self.check_adapter(device, assignment, update)
+        return stored, self.keep(stored)
+
+    def check_adapter(self, device: str, assignment: Assignment, update: Update) -> StoredUpdate:
+        """Shapes, dtypes and values of the whole upload, and the norm of what the device changed.
+
+        A bad adapter is dropped and never becomes a blob: blobs are shared by content, so that none may be
+        deleted for the sake of one device.
+
+        Returns:
+            What to keep: the update, its norm, and how much of it is merged.
+
+        Raises:
+            AdapterError, TooLarge: it cannot be merged; names tensor or module.
+        """
+        with self._blobs.pins.hold(update.digest):
+            path = self._blobs.whole(assignment.id, update.digest)
+            try:
+                with blaming(f"{path.parent.name}/{path.name}"):
+                    return self._checked(device, assignment, update, path)
+            except (AdapterError, TooLarge):
+                self._blobs.discard(assignment.id)
+                raise
+
+    def _checked(self, device: str, assignment: Assignment, update: Update, path: Path) -> StoredUpdate:
+        federation, cap = self._federation, self.cap(assignment)
+        file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
+        if not any(r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()):
+            raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
+        norms = measure(self._changes(file, assignment.version))
+        factor = admit(norms, self.norm_bound(), self._refuses())
+        return StoredUpdate(assignment.id, device, assignment.version, update, factor, factor * norms.total)
+
+    def _changes(self, file: codec.AdapterFile, version: int) -> Iterator[tuple[str, LoraFactors]]:
+        """What the device changed, module by module."""
+        federation, rule = self._federation, RULES[self._federation.rule]
+        stored = None if rule.carries else self._store.version(version)
+        start = codec.open_own(self._blobs.path(stored.digest), federation.scaling) if stored else None
+        for name, factors in file.modules():
+            begun = LoraFactors.empty(*factors.shape)
+            if start:
+                begun = served(federation, version, name, start.module(name), factors.rank)
+            yield name, rule.change(factors, begun)
+
+    def norm_bound(self) -> float | None:
+        """The longest change that is merged whole at present; None while there is no history."""
+        if self._admission is None:
+            return None
+        return bound(self._store.recent_norms(self._admission.history), self._admission)
+
+    def _refuses(self) -> bool:
+        """Whether an update above the bound is refused.
+
+        A change can be shortened only where products are summed: between two pairs of factors lie products
+        that are longer than both.
+        """
+        refuses = self._admission is not None and self._admission.over_norm == "refuse"
+        return refuses or not isinstance(RULES[self._federation.rule], SumRule)
+
+    def keep(self, stored: StoredUpdate) -> bool:
+        """Acknowledge a checked update: once this returns it is on disk. False if it was before."""
+        with self._blobs.pins.hold(stored.update.digest):  # between the two steps no row needs the blob
+            self._blobs.finish(stored.id, stored.update.digest)
+            return self._store.add_update(stored, time.time())

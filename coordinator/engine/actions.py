@@ -1,0 +1,311 @@
+"""What a transition does: changes of the state, and effects. Phases are changed by the engine, not here.
+
+An action's docstring is its label in docs/ENGINE.md.
+"""
+
+from __future__ import annotations
+
+from coordinator.engine import pacing, weights
+from coordinator.engine.events import (
+    Accept,
+    Buffered,
+    Decline,
+    Effect,
+    Expired,
+    Grant,
+    Lease,
+    Merge,
+    Published,
+    Tell,
+    Wait,
+)
+from coordinator.engine.situation import Situation
+from edge_sdk.core.errors import StaleUpdate
+
+SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
+SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
+MERGE_RETRY_S, MOST_MERGE_RETRY_S = 1.0, 60.0  # after a merge that failed; doubled each time, up to this
+MOST_REFUSED_S = 3600.0  # a device whose updates are refused one after another trains at least this often
+LEAST_BYTES_S = 1024.0  # bytes in flight are life: each keeps a lease for so long, a slow link for hours
+
+# --- answers to a device that asks ---
+
+
+def grant(at: Situation) -> list[Effect]:
+    """Grant a lease."""
+    state, seat, event = at.state, at.seat, at.event
+    steps = pacing.steps(seat.paces_s, at.steps, at.policy)
+    lease = Lease(
+        assignment=event.assignment,
+        device=at.device,
+        version=state.version,
+        rank=event.rank,
+        expires_at=at.now + pacing.lease_s(seat.paces_s, steps, at.policy),
+        carry_rank=min(event.carry_rank, state.version_rank),
+        steps=steps,
+        granted_at=at.now,
+    )
+    seat.lease = lease
+    state.line.leave(at.device)
+    return [Grant(lease)]
+
+
+def repeat_grant(at: Situation) -> list[Effect]:
+    """Repeat the grant."""
+    assert at.seat.lease is not None
+    return [Grant(at.seat.lease)]
+
+
+def wait_for_budget(at: Situation) -> list[Effect]:
+    """Wait."""
+    return _wait(at, SPENT, SPENT_RETRY_S)
+
+
+def wait_for_own_update(at: Situation) -> list[Effect]:
+    """Wait."""
+    return _wait(at, "your update is in; a version takes one of each device")
+
+
+def wait_for_version(at: Situation) -> list[Effect]:
+    """Wait."""
+    return _wait(at, f"your update of version {at.state.version} is in; the next is not due")
+
+
+def wait_after_refusal(at: Situation) -> list[Effect]:
+    """Wait."""
+    assert at.seat.work_from is not None
+    at.state.line.leave(at.device)
+    return [Wait(at.seat.work_from - at.now, "your last update was refused; there is new work after a pause")]
+
+
+def wait_for_round(at: Situation) -> list[Effect]:
+    """Wait in line."""
+    places = at.policy.round_size
+    return _wait_in_line(at, places, f"round {at.state.version} has its {places} devices")
+
+
+def wait_for_slot(at: Situation) -> list[Effect]:
+    """Wait in line."""
+    slots = at.policy.concurrency
+    assert slots is not None
+    return _wait_in_line(at, slots, f"{slots} devices are at work, as many as the host wants")
+
+
+def _wait_in_line(at: Situation, slots: int, reason: str) -> list[Effect]:
+    seed = at.event.assignment
+    retry_s = at.state.line.wait_for_slot(at.device, slots, at.policy.retry_s, seed, at.now)
+    return [Wait(retry_s, f"{reason}; you are in line")]
+
+
+def _wait(at: Situation, reason: str, at_least_s: float = 0.0) -> list[Effect]:
+    """It could not use a slot: were it to keep a place in line, those behind it might wait for each other."""
+    at_least_s = max(at_least_s, at.policy.retry_s)
+    at.state.line.leave(at.device)
+    return [Wait(at.state.line.wait(at.device, at_least_s, at.event.assignment, at.now), reason)]
+
+
+# --- work in hand ---
+
+
+def nothing(at: Situation) -> list[Effect]:
+    """Nothing."""
+    return []
+
+
+def expire(at: Situation) -> list[Effect]:
+    """Expire the lease."""
+    assert at.seat.lease is not None
+    return [Expired(at.seat.lease)]
+
+
+def tell_continue(at: Situation) -> list[Effect]:
+    """Tell continue."""
+    _note_progress(at)
+    return [Tell("continue")]
+
+
+def tell_finish(at: Situation) -> list[Effect]:
+    """Tell finish."""
+    _note_progress(at)
+    return [Tell("finish")]
+
+
+def tell_abandon(at: Situation) -> list[Effect]:
+    """Tell abandon."""
+    return [Tell("abandon")]
+
+
+def expire_and_abandon(at: Situation) -> list[Effect]:
+    """Expire the lease, tell abandon."""
+    return [*expire(at), Tell("abandon")]
+
+
+def _note_progress(at: Situation) -> None:
+    """A heartbeat that was overtaken by a later one takes nothing back."""
+    if at.held:
+        at.held.steps_done = max(at.held.steps_done, at.event.steps_done)
+
+
+def extend(at: Situation) -> list[Effect]:
+    """Extend the lease."""
+    assert at.held is not None
+    at.held.expires_at = max(at.held.expires_at, at.now + at.event.size_bytes / LEAST_BYTES_S)
+    return []
+
+
+# --- an update ---
+
+
+def accept(at: Situation) -> list[Effect]:
+    """Accept."""
+    return [Accept()]
+
+
+def decline(at: Situation) -> list[Effect]:
+    """Decline."""
+    return [Decline(at.event.assignment, _why_not(at, at.device, at.version))]
+
+
+def decline_unpaid(at: Situation) -> list[Effect]:
+    """Decline."""
+    error = StaleUpdate(f"not taken in: {SPENT}; drop it", current_version=at.state.version)
+    return [Decline(at.event.assignment, error)]
+
+
+def expire_and_decline(at: Situation) -> list[Effect]:
+    """Expire the lease, decline."""
+    return [*expire(at), *decline(at)]
+
+
+def _why_not(at: Situation, device: str, version: int) -> StaleUpdate:
+    """Why an update of a device from `version` counts no more, and where to go on."""
+    current, limit = at.state.version, at.policy.staleness_limit
+    given = at.state.seat(device).contributed
+    if current - version > limit:
+        why = f"trained from version {version}, {current - version} behind; at most {limit} merge"
+    elif given is not None and version <= given:
+        why = f"trained from version {version}, from which or a later one this device handed in other work"
+    else:
+        why = f"round {version} has all its updates and is being merged"
+    return StaleUpdate(f"{why}. Train from version {current}", current_version=current)
+
+
+def take_in(at: Situation) -> list[Effect]:
+    """Buffer it."""
+    state, seat, update = at.state, at.seat, at.event.update
+    state.buffer.append(update)
+    state.first_at = at.now if state.first_at is None else state.first_at
+    seat.contributed, seat.refusals, seat.work_from = update.version, 0, None
+    _note_pace(at)
+    return []
+
+
+def _note_pace(at: Situation) -> None:
+    """Remember how long it took. Of work granted before a restart the disk remembers (`Store.paces_s`)."""
+    lease = at.held
+    if lease is None or lease.granted_at is None:
+        return
+    pace_s = (at.now - lease.granted_at) / (at.event.steps or lease.steps)
+    at.seat.paces_s = (*at.seat.paces_s, pace_s)[-pacing.KEPT :]
+
+
+def pause_after_refusal(at: Situation) -> list[Effect]:
+    """The next work comes later."""
+    seat = at.seat
+    seat.refusals += 1
+    pause_s = min(MOST_REFUSED_S, at.policy.retry_s * 2.0 ** min(seat.refusals - 1, 32))
+    seat.work_from = at.now + pause_s
+    return []
+
+
+def expire_and_pause(at: Situation) -> list[Effect]:
+    """Expire the lease; the next work comes later."""
+    return [*expire(at), *pause_after_refusal(at)]
+
+
+# --- versions ---
+
+
+def ready(at: Situation) -> list[Buffered]:
+    """What the next version takes: all that is buffered; under a ration the oldest of each device."""
+    if at.ration is None:
+        return at.state.buffer
+    oldest: dict[str, Buffered] = {}
+    for update in at.state.buffer:
+        # Of two that came in at the same moment only one may have been within the budget.
+        if not at.ration.is_spent(update.device):
+            oldest.setdefault(update.device, update)
+    return list(oldest.values())
+
+
+def merge(at: Situation) -> list[Effect]:
+    """Merge."""
+    state = at.state
+    taken = ready(at)
+    state.buffer = [update for update in state.buffer if update not in taken]
+    state.merging, state.merging_first_at = tuple(taken), state.first_at
+    state.first_at, state.merge_at = None, None
+    weigh = weights.by_examples if at.ration is None else weights.by_share
+    return [Merge(state.version + 1, weigh(taken, state.version, at.policy))]
+
+
+def publish(at: Situation) -> list[Effect]:
+    """The new version is the current one."""
+    state = at.state
+    if at.ration:
+        at.ration.spend(update.device for update in state.merging)
+    state.version, state.version_rank, state.merging = at.event.version, at.event.rank, ()
+    state.failures = 0
+    state.first_at = at.now if state.buffer else None
+    for lease in state.leases():
+        if state.version - lease.version > at.policy.staleness_limit:  # it holds a slot for nothing
+            lease.expires_at = min(lease.expires_at, at.now)
+    return [Published(state.version)]
+
+
+def put_back(at: Situation) -> list[Effect]:
+    """Put the others back."""
+    state, rejected = at.state, at.event.rejected
+    for update in state.merging:
+        if update.update in rejected:  # its device may work from that version again
+            state.seat(update.device).contributed = update.version - 1
+    kept = [update for update in state.merging if update.update not in rejected]
+    state.buffer, state.merging, state.failures = [*kept, *state.buffer], (), 0
+    for update in state.buffer:
+        seat = state.seat(update.device)
+        seat.contributed = max(update.version, -1 if seat.contributed is None else seat.contributed)
+    if kept:  # what was due by its time still is
+        state.first_at = state.merging_first_at
+    return []
+
+
+def put_back_and_rest(at: Situation) -> list[Effect]:
+    """Put all back; try again later, each time later."""
+    state, failures = at.state, at.state.failures
+    put_back(at)
+    state.failures = failures + 1
+    pause_s = min(MOST_MERGE_RETRY_S, MERGE_RETRY_S * 2.0 ** min(state.failures - 1, 32))
+    state.merge_at = at.now + pause_s
+    return []
+
+
+def restore(at: Situation) -> list[Effect]:
+    """Take up what the disk remembers; what can count no more is declined."""
+    state, event = at.state, at.event
+    state.version, state.version_rank = event.version, event.rank
+    for device, version in event.contributed:
+        state.seat(device).contributed = version
+    for device, paces_s in event.paces_s:
+        state.seat(device).paces_s = paces_s[-pacing.KEPT :]
+    for lease in event.leases:
+        state.seat(lease.device).lease = lease
+        state.move(lease.device, "training")
+    declined = [update for update in event.buffer if _is_void(at, update)]
+    state.buffer = [update for update in event.buffer if update not in declined]
+    state.first_at = at.now if state.buffer else None
+    return [Decline(u.update, _why_not(at, u.device, u.version)) for u in declined]
+
+
+def _is_void(at: Situation, update: Buffered) -> bool:
+    """Whether a crash came between storing an update and declining it: its round was over."""
+    return at.policy.mode == "synchronous" and update.version < at.state.version

@@ -1,0 +1,1 @@
+"""One published version from the updates of a buffer."""

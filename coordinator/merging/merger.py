@@ -1,0 +1,126 @@
+"""A merge on disk: find the files that it needs, aggregate them, and publish the version."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from coordinator.engine.events import Merge
+from coordinator.merging import aggregation
+from coordinator.merging.admission import Admission, bound
+from coordinator.privacy.mechanism import Noise
+from coordinator.rules import RULES, SumRule
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.rows import StoredUpdate, Version
+from coordinator.storage.store import Store
+from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
+from edge_sdk.core.flexlora import Decompose
+from edge_sdk.core.messages import Federation
+from edge_sdk.core.svd.decompose import decompose
+
+
+class Merger:
+    """Does what the engine's Merge says. For a worker thread."""
+
+    def __init__(
+        self,
+        federation: Federation,
+        store: Store,
+        blobs: Blobs,
+        admission: Admission | None = None,
+        by: Decompose = decompose,
+    ) -> None:
+        self._federation, self._store, self._blobs = federation, store, blobs
+        self._admission = admission or Admission()
+        self._by = by
+
+    def merge(self, effect: Merge, eta: float, noise: Noise | None = None) -> Version:
+        """Aggregate and publish; after this returns the version is durable.
+
+        Raises:
+            BadUpdates: some are not what was acknowledged, all of these; nothing was published.
+            InternalError: the file of a published version is damaged.
+        """
+        records = {stored.id: stored for stored in self._store.unmerged()}
+        limit = None
+        if noise is None:  # a bound learnt from other devices' updates would say something of these
+            limit = bound(self._store.recent_norms(self._admission.history), self._admission)
+        addends = [
+            self._addend(self._clipped(records[b.update], limit), weight) for b, weight, _ in effect.weights
+        ]
+        base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
+        self._check(addends, base)
+        how = noise or self._admission
+        with self._blobs.keeping() as write:  # until its row is there
+            outcome = aggregation.aggregate(self._federation, eta, base, addends, write, how, self._by)
+            version = _version(effect.version, outcome, noise)
+            merged = zip(effect.weights, outcome.weights, strict=True)
+            self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])
+        return version
+
+    def _check(self, addends: Sequence[aggregation.Addend], base: aggregation.Start) -> None:
+        """Read every file once for its digest: a flipped bit in a value would be merged like any other value.
+
+        What an update holds was checked when it came in; so an intact file needs no second look.
+        """
+        for start in {base, *(addend.start for addend in addends)}:
+            if start.path and not self._blobs.is_intact(start.path.name):
+                raise InternalError(
+                    f"version {start.version} is not what was published: {start.path} is damaged or gone; "
+                    "restore it from a backup"
+                )
+        changed = [addend for addend in addends if not self._blobs.is_intact(addend.path.name)]
+        if changed:
+            found = aggregation.faults(self._federation, changed)
+            plain = "its file is not what was acknowledged"
+            raise BadUpdates.of({a.update: found.get(a.update, plain) for a in changed})
+
+    def _clipped(self, stored: StoredUpdate, limit: float | None) -> StoredUpdate:
+        """The update with what is left of its change where a bound that it came before is exceeded.
+
+        The first updates of a federation are let in without one; by the time that they are merged they may be
+        enough to learn it from.
+        """
+        if limit is None or stored.norm is None or stored.norm <= limit:
+            return stored
+        if not isinstance(RULES[self._federation.rule], SumRule):
+            return stored
+        shorter = replace(stored, factor=stored.factor * limit / stored.norm, norm=limit)
+        self._store.clip(shorter)
+        return shorter
+
+    def _addend(self, stored: StoredUpdate, weight: float) -> aggregation.Addend:
+        """An update on disk; with what it was trained from where the rule cannot do without."""
+        assignment = self._store.assignment(stored.id, stored.device)
+        if assignment is None:
+            raise NotFound(f"update {stored.id} has no assignment of device {stored.device}")
+        path, rank = self._blobs.path(stored.update.digest), stored.update.rank
+        version = self._store.version(stored.version)
+        live = version.rank if version else 0
+        rule = RULES[self._federation.rule]
+        measured = stored.factor < 1.0 or self._admission.robust != "none"
+        needed = rule.needs_start(rank, assignment.carry_rank, live) or (measured and not rule.carries)
+        start = aggregation.Start(
+            stored.version, self._version(stored.version) if needed and live > 0 else None
+        )
+        return aggregation.Addend(stored.id, weight, path, rank, start, assignment.carry_rank, stored.factor)
+
+    def _version(self, number: int) -> Path | None:
+        stored = self._store.version(number)
+        return self._blobs.path(stored.digest) if stored else None
+
+
+def _version(number: int, outcome: aggregation.Outcome, noise: Noise | None) -> Version:
+    """The row of a version that was just written."""
+    return Version(
+        number,
+        outcome.digest,
+        outcome.rank,
+        outcome.energy,
+        outcome.discarded_energy,
+        time.time(),
+        noise.multiplier if noise else 0.0,
+        noise.clip_norm if noise else 0.0,
+    )

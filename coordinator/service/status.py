@@ -1,0 +1,58 @@
+"""The federation at a glance, for its host and its devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from coordinator.engine.engine import Engine
+from coordinator.privacy.ledger import Spending
+from coordinator.storage.rows import Device
+from coordinator.storage.store import Store
+from edge_sdk.core.messages import DeviceStatus, Federation, Status
+
+NEWEST = 20  # versions that are shown
+
+
+class Overview:
+    """What the engine knows of this moment, and the store of what was before."""
+
+    def __init__(self, federation: Federation, engine: Engine, store: Store) -> None:
+        self._federation, self._engine, self._store = federation, engine, store
+
+    def status(
+        self, seen_s_ago: Mapping[str, float], norm_bound: float | None, spent: Spending | None
+    ) -> Status:
+        """The record. A device that is not in `seen_s_ago` was not heard of since the start: 0."""
+        state, versions, enrolled = self._engine.state, self._store.versions(NEWEST), self._store.devices()
+        return Status(
+            federation=self._federation.id,
+            version=state.version,
+            start=self._store.start(state.version),
+            buffered=len(state.buffer),
+            buffer_size=self._engine.policy.buffer_size,
+            aggregating=state.phase == "merging",
+            version_ranks={str(v.version): v.rank for v in versions},
+            discarded_shares={str(v.version): v.discarded_share for v in versions},
+            devices=tuple(self._device(device, seen_s_ago.get(device.id, 0.0)) for device in enrolled),
+            refused=sum(device.refused for device in enrolled),
+            clipped=self._store.clipped(),
+            norm_bound=norm_bound,
+            epsilon=spent.epsilon if spent else 0.0,
+            delta=spent.delta if spent else 0.0,
+        )
+
+    def _device(self, device: Device, seen_s_ago: float) -> DeviceStatus:
+        """One device; work whose lease has expired goes on."""
+        seat = self._engine.state.seats.get(device.id)
+        lease = seat.lease if seat else None
+        return DeviceStatus(
+            id=device.id,
+            name=device.name,
+            rank=device.rank,
+            updates=device.updates,
+            mean_staleness=device.mean_staleness,
+            state="training" if lease else "idle",
+            steps_done=lease.steps_done if lease else 0,
+            steps=lease.steps if lease else 0,
+            seen_s_ago=seen_s_ago,
+        )

@@ -1,0 +1,136 @@
+"""The schema, as the steps that lead to it, and how an older database is brought up to date.
+
+A step is one transaction, with the number that says that it was taken. Before the first, the whole database
+is copied beside itself: a kill in between leaves the old one, the copy, or both, and the next start goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+from pathlib import Path
+
+from coordinator.storage.disk import fsync_file, fsync_folder
+from coordinator.storage.failpoints import reach
+from edge_sdk.core.errors import InputError
+
+log = logging.getLogger("coordinator")
+
+MIGRATIONS = [
+    """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+    CREATE TABLE devices (
+        id TEXT PRIMARY KEY, name TEXT NOT NULL, credential_hash TEXT NOT NULL UNIQUE,
+        profile TEXT NOT NULL, rank INTEGER NOT NULL DEFAULT 0, joined_at REAL NOT NULL,
+        revoked INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE TABLE assignments (
+        id TEXT PRIMARY KEY, device TEXT NOT NULL REFERENCES devices(id), version INTEGER NOT NULL,
+        rank INTEGER NOT NULL, record TEXT NOT NULL, granted_at REAL NOT NULL, open INTEGER NOT NULL DEFAULT 1
+    ) STRICT;
+    CREATE TABLE updates (
+        assignment TEXT PRIMARY KEY REFERENCES assignments(id), device TEXT NOT NULL,
+        version INTEGER NOT NULL, record TEXT NOT NULL, digest TEXT NOT NULL, received_at REAL NOT NULL,
+        merged_version INTEGER, weight REAL, staleness INTEGER, rejected TEXT
+    ) STRICT;
+    CREATE TABLE versions (
+        version INTEGER PRIMARY KEY, digest TEXT NOT NULL, rank INTEGER NOT NULL, energy REAL NOT NULL,
+        discarded_energy REAL NOT NULL, published_at REAL NOT NULL
+    ) STRICT;
+    CREATE INDEX updates_unmerged ON updates(received_at) WHERE merged_version IS NULL AND rejected IS NULL;
+    CREATE INDEX assignments_open ON assignments(device) WHERE open = 1;
+    """,
+    # factor: how much of what a device changed is merged. norm: of that; NULL for updates from before.
+    """
+    ALTER TABLE updates ADD COLUMN norm REAL;
+    ALTER TABLE updates ADD COLUMN factor REAL NOT NULL DEFAULT 1.0;
+    ALTER TABLE devices ADD COLUMN refused INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX updates_norms ON updates(received_at) WHERE norm IS NOT NULL AND rejected IS NULL;
+    """,
+    # What differential privacy a version was published with; 0 without.
+    """
+    ALTER TABLE versions ADD COLUMN noise_multiplier REAL NOT NULL DEFAULT 0;
+    ALTER TABLE versions ADD COLUMN clip_norm REAL NOT NULL DEFAULT 0;
+    """,
+    # A device gives one update from each version, in rising order.
+    """
+    CREATE INDEX updates_device ON updates(device, version) WHERE rejected IS NULL;
+    """,
+    # Whether the file of a version is gone, because nobody may need it any more. The row stays.
+    """
+    ALTER TABLE versions ADD COLUMN collected INTEGER NOT NULL DEFAULT 0;
+    CREATE INDEX versions_files ON versions(digest) WHERE collected = 0;
+    """,
+    # What the status shows of each device, so that it need not count all updates there ever were.
+    """
+    ALTER TABLE devices ADD COLUMN merged INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE devices ADD COLUMN staleness_sum INTEGER NOT NULL DEFAULT 0;
+    UPDATE devices SET (merged, staleness_sum) = (
+        SELECT COUNT(*), COALESCE(SUM(staleness), 0) FROM updates
+        WHERE device = devices.id AND merged_version IS NOT NULL AND rejected IS NULL
+    );
+    CREATE INDEX updates_merged ON updates(merged_version) WHERE merged_version IS NOT NULL;
+    CREATE INDEX updates_clipped ON updates(factor) WHERE factor < 1.0;
+    """,
+]
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the database at `path` up to date; an older one is copied first, a new one made.
+
+    Raises:
+        InputError: its schema is newer than this.
+    """
+    have, newest = schema_of(db, path), len(MIGRATIONS)
+    steps = list(enumerate(MIGRATIONS[have:], have + 1))
+    if have == 0:  # a new one is made at once
+        steps = [(newest, "".join(MIGRATIONS))]
+    elif steps:
+        copy = _copy(db, path, have)
+        log.info("schema %d becomes %d; %s is as it was before", have, newest, copy)
+    for number, script in steps:
+        try:
+            db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number};")
+            reach("migration-written")
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        reach("migration-committed")
+
+
+def schema_of(db: sqlite3.Connection, path: Path) -> int:
+    """How many steps a database has taken.
+
+    Raises:
+        InputError: more than there are.
+    """
+    (have,) = db.execute("PRAGMA user_version").fetchone()
+    if have > len(MIGRATIONS):
+        raise InputError(
+            f"{path}: schema {have} is newer than this coordinator's {len(MIGRATIONS)}; update it"
+        )
+    return int(have)
+
+
+def _copy(db: sqlite3.Connection, path: Path, have: int) -> Path:
+    """Copy the database beside itself, durably; a copy of the same schema from before is replaced."""
+    copy = path.with_name(f"{path.name}.schema-{have}.bak")
+    temporary = copy.with_name(f".{copy.name}-new")
+    write_copy(db, temporary)
+    reach("migration-copied")
+    temporary.replace(copy)
+    fsync_folder(copy.parent)
+    reach("migration-copy-renamed")
+    return copy
+
+
+def write_copy(db: sqlite3.Connection, to: Path) -> None:
+    """Copy a database as it is at one moment into one file, durably, whoever is writing to it meanwhile."""
+    to.unlink(missing_ok=True)
+    with contextlib.closing(sqlite3.connect(to)) as copy:
+        db.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")  # whole in one file, without a log beside it
+    fsync_file(to)

@@ -1,0 +1,1 @@
+"""The HTTP face: routes, and how request bodies come in."""

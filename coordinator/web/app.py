@@ -1,0 +1,271 @@
+"""The aiohttp application: routes in, records out, every refusal an RFC 9457 problem document."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
+
+from coordinator.adapters.ladder import Rung
+from coordinator.service.coordinator import Coordinator
+from coordinator.web.intake import Intake, receive
+from edge_sdk.core import messages
+from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.adapter_file.dtypes import WIRE_DTYPES
+from edge_sdk.core.errors import (
+    Busy,
+    EdgeError,
+    InternalError,
+    NotFound,
+    OurFault,
+    ProtocolError,
+    TooLarge,
+    Unauthorised,
+)
+from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
+from edge_sdk.core.records import from_json, to_json
+
+log = logging.getLogger("coordinator")
+COORDINATOR = web.AppKey("coordinator", Coordinator)
+INTAKE = web.AppKey("intake", Intake)
+Record = TypeVar("Record")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
+BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
+KEEP_ALIVE_S = 15.0  # an idle connection is closed then: longer than between heartbeats, shorter than waits
+
+
+def build_app(coordinator: Coordinator) -> web.Application:
+    """The application that serves one federation."""
+    app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
+    app[COORDINATOR], app[INTAKE] = coordinator, Intake()
+    app.cleanup_ctx.append(_ticking)
+    app.router.add_post(messages.JOIN, join)
+    app.router.add_get(messages.FEDERATION, federation)
+    app.router.add_post(messages.ASSIGNMENTS, ask)
+    app.router.add_post(messages.HEARTBEAT, heartbeat)
+    app.router.add_head(messages.UPLOAD, upload_offset)
+    app.router.add_patch(messages.UPLOAD, upload)
+    app.router.add_post(messages.UPDATE, deliver)
+    app.router.add_get(messages.ADAPTER, adapter)
+    app.router.add_get(messages.ADAPTER_IN, adapter)
+    app.router.add_get(messages.ADAPTER_CONFIG, adapter_config)
+    app.router.add_get(messages.STATUS, status)
+    return app
+
+
+async def _ticking(app: web.Application) -> AsyncIterator[None]:
+    """Run the clock for as long as the server runs; on the way out let a merge finish."""
+    coordinator = app[COORDINATOR]
+    task = asyncio.create_task(coordinator.run())
+    yield
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await coordinator.close()
+
+
+@web.middleware
+async def problem_documents(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every error with a problem document that says what to do."""
+    try:
+        return await handler(request)
+    except Busy as error:
+        return _problem(error)
+    except OurFault as error:
+        resource = request.match_info.route.resource
+        request.app[COORDINATOR].trouble.log(
+            f"{request.method} {resource.canonical if resource else request.path}", error
+        )
+        return _problem(error)
+    except EdgeError as error:
+        return _problem(error)
+    except web.HTTPException as error:
+        kind = NotFound if error.status == 404 else ProtocolError
+        return _problem(kind(f"{request.method} {request.path}: {error.reason}"), error.status)
+    except TimeoutError:
+        return _problem(ProtocolError("the body stopped coming; send it again"), 408)
+    except (ConnectionError, web.RequestPayloadError) as error:
+        log.info("%s %s broke off (%s)", request.method, request.path, str(error) or type(error).__name__)
+        return _problem(ProtocolError("the body broke off; send the rest of it"), 408)
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        return _problem(InternalError("the coordinator failed at this request; its log says why"))
+
+
+def _problem(error: EdgeError, status: int | None = None) -> web.Response:
+    document = {"title": error.title, "status": status or error.status, "detail": str(error), **error.details}
+    response = web.json_response(
+        document, status=status or error.status, content_type=messages.PROBLEM_CONTENT_TYPE
+    )
+    if isinstance(error, Busy):
+        response.headers["Retry-After"] = str(math.ceil(error.details["retry_after_s"]))
+    return response
+
+
+def _token(request: web.Request) -> str:
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise Unauthorised("send the credential as `Authorization: Bearer …`")
+    return token
+
+
+def _device(request: web.Request) -> str:
+    return request.app[COORDINATOR].authenticate(_token(request))
+
+
+def _member_or_host(request: web.Request) -> None:
+    """Let in a device's credential or the join token."""
+    try:
+        request.app[COORDINATOR].require_join_token(_token(request))
+    except Unauthorised:
+        _device(request)
+
+
+async def _body(request: web.Request, kind: type[Record]) -> Record:
+    """Read and decode a JSON record of bounded size within a bounded time."""
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            text = await request.read()
+        value = json.loads(text)  # UTF-8, -16 or -32, whatever charset the header claims
+    except web.HTTPRequestEntityTooLarge as error:
+        raise TooLarge(f"a record has at most {MAX_RECORD_BYTES} bytes") from error
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"{kind.__name__}: the body is not JSON") from error
+    return from_json(kind, value)
+
+
+def _number(request: web.Request, name: str) -> int:
+    text = request.match_info[name]
+    if not text.isascii() or not text.isdigit() or len(text) > 12:
+        raise NotFound(f"{name} {text[:40]!r} is not a number")
+    return int(text)
+
+
+def _reply(record: Any, status: int = 200) -> web.Response:
+    return web.json_response(to_json(record), status=status)
+
+
+async def join(request: web.Request) -> web.Response:
+    """POST /v1/join."""
+    coordinator = request.app[COORDINATOR]
+    coordinator.require_join_token(_token(request))
+    return _reply(await coordinator.join(await _body(request, JoinRequest)), status=201)
+
+
+async def federation(request: web.Request) -> web.Response:
+    """GET /v1/federation, for devices and for those about to join."""
+    _member_or_host(request)
+    return _reply(request.app[COORDINATOR].federation)
+
+
+async def ask(request: web.Request) -> web.Response:
+    """POST /v1/assignments."""
+    device = _device(request)
+    answer = await request.app[COORDINATOR].ask(device, await _body(request, Ask))
+    if isinstance(answer, NotNow):
+        response = _reply(answer, status=503)
+        response.headers["Retry-After"] = str(math.ceil(answer.retry_after_s))
+        return response
+    return _reply(answer)
+
+
+async def heartbeat(request: web.Request) -> web.Response:
+    """POST /v1/assignments/{id}/heartbeat."""
+    device = _device(request)
+    beat = await _body(request, Heartbeat)
+    return _reply(request.app[COORDINATOR].heartbeat(device, request.match_info["id"], beat))
+
+
+async def upload_offset(request: web.Request) -> web.Response:
+    """HEAD /v1/assignments/{id}/adapter: how many bytes are stored; all, once they are acknowledged."""
+    coordinator, id = request.app[COORDINATOR], request.match_info["id"]
+    coordinator.require_assignment(_device(request), id)
+    request.app[INTAKE].require_room()  # said before the bytes come
+    return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.uploads.stored_bytes(id))})
+
+
+async def upload(request: web.Request) -> web.Response:
+    """PATCH /v1/assignments/{id}/adapter: append the body at Upload-Offset; what came before a cut stays."""
+    coordinator, id = request.app[COORDINATOR], request.match_info["id"]
+    device = _device(request)
+    assignment = coordinator.require_assignment(device, id)
+    text = request.headers.get(messages.UPLOAD_OFFSET, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 15:
+        raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
+    offset, cap = int(text), coordinator.uploads.cap(assignment)
+    if (request.content_length or 0) > cap:
+        raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
+
+    async def append(at: int, pieces: Sequence[bytes]) -> int:
+        end = await asyncio.to_thread(coordinator.blobs.append, id, at, pieces, cap)
+        coordinator.bytes_arrived(device, id, end - at)
+        return end
+
+    async with request.app[INTAKE].place(request.transport) as place:
+        offset = await receive(request.content, offset, append, place)
+    return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
+
+
+async def deliver(request: web.Request) -> web.Response:
+    """POST /v1/assignments/{id}/update: 202 once the update is on disk for good."""
+    device = _device(request)
+    update = await _body(request, Update)
+    reply = await request.app[COORDINATOR].deliver(device, request.match_info["id"], update)
+    return _reply(reply, status=202)
+
+
+async def adapter(request: web.Request) -> web.StreamResponse:
+    """GET the adapter of a version at a rank, in a dtype: immutable, so any cache may keep it."""
+    _device(request)
+    dtype = request.match_info.get("dtype", "float32")
+    if dtype not in WIRE_DTYPES:
+        raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
+    coordinator = request.app[COORDINATOR]
+    rung, version = Rung(_number(request, "rank"), dtype), _number(request, "version")
+    with contextlib.ExitStack() as held:
+        held.enter_context(coordinator.serving.holding(version, rung))
+        path = await coordinator.adapter(version, rung)
+        return HeldFile(path, held.pop_all())
+
+
+class HeldFile(web.FileResponse):
+    """An adapter that is not collected before it was sent."""
+
+    def __init__(self, path: Path, held: contextlib.ExitStack) -> None:
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Cache-Control": "private, max-age=31536000, immutable",
+        }
+        super().__init__(path, headers=headers)
+        self._held = held
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Send it, and let go of it."""
+        with self._held:
+            return await super().prepare(request)
+
+
+async def adapter_config(request: web.Request) -> web.Response:
+    """GET the PEFT config beside that file."""
+    _device(request)
+    coordinator = request.app[COORDINATOR]
+    rank = _number(request, "rank")
+    coordinator.require_version(_number(request, "version"), rank)
+    base, scaling = coordinator.federation.base, coordinator.federation.scaling
+    return web.json_response(codec.peft_config(base.model, base.modules, rank, scaling))
+
+
+async def status(request: web.Request) -> web.Response:
+    """GET /v1/status, for devices and for the holder of the join token."""
+    _member_or_host(request)
+    text = await request.app[COORDINATOR].status()
+    return web.Response(body=text, content_type="application/json")

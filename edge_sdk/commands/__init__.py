@@ -1,0 +1,1 @@
+"""The commands of `edge-sdk`, one a file."""

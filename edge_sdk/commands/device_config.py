@@ -1,0 +1,141 @@
+"""How a device takes part, as its owner writes it down: a TOML file, the flags of `join`, or both.
+
+url = "http://192.168.1.20:8765"
+data = "notes.jsonl"              # paths are relative to the file
+memory_budget = "6GB"
+[conditions]
+on_mains = true
+hours = "22:00-07:00"
+
+The flags have the same names and win over the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edge_sdk.conditions import Conditions
+from edge_sdk.core.choice.setting import Ranks
+from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.profile import load_profile
+from edge_sdk.core.records import from_json
+from edge_sdk.options import Options
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+PATHS = ("data", "state")
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Everything that `edge-sdk join` can be told; None where nothing was said."""
+
+    url: str | None = None
+    data: str | None = None
+    token: str | None = None
+    name: str | None = None
+    model: str | None = None
+    state: str | None = None
+    profile: str | None = None
+    memory_budget: str | None = None
+    rank: str | None = None  # 8, or attention=30,mlp=200
+    duty: float | None = None
+    threads: int | None = None
+    nice: int | None = None
+    updates: int | None = None
+    device: str | None = None
+    quantise: bool | None = None
+    conditions: Conditions = field(default_factory=Conditions)
+
+    def over(self, other: DeviceConfig) -> DeviceConfig:
+        """This one, and `other` where this one says nothing."""
+        return _over(self, other, conditions=_over(self.conditions, other.conditions))
+
+    def options(self) -> Options:
+        """As the agent takes them.
+
+        Raises:
+            InputError: a value out of range.
+        """
+        chosen = {
+            "name": self.name,
+            "model": self.model,
+            "state_dir": Path(self.state) if self.state else None,
+            "profile": load_profile(self.profile) if self.profile else None,
+            "memory_budget_bytes": parse_bytes(self.memory_budget) if self.memory_budget else None,
+            "ranks": Ranks.parse(self.rank) if self.rank else None,
+            "duty": self.duty,
+            "threads": self.threads,
+            "nice": self.nice,
+            "device": self.device,
+            "quantise": self.quantise,
+        }
+        given: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+        return Options(**given, conditions=self.conditions, progress=None)
+
+
+def _over(first: Record, second: Record, **settled: Any) -> Record:
+    """A record with the fields of `first` where they are not the default, else those of `second`."""
+    missing = {
+        f.name: getattr(second, f.name)
+        for f in dataclasses.fields(first)  # type: ignore[arg-type]
+        if f.name not in settled and getattr(first, f.name) == f.default
+    }
+    return dataclasses.replace(first, **missing, **settled)  # type: ignore[type-var]
+
+
+def load_device_config(path: Path) -> DeviceConfig:
+    """Read a file.
+
+    Raises:
+        InputError: no such file, not TOML, an unknown key, or a value that cannot be; names file and key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not a TOML file: {error}") from error
+    _refuse_unknown(table, DeviceConfig, "", path)
+    if isinstance(table.get("conditions"), Mapping):
+        _refuse_unknown(table["conditions"], Conditions, "conditions.", path)
+    try:
+        config = from_json(DeviceConfig, table, "key")
+    except ProtocolError as error:
+        raise InputError(f"{path}: {str(error).replace('key.', 'key ', 1)}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    paths: dict[str, Any] = {
+        name: str(path.parent / value) for name in PATHS if (value := getattr(config, name))
+    }
+    return dataclasses.replace(config, **paths)
+
+
+def _refuse_unknown(table: Mapping[str, Any], record: type[Any], prefix: str, path: Path) -> None:
+    known = [f.name for f in dataclasses.fields(record)]
+    for key in table:
+        if key not in known:
+            keys = ", ".join(prefix + name for name in known)
+            raise InputError(f"{path}: unknown key {prefix + key!r}; the keys are {keys}")
+
+
+def parse_bytes(text: str) -> int:
+    """`6GB`, `512 MiB` or `1000000` as bytes.
+
+    Raises:
+        InputError: not a size.
+    """
+    number = text.strip().rstrip("BbIiKkMmGg").strip()
+    unit = text.strip()[len(text.strip().rstrip("BbIiKkMmGg")) :].strip().upper()
+    try:
+        value = float(number)
+    except ValueError as error:
+        raise InputError(f"{text!r} is not a size; write it like 6GB or 512MiB") from error
+    if unit not in UNITS or not 0 < value < float("inf"):
+        raise InputError(f"{text!r} is not a size; write it like 6GB or 512MiB")
+    return int(value * UNITS[unit])

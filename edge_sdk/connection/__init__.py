@@ -1,0 +1,1 @@
+"""The link to the coordinator: requests, downloads that resume, refusals, measured speed."""

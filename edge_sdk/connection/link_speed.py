@@ -1,0 +1,74 @@
+"""How fast this device's link to its coordinator is, from the transfers that happen anyway.
+
+The rate of a direction is the lower median of its last five transfers: one transfer that stalled, or that a
+cache answered, changes nothing, and a link that has changed shows within three. Short transfers measure
+latency, not throughput, and are left out; so are those that broke off, of which nobody knows what arrived.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edge_sdk.core.errors import ProtocolError, Unwritable
+from edge_sdk.core.records import from_json, to_json
+from edge_sdk.system.durable import write_durably
+
+log = logging.getLogger("edge_sdk")
+
+KEPT = 5
+LEAST_BYTES = 64 << 10  # a connection sends about 14 kB before the first answer (RFC 6928)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The last transfers of each direction, in bytes a second, oldest first."""
+
+    uploads: tuple[float, ...] = ()
+    downloads: tuple[float, ...] = ()
+
+    @property
+    def upload_bytes_s(self) -> float | None:
+        """Bytes a second towards the coordinator; None: not measured."""
+        return statistics.median_low(self.uploads) if self.uploads else None
+
+    @property
+    def download_bytes_s(self) -> float | None:
+        """Bytes a second from the coordinator; None: not measured."""
+        return statistics.median_low(self.downloads) if self.downloads else None
+
+    def with_upload(self, size_bytes: int, seconds: float) -> Link:
+        """This link after one more upload."""
+        return replace(self, uploads=_added(self.uploads, size_bytes, seconds))
+
+    def with_download(self, size_bytes: int, seconds: float) -> Link:
+        """This link after one more download."""
+        return replace(self, downloads=_added(self.downloads, size_bytes, seconds))
+
+
+def _added(rates: tuple[float, ...], size_bytes: int, seconds: float) -> tuple[float, ...]:
+    """The last KEPT rates, with this transfer if it says something about throughput."""
+    if size_bytes < LEAST_BYTES or seconds <= 0:
+        return rates
+    return (*rates, size_bytes / seconds)[-KEPT:]
+
+
+def load_link(path: Path) -> Link:
+    """What was measured before. A missing or damaged file only means that it is measured anew."""
+    try:
+        link = from_json(Link, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, ProtocolError):
+        return Link()
+    good = all(rate > 0 for rate in link.uploads + link.downloads)
+    return Link(link.uploads[-KEPT:], link.downloads[-KEPT:]) if good else Link()
+
+
+def save_link(path: Path, link: Link) -> None:
+    """Keep it for the next start. A disk that is full must not end a transfer that went well."""
+    try:
+        write_durably(path, json.dumps(to_json(link)).encode())
+    except Unwritable as error:
+        log.warning("%s; the link is measured anew next time", error)

@@ -1,0 +1,286 @@
+"""One device's connection to its coordinator: records and files over HTTP, each call one attempt.
+
+Nothing here waits and tries again by itself: an attempt that reaches nobody raises Unreachable, and the agent
+decides when the next one is due. What is worth keeping of a broken transfer is kept, so that the next attempt
+continues at the right byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from edge_sdk.connection.link_speed import Link, load_link, save_link
+from edge_sdk.connection.partial_download import Part
+from edge_sdk.connection.refusals import error_of
+from edge_sdk.core import messages
+from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.errors import InputError, OffsetConflict, OurFault, ProtocolError, Unreachable
+from edge_sdk.core.messages import (
+    Ask,
+    Assignment,
+    Federation,
+    Heartbeat,
+    HeartbeatReply,
+    JoinReply,
+    JoinRequest,
+    NotNow,
+    Status,
+    Update,
+    UpdateReply,
+)
+from edge_sdk.core.records import from_json, to_json
+
+Record = TypeVar("Record")
+TIMEOUT = httpx.Timeout(60.0, connect=10.0)  # without a byte, not for a whole transfer
+BEAT_TIMEOUT = httpx.Timeout(10.0)  # training may wait for the answer
+CHUNK_BYTES = 64 << 10  # a stop is heard between two of them
+UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the offset was asked for
+# One request of an upload should take about PIECE_S: an answer that is due for longer than a time-out is
+# taken for a dead link, and a proxy may take only small bodies.
+PIECE_S = 10.0
+LEAST_PIECE_BYTES, PIECE_BYTES, MOST_PIECE_BYTES = 64 << 10, 256 << 10, 16 << 20
+INTRODUCTIONS = (Federation, JoinReply)  # whose mistakes a person must mend; all others pass
+
+
+class TransferStopped(Exception):
+    """The caller said so in the middle of a file; the next attempt goes on from there. Not an error."""
+
+
+class Transport:
+    """Calls of one device. `token` is its credential, or the join token before it has one.
+
+    `link` is the measured throughput; `link_file` keeps it for the next start. `server_date` is the Date
+    header of the last answer.
+
+    Raises:
+        InputError: the address or the token cannot be one; nothing was sent.
+    """
+
+    def __init__(self, url: str, token: str, link_file: Path | None = None) -> None:
+        _require_address(url)
+        if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
+            raise InputError("the token is not one: it must be printable ASCII without spaces around it")
+        self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._link_file = link_file
+        self.link = load_link(link_file) if link_file else Link()
+        self.server_date: str | None = None
+        self._most_piece_bytes = MOST_PIECE_BYTES
+        self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._http.close()
+
+    def federation(self) -> Federation:
+        """What there is to take part in."""
+        return self._record(Federation, self._send("GET", messages.FEDERATION))
+
+    def join(self, request: JoinRequest) -> JoinReply:
+        """Enrol with the join token."""
+        return self._record(JoinReply, self._send("POST", messages.JOIN, json=to_json(request)))
+
+    def ask(self, ask: Ask) -> Assignment | NotNow:
+        """Ask for work."""
+        response = self._send("POST", messages.ASSIGNMENTS, json=to_json(ask), accept=(503,))
+        if response.status_code == 503:
+            return self._record(NotNow, response)
+        return self._record(Assignment, response)
+
+    def heartbeat(self, assignment: str, beat: Heartbeat) -> HeartbeatReply:
+        """Report progress."""
+        route = messages.HEARTBEAT.format(id=assignment)
+        return self._record(
+            HeartbeatReply, self._send("POST", route, json=to_json(beat), timeout=BEAT_TIMEOUT)
+        )
+
+    def status(self) -> Status:
+        """The federation at a glance."""
+        return self._record(Status, self._send("GET", messages.STATUS))
+
+    def upload(self, assignment: str, path: Path, stopping: Callable[[], bool] | None = None) -> None:
+        """Send what the coordinator does not have yet of the file, in pieces that are each acknowledged.
+
+        However long the whole takes, an answer is due after every piece; what a broken one has left behind
+        counts.
+
+        Raises:
+            TransferStopped: `stopping`, asked between chunks, said so.
+        """
+        route, size_bytes = messages.UPLOAD.format(id=assignment), path.stat().st_size
+        first = offset = self._stored_bytes(route)
+        began, piece_bytes, conflicts = time.monotonic(), PIECE_BYTES, 0
+        while offset < size_bytes:
+            piece = _Piece(path, offset, min(piece_bytes, size_bytes - offset))
+            piece_began = time.monotonic()
+            try:
+                offset = self._append(route, piece, stopping)
+            except (Unreachable, OurFault):
+                # A proxy may take no body of that size: this upload goes on, and the next begins, below it.
+                self._most_piece_bytes = max(PIECE_BYTES, piece.size_bytes // 2)
+                raise
+            except OffsetConflict:
+                conflicts += 1
+                if conflicts == UPLOAD_TRIES:
+                    raise Unreachable(f"the upload met another sender {conflicts} times") from None
+                offset = self._stored_bytes(route)
+            piece_bytes = _next_piece_bytes(piece_bytes, time.monotonic() - piece_began)
+            piece_bytes = min(piece_bytes, self._most_piece_bytes)
+        if size_bytes > first:
+            self._measured(self.link.with_upload(size_bytes - first, time.monotonic() - began))
+
+    def _stored_bytes(self, route: str) -> int:
+        """How much of an upload the coordinator has."""
+        return self._offset_in(self._send("HEAD", route))
+
+    def _append(self, route: str, piece: _Piece, stopping: Callable[[], bool] | None) -> int:
+        """Send one piece; where the stored bytes end after it."""
+        headers = {
+            messages.UPLOAD_OFFSET: str(piece.offset),
+            "Content-Type": messages.OFFSET_CONTENT_TYPE,
+            "Content-Length": str(piece.size_bytes),
+        }
+        response = self._send("PATCH", route, content=piece.chunks(stopping), headers=headers)
+        end = self._offset_in(response)
+        if response.status_code != 204 or end != piece.offset + piece.size_bytes:
+            raise Unreachable(f"{self.url} does not take an upload as a coordinator does; check the address")
+        return end
+
+    def _offset_in(self, response: httpx.Response) -> int:
+        text = response.headers.get(messages.UPLOAD_OFFSET, "")
+        if not (text.isascii() and text.isdigit()):
+            raise Unreachable(
+                f"{self.url}: {messages.UPLOAD_OFFSET} {text[:40]!r} is not a number of bytes; "
+                "is it a coordinator?"
+            )
+        return int(text)
+
+    def deliver(self, assignment: str, update: Update) -> UpdateReply:
+        """Say what was uploaded. Safe to repeat: the same update counts once."""
+        route = messages.UPDATE.format(id=assignment)
+        return self._record(UpdateReply, self._send("POST", route, json=to_json(update)))
+
+    def download(
+        self,
+        version: int,
+        rank: int,
+        path: Path,
+        stopping: Callable[[], bool] | None = None,
+        dtype: WireDtype = "float32",
+    ) -> None:
+        """Fetch the adapter of a version at a rank; a broken download continues where it stopped.
+
+        Raises:
+            Unreachable: it broke off, or came damaged and was thrown away; the next attempt may do.
+            Unwritable: the disk is full.
+            TransferStopped: `stopping`, asked between chunks, said so.
+        """
+        part = Part(path)
+        place = messages.ADAPTER if dtype == "float32" else messages.ADAPTER_IN
+        route = place.format(version=version, rank=rank, dtype=dtype)
+        began, received_bytes = time.monotonic(), 0
+        try:
+            with self._http.stream("GET", route, headers=part.headers()) as response:
+                if response.status_code == 416:
+                    part.discard()
+                    raise Unreachable("the partial download did not fit; it starts over")
+                if response.status_code not in (200, 206):
+                    response.read()
+                    raise error_of(response)
+                for size_bytes in part.receive(response):
+                    received_bytes += size_bytes
+                    _heed(stopping)
+        except httpx.RequestError as error:
+            raise self._unreachable(error) from error
+        self._measured(self.link.with_download(received_bytes, time.monotonic() - began))
+        part.finish()
+
+    def _send(
+        self, method: str, route: str, accept: tuple[int, ...] = (), **arguments: Any
+    ) -> httpx.Response:
+        """One attempt; a refusal comes back as the error that its problem document names."""
+        try:
+            response = self._http.request(method, route, **arguments)
+        except httpx.RequestError as error:
+            raise self._unreachable(error) from error
+        self.server_date = response.headers.get("Date")
+        if not response.is_success and not (response.status_code in accept and _is_record(response)):
+            raise error_of(response)
+        return response
+
+    def _measured(self, link: Link) -> None:
+        """Take over a newer measurement of the link."""
+        if link != self.link and self._link_file:
+            save_link(self._link_file, link)
+        self.link = link
+
+    def _record(self, kind: type[Record], response: httpx.Response) -> Record:
+        try:
+            value = response.json()
+        except ValueError as error:
+            raise Unreachable(f"{self.url} does not answer like a coordinator; check the address") from error
+        try:
+            return from_json(kind, value)
+        except ProtocolError as error:
+            if kind in INTRODUCTIONS:
+                raise ProtocolError(f"{self.url}: {error}") from error
+            raise Unreachable(f"{self.url} does not answer like a coordinator: {error}") from error
+
+    def _unreachable(self, error: httpx.RequestError) -> Unreachable:
+        reason = str(error) or type(error).__name__
+        return Unreachable(
+            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs"
+        )
+
+
+def _require_address(url: str) -> None:
+    """Raise InputError unless `url` has the form of an HTTP address."""
+    try:
+        parsed = httpx.URL(url)
+        good = parsed.scheme in ("http", "https") and bool(parsed.host) and (parsed.port or 0) < 65536
+        good = good and not any(character.isspace() for character in url)
+    except httpx.InvalidURL:
+        good = False
+    if not good:
+        raise InputError(f"{url!r} is no address of a coordinator; write it like http://192.168.1.20:8765")
+
+
+def _heed(stopping: Callable[[], bool] | None) -> None:
+    if stopping is not None and stopping():
+        raise TransferStopped
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A stretch of a file, sent in one request."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+
+    def chunks(self, stopping: Callable[[], bool] | None) -> Iterator[bytes]:
+        """Its bytes."""
+        left = self.size_bytes
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while left and (chunk := file.read(min(CHUNK_BYTES, left))):
+                _heed(stopping)
+                left -= len(chunk)
+                yield chunk
+
+
+def _next_piece_bytes(piece_bytes: int, took_s: float) -> int:
+    """The size of the next piece: larger on a quick link, smaller on a slow one."""
+    if took_s < PIECE_S / 2:
+        return min(MOST_PIECE_BYTES, 2 * piece_bytes)
+    return max(LEAST_PIECE_BYTES, piece_bytes // 2) if took_s > 2 * PIECE_S else piece_bytes
+
+
+def _is_record(response: httpx.Response) -> bool:
+    return str(response.headers.get("Content-Type", "")).startswith("application/json")

@@ -1,0 +1,1 @@
+"""Adapters as safetensors files: header, dtypes, encoding and checked decoding."""

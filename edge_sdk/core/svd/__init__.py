@@ -1,0 +1,1 @@
+"""Singular value decompositions of sums of low-rank products."""

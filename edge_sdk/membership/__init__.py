@@ -1,0 +1,1 @@
+"""Who the device is in its federation, and what of that survives a restart."""

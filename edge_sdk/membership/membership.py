@@ -1,0 +1,168 @@
+"""Who a device is in a federation: its credential, its connection, and the session that survives a crash."""
+
+from __future__ import annotations
+
+import threading
+
+from edge_sdk.callbacks import Teller
+from edge_sdk.connection.transport import Transport
+from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
+from edge_sdk.core.messages import Federation
+from edge_sdk.membership import session as sessions
+from edge_sdk.membership.journal import DIGESTS, Journal
+from edge_sdk.membership.session import Session
+from edge_sdk.options import Options, default_state_dir
+from edge_sdk.participation import decision
+
+
+class Membership:
+    """One device's place in one federation. Only the agent's thread saves; `recall` is for any thread."""
+
+    def __init__(self, url: str, options: Options, join_token: str | None, tell: Teller) -> None:
+        self.url, self.options, self.tell = url, options, tell
+        self.journal = Journal(options.state_dir or default_state_dir(url, options.name))
+        self._join_token = join_token
+        self._session: Session | None = None
+        self._transport: Transport | None = None
+        self._checked = False
+        self._connecting = threading.Lock()
+        self._newest = 0
+
+    @property
+    def session(self) -> Session:
+        """What this device is doing."""
+        if self._session is None:
+            raise InputError("not a member yet; call prepare() first")
+        return self._session
+
+    @property
+    def federation(self) -> Federation:
+        """What this device takes part in."""
+        return self.session.federation
+
+    @property
+    def transport(self) -> Transport:
+        """The connection, once there is one."""
+        if self._transport is None:
+            raise InputError("not connected yet; call prepare() first")
+        return self._transport
+
+    def connect(self) -> None:
+        """Take up the session of an earlier run, or join. Checks the base model either way.
+
+        Raises:
+            Unreachable, TheirFault: nobody answers, or this device is refused.
+        """
+        with self._connecting:
+            if not self._checked:
+                self._connect()
+                self._checked = True
+
+    def recall(self) -> None:
+        """`connect` if the coordinator can be reached; otherwise what an earlier run remembers will do.
+
+        Raises:
+            Unreachable: there is no earlier run to remember.
+        """
+        try:
+            self.connect()
+        except (Unreachable, OurFault):
+            if self._session is None and (known := self.journal.load()):
+                known.federation.base.require(self._fingerprint(known.federation))
+                self._session = known
+            if self._session is None:
+                raise
+
+    def take_over(self) -> None:
+        """Believe the disk, not the memory: another agent may have used the state folder since."""
+        if self._session is not None:
+            self._session = self.journal.load()
+            self._checked = self._checked and self._session is not None
+
+    def rejoin(self) -> bool:
+        """Join anew, as a coordinator that was restored from an older copy needs; False without a join token.
+
+        The work in hand is of an assignment that the coordinator does not know either.
+        """
+        with self._connecting:
+            if not self._join_token:
+                return False
+            self._join_again(self.federation)
+            return True
+
+    def _join_again(self, federation: Federation) -> None:
+        self.tell("notice", "the coordinator does not know this device any more; it joins anew")
+        self._join(federation)
+        self.journal.clear_work()
+
+    def _connect(self) -> None:
+        known = self.journal.load()
+        if known is None:
+            self._join(None)
+            return
+        self.close()
+        self._transport = Transport(self.url, known.credential, self.journal.link)
+        try:
+            federation = self._transport.federation()
+        except Unauthorised:
+            if not self._join_token:
+                raise
+            self._join_again(known.federation)
+            return
+        federation.base.require(self._fingerprint(federation))
+        self._require_same(known.federation, federation)
+        self._session = known
+
+    def _join(self, before: Federation | None) -> None:
+        """Become a member; `before` is the federation that this state folder is of, if it is of one."""
+        if not self._join_token:
+            raise InputError("this device has not joined yet; give it the federation's join token")
+        self.close()
+        self._transport = Transport(self.url, self._join_token, self.journal.link)
+        federation = self._transport.federation()
+        self._require_same(before, federation)
+        fingerprint = self._fingerprint(federation)
+        federation.base.require(fingerprint)
+        reply = self._transport.join(decision.request(fingerprint, self.options))
+        self._transport.close()
+        self._transport = Transport(self.url, reply.credential, self.journal.link)
+        self.save(sessions.joined(self.url, reply))
+        self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
+
+    def _require_same(self, before: Federation | None, federation: Federation) -> None:
+        if before not in (None, federation):
+            raise InputError(
+                f"{self.journal.folder} belongs to federation {before.id}, but {self.url} serves "
+                f"{federation.id}; use another state folder"
+            )
+
+    def _fingerprint(self, federation: Federation) -> str:
+        return decision.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
+
+    def save(self, session: Session) -> None:
+        """Make `session` the one that survives.
+
+        Raises:
+            Unwritable: the disk is full; all is as before.
+        """
+        self.journal.save(session)
+        self._session = session
+        self.heard_of(session.last_version)
+
+    def heard_of(self, version: int) -> None:
+        """Tell the application of another version: a newer one, or what a restored coordinator has."""
+        if version != self._newest:
+            self._newest = version
+            self.tell("adapter", f"version {version} of the adapter is there", version=version)
+
+    def drop(self, reason: str) -> None:
+        """Give up the work in hand."""
+        self.save(sessions.dropped(self.session))
+        self.journal.clear_work()
+        self.tell("refused", f"work dropped, {reason}")
+
+    def close(self) -> None:
+        """Hang up; the next `connect` makes a new connection."""
+        self._checked = False
+        if self._transport is not None:
+            self._transport.close()

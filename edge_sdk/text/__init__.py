@@ -1,0 +1,1 @@
+"""The owner's text, from files to tokens."""

@@ -1,0 +1,1 @@
+"""Training of LoRA factors on a frozen base: steps, optimisers, checkpoints."""

@@ -1,0 +1,1 @@
+"""What cannot be looked up and is tried on the machine itself, in child processes."""

@@ -1,0 +1,491 @@
+"""What the engine must do, said a second time and naively, in plain lists and dictionaries.
+
+It shares no code with the engine. It is told of every event with the effects that the engine gave, and
+predicts them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from coordinator.engine.events import (
+    Accept,
+    Asked,
+    Beat,
+    Buffered,
+    BytesArrived,
+    Decline,
+    Effect,
+    Event,
+    Expired,
+    Grant,
+    Joined,
+    Merge,
+    Merged,
+    MergeFailed,
+    Offered,
+    Published,
+    Refused,
+    Restarted,
+    Stored,
+    Tell,
+    Tick,
+    Wait,
+)
+from coordinator.engine.policy import Policy
+
+LEAST_BYTES_S = 1024.0
+DISCOUNTS = {
+    "constant": lambda tau: 1.0,
+    "polynomial": lambda tau: 1 / math.sqrt(1 + tau),
+    "hinge": lambda tau: 1.0 if tau <= 4 else 1 / (10 * (tau - 4) + 1),
+}
+
+
+@dataclass
+class Held:
+    """Work that was granted to a device last, if nothing ended it."""
+
+    id: str
+    version: int
+    rank: int
+    carry_rank: int
+    steps: int
+    until: float
+    begun: float | None
+    is_live: bool = True
+
+
+@dataclass
+class InLine:
+    """Who was told to wait for a slot, when it must be back, and whether it kept to that so far."""
+
+    number: int
+    back_by: float
+    is_sure: bool = True
+
+
+@dataclass
+class Seen:
+    """All about one device since the coordinator's start."""
+
+    held: Held | None = None
+    given: list[int] = field(default_factory=list)  # versions that updates of it are from, in the end
+    undone: int = -1  # newest version from which an update of it was rejected
+    refusals: int = 0
+    pause_until: float = -math.inf
+    paces: list[float] = field(default_factory=list)
+    in_line: InLine | None = None
+
+
+@dataclass
+class Judge:
+    """Predicts and checks. `most`: versions for each device under privacy; 0: no privacy, None: no limit."""
+
+    policy: Policy
+    most: int | None
+    steps: int
+    version: int = 0
+    rank: int = 0
+    merge: Merge | None = None
+    pool: list[Buffered] = field(default_factory=list)
+    pool_since: float | None = None
+    merge_since: float | None = None
+    fails: int = 0
+    rest_until: float = -math.inf
+    seen: dict[str, Seen] = field(default_factory=dict)
+    entered: dict[str, int] = field(default_factory=dict)
+    published: list[tuple[str, ...]] = field(default_factory=list)  # never forgotten
+    numbers: int = 0
+
+    # --- questions ---
+
+    def of(self, device: str) -> Seen:
+        return self.seen.setdefault(device, Seen())
+
+    @property
+    def is_synchronous(self) -> bool:
+        return self.policy.mode == "synchronous"
+
+    @property
+    def limit(self) -> int:
+        """Versions that an update may be behind."""
+        if self.is_synchronous:
+            return 0
+        if self.policy.max_staleness is not None:
+            return self.policy.max_staleness
+        return max(10, int(self.policy.lease_s / self.policy.timeout_s))
+
+    def can_count(self, device: str, version: int) -> bool:
+        if self.is_synchronous and self.merge:
+            return False
+        return self.version - version <= self.limit and all(v < version for v in self.of(device).given)
+
+    def is_spent(self, device: str) -> bool:
+        if not self.most:
+            return False
+        merging = [update for update, _, _ in self.merge.weights] if self.merge else []
+        waiting = sum(update.device == device for update in [*self.pool, *merging])
+        return self.entered.get(device, 0) + waiting >= self.most
+
+    def live(self) -> dict[str, Held]:
+        return {d: s.held for d, s in self.seen.items() if s.held and s.held.is_live}
+
+    def in_round(self) -> set[str]:
+        merging = [update for update, _, _ in self.merge.weights] if self.merge else []
+        gave = {update.device for update in [*self.pool, *merging] if update.version == self.version}
+        return gave | {device for device, held in self.live().items() if held.version == self.version}
+
+    def ready(self) -> list[Buffered]:
+        if self.most == 0:
+            return list(self.pool)
+        return [u for i, u in enumerate(self.pool) if all(u.device != o.device for o in self.pool[:i])]
+
+    def is_overdue(self, now: float) -> bool:
+        return (
+            bool(self.pool) and self.pool_since is not None and now - self.pool_since >= self.policy.timeout_s
+        )
+
+    def is_due(self, now: float) -> bool:
+        if self.merge or now < self.rest_until or not self.pool:
+            return False
+        count = len(self.ready())
+        return count >= self.policy.buffer_size or (self.is_overdue(now) and count >= self.policy.quorum)
+
+    # --- events ---
+
+    def saw(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 one case an event
+        """Check what was done about an event."""
+        effects = list(effects)
+        match event:
+            case Restarted():
+                self.restarted(event, now, effects)
+            case Joined():
+                assert effects == []
+            case Asked():
+                self.asked(event, now, effects)
+            case Beat():
+                self.beat(event, now, effects)
+            case BytesArrived():
+                held = self.of(event.device).held
+                if held and held.id == event.assignment and held.is_live:
+                    held.until = max(held.until, now + event.size_bytes / LEAST_BYTES_S)
+                assert effects == []
+            case Tick():
+                for device in sorted(self.live()):
+                    held = self.live()[device]
+                    if now >= held.until:
+                        self.expires(device, effects)
+                self.may_merge(now, effects)
+            case Offered():
+                self.offered(event, now, effects)
+            case Stored():
+                self.stored(event, now, effects)
+            case Refused():
+                self.refused(event, now, effects)
+            case Merged():
+                self.merged(event, now, effects)
+            case MergeFailed():
+                self.merge_failed(event, now)
+                assert effects == []
+        assert effects == [], f"{event} had {effects} besides what it should have"
+
+    def expires(self, device: str, effects: list[Effect]) -> None:
+        """The next effect says that the lease of a device is over."""
+        held = self.of(device).held
+        assert held is not None
+        effect = effects.pop(0)
+        assert isinstance(effect, Expired)
+        assert (effect.lease.assignment, effect.lease.device) == (held.id, device)
+        held.is_live = False
+
+    def restarted(self, event: Restarted, now: float, effects: list[Effect]) -> None:
+        assert event.version == self.version or event.version == self.version + 1
+        if event.version > self.version:  # on disk, but the engine was never told
+            assert self.merge is not None
+            self.publish()
+        self.rank, self.merge, self.pool, self.fails = event.rank, None, [], 0
+        self.seen, self.rest_until = {}, -math.inf
+        for device, version in event.contributed:
+            self.of(device).given = [version]
+        for device, paces in event.paces_s:
+            self.of(device).paces = list(paces)
+        for lease in event.leases:
+            self.of(lease.device).held = Held(
+                lease.assignment,
+                lease.version,
+                lease.rank,
+                lease.carry_rank,
+                lease.steps,
+                lease.expires_at,
+                None,
+            )
+        for update in event.buffer:
+            if self.is_synchronous and update.version < self.version:
+                declined(effects.pop(0), update.update, self.version)
+            else:
+                self.pool.append(update)
+        self.pool_since = now if self.pool else None
+
+    def asked(self, event: Asked, now: float, effects: list[Effect]) -> None:
+        seen = self.of(event.device)
+        held = seen.held
+        if held and held.is_live:
+            same = held.rank == event.rank and held.carry_rank <= event.carry_rank and now < held.until
+            if same and self.can_count(event.device, held.version) and not self.is_spent(event.device):
+                again = effects.pop(0)
+                assert isinstance(again, Grant)
+                assert (again.lease.assignment, again.lease.version) == (held.id, held.version)
+                assert again.lease.expires_at == pytest.approx(held.until)
+                return
+            self.expires(event.device, effects)
+        seen.held = None
+        answer = effects.pop(0)
+        if isinstance(answer, Wait):
+            assert self.obstacles(event.device, now) or self.must_line_up(event.device, now) is not False
+            self.waits(event.device, answer, now)
+            return
+        assert isinstance(answer, Grant)
+        assert not self.obstacles(event.device, now)
+        assert self.must_line_up(event.device, now) is not True
+        self.grants(event, answer, now)
+
+    def obstacles(self, device: str, now: float) -> list[str]:
+        """Why a device must wait, whoever else waits."""
+        seen, why = self.of(device), []
+        if self.is_spent(device):
+            why.append("budget")
+        if self.most != 0 and any(update.device == device for update in self.pool):
+            why.append("own update")
+        if any(version >= self.version for version in seen.given):
+            why.append("version")
+        if now < seen.pause_until:
+            why.append("pause")
+        if self.is_synchronous and (self.merge or len(self.in_round() - {device}) >= self.policy.round_size):
+            why.append("round")
+        if self.policy.concurrency is not None and len(self.live()) >= self.policy.concurrency:
+            why.append("slots")
+        return why
+
+    def must_line_up(self, device: str, now: float) -> bool | None:
+        """Whether places are kept for others in line; None where it is not certain who is there."""
+        frees = []
+        if self.policy.concurrency is not None:
+            frees.append(self.policy.concurrency - len(self.live()))
+        if self.is_synchronous:
+            frees.append(self.policy.round_size - len(self.in_round() - {device}))
+        if not frees:
+            return False
+        free = min(frees)
+        mine = self.of(device).in_line
+        others = [s.in_line for d, s in self.seen.items() if s.in_line and d != device]
+        there = [other for other in others if now <= other.back_by]
+        if len(there) < free:
+            return False
+        if mine and (not mine.is_sure or now > mine.back_by):
+            return None
+        before = [other for other in there if mine is None or other.number < mine.number]
+        if len(before) < free and all(other.is_sure for other in there):
+            return False
+        return True if sum(other.is_sure for other in before) >= free else None
+
+    def waits(self, device: str, answer: Wait, now: float) -> None:
+        seen = self.of(device)
+        assert 0 < answer.retry_after_s <= max(3600.0, 1.5 * max(300.0, self.policy.retry_s))
+        assert answer.reason
+        if "in line" not in answer.reason:
+            seen.in_line = None
+            return
+        back_by = now + 1.5 * answer.retry_after_s + 10.0
+        if seen.in_line and now <= seen.in_line.back_by:
+            seen.in_line.back_by = back_by
+            return
+        self.numbers += 1
+        seen.in_line = InLine(self.numbers, back_by, is_sure=seen.in_line is None)
+
+    def grants(self, event: Asked, answer: Grant, now: float) -> None:
+        seen, lease = self.of(event.device), answer.lease
+        assert (lease.device, lease.assignment, lease.rank) == (event.device, event.assignment, event.rank)
+        assert lease.version == self.version
+        assert lease.carry_rank == min(event.carry_rank, self.rank)
+        steps, until_s = self.share_of(seen.paces)
+        assert lease.steps == steps
+        assert lease.expires_at == pytest.approx(now + until_s)
+        seen.in_line = None
+        seen.held = Held(
+            lease.assignment, lease.version, lease.rank, lease.carry_rank, steps, lease.expires_at, now
+        )
+        assert self.policy.concurrency is None or len(self.live()) <= self.policy.concurrency
+        assert not self.is_synchronous or len(self.in_round()) <= self.policy.round_size
+
+    def share_of(self, paces: list[float]) -> tuple[int, float]:
+        """Steps and seconds for a device that took so long for a step."""
+        if len(paces) < 3:
+            return self.steps, self.policy.lease_s
+        middle, steps = median(paces), self.steps
+        if self.policy.work_s is not None:
+            within = int(self.policy.work_s / max(middle, 1e-9))
+            steps = max(1, steps // 8, min(steps, within))
+        spread = max(median([abs(pace - middle) for pace in paces]), 0.1 * middle)
+        usual_s = steps * (middle + self.policy.deadline_mads * spread)
+        return steps, min(self.policy.lease_s, max(10.0, usual_s))
+
+    def beat(self, event: Beat, now: float, effects: list[Effect]) -> None:
+        seen = self.of(event.device)
+        held = seen.held if seen.held and seen.held.id == event.assignment else None
+        told = effects.pop()
+        assert isinstance(told, Tell)
+        if not self.can_count(event.device, event.version):
+            assert told.directive == "abandon"
+            if held and held.is_live:
+                self.expires(event.device, effects)
+            seen.held = None if held else seen.held
+            return
+        if told.directive == "abandon":  # only where a later update of it was damaged
+            assert event.version < seen.undone
+            if held and held.is_live:
+                self.expires(event.device, effects)
+            seen.held = None if held else seen.held
+            return
+        late = held is not None and not held.is_live
+        last = self.limit > 0 and self.version - event.version == self.limit
+        awaited = self.is_overdue(now) and not self.merge and now >= self.rest_until
+        half = held is not None and 2 * event.steps_done >= held.steps
+        if held and (late or last or (awaited and half and not self.rests)):
+            assert told.directive == "finish"
+        else:
+            assert told.directive == "continue"
+
+    @property
+    def rests(self) -> bool:
+        """Whether the last merge failed for our own reasons and no tick has come since the pause."""
+        return self.rest_until > -math.inf
+
+    def offered(self, event: Offered, now: float, effects: list[Effect]) -> None:
+        seen = self.of(event.device)
+        held = seen.held if seen.held and seen.held.id == event.assignment else None
+        answer = effects.pop()
+        counts = self.can_count(event.device, event.version)
+        if isinstance(answer, Accept):
+            assert counts
+            assert not self.is_spent(event.device)
+            return
+        declined(answer, event.assignment, self.version)
+        assert not counts or self.is_spent(event.device) or event.version < seen.undone
+        if held and held.is_live and effects:
+            self.expires(event.device, effects)
+            assert seen.held is not None
+        if held and not self.is_spent(event.device):
+            seen.held = None
+
+    def stored(self, event: Stored, now: float, effects: list[Effect]) -> None:
+        seen, update = self.of(event.device), event.update
+        held = seen.held if seen.held and seen.held.id == event.assignment else None
+        counts = self.can_count(event.device, update.version) and not self.is_spent(event.device)
+        answers = [effect for effect in effects if isinstance(effect, Decline)]
+        if answers:
+            assert not counts or update.version < seen.undone
+            declined(answers[0], update.update, self.version)
+            effects.remove(answers[0])
+            if held and held.is_live and effects:
+                self.expires(event.device, effects)
+            if held and not self.is_spent(event.device):
+                seen.held = None
+        else:
+            assert counts
+            self.pool.append(update)
+            self.pool_since = now if self.pool_since is None else self.pool_since
+            seen.given.append(update.version)
+            seen.refusals, seen.pause_until = 0, -math.inf
+            if held and held.begun is not None:
+                seen.paces = [*seen.paces, (now - held.begun) / event.steps][-8:]
+            seen.held = None if held else seen.held
+        self.may_merge(now, effects)
+
+    def refused(self, event: Refused, now: float, effects: list[Effect]) -> None:
+        seen = self.of(event.device)
+        if seen.held and seen.held.id == event.assignment:
+            if seen.held.is_live:
+                self.expires(event.device, effects)
+            seen.held = None
+        seen.refusals += 1
+        seen.pause_until = now + min(3600.0, self.policy.retry_s * 2 ** (seen.refusals - 1))
+
+    # --- versions ---
+
+    def may_merge(self, now: float, effects: list[Effect]) -> None:
+        """A merge begins now if it is due, and only then."""
+        due = self.is_due(now)
+        if self.merge is None and now >= self.rest_until:
+            self.rest_until = -math.inf
+        if not due:
+            assert not any(isinstance(effect, Merge) for effect in effects)
+            return
+        merge = effects.pop(0)
+        assert isinstance(merge, Merge)
+        assert merge.version == self.version + 1
+        taken = self.ready()
+        assert [update for update, _, _ in merge.weights] == taken
+        taus = [self.version - update.version for update in taken]
+        assert [tau for _, _, tau in merge.weights] == taus
+        discount = [DISCOUNTS[self.policy.staleness](tau) for tau in taus]
+        wanted: list[float] = [d / self.policy.buffer_size for d in discount]
+        if self.most == 0:
+            raw = [
+                min(u.examples, self.policy.max_examples) * d for u, d in zip(taken, discount, strict=True)
+            ]
+            wanted = [weight / sum(raw) for weight in raw]
+            assert sum(weight for _, weight, _ in merge.weights) == pytest.approx(1.0)
+        assert [weight for _, weight, _ in merge.weights] == pytest.approx(wanted)
+        self.merge, self.merge_since, self.pool_since = merge, self.pool_since, None
+        self.pool = [update for update in self.pool if update not in taken]
+
+    def publish(self) -> None:
+        assert self.merge is not None
+        self.version += 1
+        self.published.append(tuple(update.update for update, _, _ in self.merge.weights))
+        for update, _, _ in self.merge.weights:
+            self.entered[update.device] = self.entered.get(update.device, 0) + 1
+
+    def merged(self, event: Merged, now: float, effects: list[Effect]) -> None:
+        assert effects.pop(0) == Published(self.version + 1)
+        self.publish()
+        assert event.version == self.version
+        self.merge, self.rank, self.fails = None, event.rank, 0
+        self.pool_since = now if self.pool else None
+        for held in self.live().values():
+            if self.version - held.version > self.limit:
+                held.until = min(held.until, now)
+        self.may_merge(now, effects)
+
+    def merge_failed(self, event: MergeFailed, now: float) -> None:
+        assert self.merge is not None
+        taken = [update for update, _, _ in self.merge.weights]
+        self.merge = None
+        back = [update for update in taken if update.update not in event.rejected]
+        self.pool = back + self.pool
+        self.pool_since = self.merge_since if back else self.pool_since
+        for update in taken:
+            if update.update in event.rejected:
+                seen = self.of(update.device)
+                seen.given = [version for version in seen.given if version != update.version]
+                seen.undone = max(seen.undone, update.version)
+        self.fails = 0 if event.rejected else self.fails + 1
+        self.rest_until = now + min(60.0, 2.0 ** (self.fails - 1)) if self.fails else -math.inf
+
+
+def declined(effect: Any, update: str, version: int) -> None:
+    """It says no, why, and where to go on."""
+    assert isinstance(effect, Decline)
+    assert effect.update == update
+    assert len(str(effect.error)) > 20
+    assert effect.error.details == {"current_version": version}
+
+
+def median(values: list[float]) -> float:
+    ordered, n = sorted(values), len(values)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
