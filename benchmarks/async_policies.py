@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.async_report import BUFFERED, FINISH, OVER, OVER_FINISH, SYNCHRONOUS
 from coordinator.engine.policy import Policy
-from coordinator.engine.staleness import Name
+from coordinator.engine.weights import Discount
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ TUNING_SEEDS = (1000, 1001)  # whose clients no other seed has
 
 BUFFER_SIZES = (4, 8, 16, 24)
 SLOTS = (16, 24, None)
-FUNCTIONS: tuple[Name, ...] = ("constant", "polynomial", "hinge")
+FUNCTIONS: tuple[Discount, ...] = ("constant", "polynomial", "hinge")
 LEASES_S = (150.0, 300.0, 600.0)
 
 
 def buffers(
-    k: int = K, slots: int | None = None, staleness: Name = "constant", lease_s: float = LEASE_S
+    k: int = K, slots: int | None = None, staleness: Discount = "constant", lease_s: float = LEASE_S
 ) -> Way:
     """No version comes before K updates are in, whatever the time, and no update is too old."""
     return Way(replace(_of(k, lease_s), concurrency=slots, staleness=staleness))

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.engine import staleness
+from coordinator.engine import weights
 from coordinator.privacy.accountant import epsilon
 from coordinator.privacy.mechanism import Privacy, clip_factor, noised, squared_norm_bound
 from edge_sdk.core.flexlora import live_rank, pad, split
@@ -96,7 +96,7 @@ class Federation:
                 squared = sum(squared_norm_bound(f) for f in change.values())
                 norms.append(math.sqrt(squared))
                 factor = clip_factor(squared, clip_norm) if clip_norm < math.inf else 1.0
-                addends.append((factor * staleness.polynomial(version - begin) / BUFFER_SIZE, change))
+                addends.append((factor * weights.polynomial(version - begin) / BUFFER_SIZE, change))
                 entered[int(home)] += 1
             std = Privacy(z, clip_norm).noise_std(BUFFER_SIZE) if z else 0.0
             history.append(self._merged(history[-1], addends, std, np.random.default_rng([seed, version, 1])))

@@ -29,7 +29,7 @@ from coordinator.storage import failpoints
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.backup import back_up, require_finished
-from coordinator.upkeep.folder_lock import only_coordinator
+from coordinator.upkeep.data_folder import only_coordinator
 from coordinator.web.app import KEEP_ALIVE_S, build_app
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.flexlora import Decompose

@@ -36,7 +36,6 @@ from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant, mechanism
 from coordinator.privacy.mechanism import Privacy
 from coordinator.rules import RULES, SumRule
-from coordinator.storage_choices import Storage
 from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
@@ -47,6 +46,17 @@ Record = TypeVar("Record")
 
 # Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
 NEW_DTYPE: WireDtype = "int8"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """`[storage]`. Versions that a device may still need are kept besides."""
+
+    keep_versions: int = 20  # the newest, which can be exported
+
+    def __post_init__(self) -> None:
+        if self.keep_versions < 1:
+            raise InputError(f"storage.keep_versions is {self.keep_versions}; it must be 1 or more")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from coordinator.engine.events import (
     Tell,
     Wait,
 )
-from coordinator.engine.situation import Situation
+from coordinator.engine.state import Situation
 from edge_sdk.core.errors import StaleUpdate
 
 SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
@@ -245,8 +245,12 @@ def merge(at: Situation) -> list[Effect]:
     state.buffer = [update for update in state.buffer if update not in taken]
     state.merging, state.merging_first_at = tuple(taken), state.first_at
     state.first_at, state.merge_at = None, None
-    weigh = weights.by_examples if at.ration is None else weights.by_share
-    return [Merge(state.version + 1, weigh(taken, state.version, at.policy))]
+    discount = at.policy.staleness
+    if at.ration is None:
+        weighed = weights.by_examples(taken, state.version, discount, at.policy.max_examples)
+    else:
+        weighed = weights.by_share(taken, state.version, discount, at.policy.buffer_size)
+    return [Merge(state.version + 1, weighed)]
 
 
 def publish(at: Situation) -> list[Effect]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coordinator.engine.actions import ready
-from coordinator.engine.situation import Situation
+from coordinator.engine.state import Situation
 
 # --- of a device that asks ---
 

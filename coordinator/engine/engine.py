@@ -18,9 +18,7 @@ from typing import Any
 
 from coordinator.engine.events import Effect, Event, Merged, MergeFailed, Restarted, Stored, Tick
 from coordinator.engine.policy import Policy
-from coordinator.engine.ration import Ration
-from coordinator.engine.situation import Situation
-from coordinator.engine.state import MergePhase, State, WorkPhase
+from coordinator.engine.state import MergePhase, Ration, Situation, State, WorkPhase
 from coordinator.engine.transitions import VERSION, WORK, Phase, Row
 from edge_sdk.core.errors import InternalError
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from coordinator.engine import staleness
+from coordinator.engine.weights import Discount
 from edge_sdk.core.errors import InputError
 
 LEAST_STALENESS = 10  # where the host names no max_staleness and versions are slower than leases
@@ -27,7 +27,7 @@ class Policy:
     over_selection: float = 0.0  # synchronous: so many more devices than K are given work, as a share of K
     concurrency: int | None = None  # the most leases at a time; None: no limit
     max_staleness: int | None = None  # versions; an older update is refused. None: see `staleness_limit`
-    staleness: staleness.Name = "polynomial"
+    staleness: Discount = "polynomial"
     server_learning_rate: float = 1.0  # η
     lease_s: float = 600.0  # the most time for an assignment, and what a device without a past gets
     deadline_mads: float = 6.0  # k: a device with a past gets the median + k·MAD of what it took

@@ -1,12 +1,16 @@
-"""All that decides what happens next in a federation. Bounded by devices + K: nothing grows with time."""
+"""All that decides what happens next in a federation, and an event that meets it.
+
+Bounded by devices + K: nothing grows with time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from coordinator.engine.events import Buffered, Lease
+from coordinator.engine.policy import Policy
 from coordinator.engine.waiting_line import WaitingLine
 
 WorkPhase = Literal["idle", "training", "late"]
@@ -76,3 +80,77 @@ class State:
         """Devices that have, or have handed in, work from the current version."""
         at_work = {lease.device for lease in self.leases() if lease.version == self.version}
         return at_work | {update.device for update in self.unmerged() if update.version == self.version}
+
+
+@dataclass
+class Ration:
+    """Versions that the updates of each device may still enter, under differential privacy.
+
+    Without a limit where `most` is None. Two updates of one device in one version would double what it can
+    move; one version more than its budget allows would break the promise made to it. A device without budget
+    stays out, and the others go on: the bound holds for each device by itself.
+    """
+
+    most: int | None = None  # of a device that has entered none
+    left: dict[str, int] = field(default_factory=dict)  # of those that have
+
+    def is_spent(self, device: str, pending: int = 0) -> bool:
+        """Whether a device has no version left beyond those that `pending` updates of it wait for."""
+        left = self.left.get(device, self.most)
+        return left is not None and left <= pending
+
+    def spend(self, devices: Iterable[str]) -> None:
+        """Updates of these devices are in a published version."""
+        for device in devices:
+            left = self.left.get(device, self.most)
+            if left is not None:
+                self.left[device] = left - 1
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One event, in the state that it meets. `device` is empty for an event of the federation."""
+
+    state: State
+    policy: Policy
+    ration: Ration | None
+    steps: int  # of an assignment that is not cut down
+    event: Any
+    now: float
+    device: str = ""
+
+    @property
+    def seat(self) -> Seat:
+        """Of the event's device."""
+        return self.state.seat(self.device)
+
+    @property
+    def held(self) -> Lease | None:
+        """The lease that the event is about, if the device still has that work in hand."""
+        lease = self.seat.lease
+        return lease if lease and lease.assignment == self.event.assignment else None
+
+    @property
+    def version(self) -> int:
+        """That the event's work began from."""
+        event = self.event
+        return int(event.update.version if hasattr(event, "update") else event.version)
+
+    @property
+    def pending(self) -> int:
+        """Updates of the device that are in no version yet."""
+        return sum(update.device == self.device for update in self.state.unmerged())
+
+    def can_count(self, version: int) -> bool:
+        """Whether an update from `version` can still be merged.
+
+        Once per version and in rising order, so that work that arrives twice, by whatever way, counts once.
+        A synchronous round that is being merged takes nothing more.
+        """
+        state = self.state
+        given = self.seat.contributed
+        if given is not None and version <= given:
+            return False
+        if self.policy.mode == "synchronous" and state.phase == "merging":
+            return False
+        return state.version - version <= self.policy.staleness_limit

@@ -27,8 +27,7 @@ from coordinator.engine.events import (
     Stored,
     Tick,
 )
-from coordinator.engine.situation import Situation
-from coordinator.engine.state import MergePhase, WorkPhase
+from coordinator.engine.state import MergePhase, Situation, WorkPhase
 
 Phase = TypeVar("Phase", WorkPhase, MergePhase)
 Condition = Callable[[Situation], bool]

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.engine.ration import Ration
+from coordinator.engine.state import Ration
 from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
 from coordinator.storage.store import Store

@@ -20,21 +20,19 @@ from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.engine import events
 from coordinator.engine.engine import Engine
-from coordinator.engine.ration import Ration
+from coordinator.engine.state import Ration
 from coordinator.merging.merger import Merger
 from coordinator.privacy import ledger
 from coordinator.service.caches import Assignments, Credentials
 from coordinator.service.fault_log import Trouble
 from coordinator.service.opening import buffered, recalled
 from coordinator.service.process_limits import THREADS, trim_heap
-from coordinator.service.shared_answer import SharedAnswer
-from coordinator.service.status import Overview
+from coordinator.service.status import Overview, SharedAnswer
 from coordinator.settings import Settings
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.collection import Collector
-from coordinator.upkeep.data_folder import require_sound
-from coordinator.upkeep.join_token import join_token
+from coordinator.upkeep.data_folder import join_token, require_sound
 from edge_sdk.core.errors import (
     AdapterError,
     BadUpdates,

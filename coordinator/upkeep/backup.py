@@ -19,7 +19,7 @@ from coordinator.storage.disk import fsync_file, fsync_folder
 from coordinator.storage.failpoints import reach
 from coordinator.storage.schema import write_copy
 from coordinator.storage.store import DATABASE, Store
-from coordinator.upkeep.join_token import NAME, write_token
+from coordinator.upkeep.data_folder import TOKEN_FILE, write_token
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InputError
 
@@ -82,7 +82,7 @@ def _back_up(data: Path, out: Path) -> Backup:
         raise InputError(f"{data}: versions came faster than their blobs could be copied; try again")
     for digest in set(copies.digests()) - needed:
         copies.path(digest).unlink()
-    write_token(out / NAME, (data / NAME).read_text().strip())
+    write_token(out / TOKEN_FILE, (data / TOKEN_FILE).read_text().strip())
     for folder in (out / "blobs", *(out / "blobs").iterdir()):
         fsync_folder(folder)
     reach("backup-ready")

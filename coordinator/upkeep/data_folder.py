@@ -1,13 +1,22 @@
-"""What a data folder must hold before a coordinator goes on from it: told at the start, not at a merge."""
+"""A data folder at a start: that nobody else works on it, that what it holds is sound, its join token."""
 
 from __future__ import annotations
 
+import contextlib
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from coordinator.storage.blobs import Blobs
+from coordinator.storage.disk import fsync_file, fsync_folder
+from coordinator.storage.failpoints import reach
 from coordinator.storage.store import Store
 from edge_sdk.core.adapter_file.header import read_header
 from edge_sdk.core.errors import EdgeError, InputError
+
+TOKEN_FILE = "join-token"
 
 
 def require_sound(folder: Path, store: Store, blobs: Blobs, newest: int) -> None:
@@ -44,3 +53,60 @@ def _wrong_with(path: Path) -> str | None:
     except (OSError, EdgeError, LookupError, TypeError, ValueError) as error:
         return f"is damaged ({error})"
     return None
+
+
+@contextlib.contextmanager
+def only_coordinator(folder: Path) -> Iterator[None]:
+    """Hold the lock of a data folder, which is made if it is not there, while the block runs.
+
+    Two coordinators on one folder would each merge the same updates. The system lets go
+    of it when the process ends, however that is: a kill leaves no lock behind.
+
+    Raises:
+        InputError: another process holds it, or the folder cannot be one; names it.
+    """
+    lock = FileLock(folder / "coordinator.lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{folder}: a coordinator is running on this folder; stop that one, or name another folder"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def join_token(folder: Path) -> str:
+    """The join token of this data folder: made at the first start, readable by the host alone.
+
+    Raises:
+        InputError: the file can be neither made nor read, or is empty.
+    """
+    path = folder / TOKEN_FILE
+    try:
+        if not path.exists():
+            write_token(path, secrets.token_hex(16))  # never begins with a dash, as an option would
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the join token can be neither made nor read ({error})") from error
+    if not token:
+        raise InputError(f"{path} is empty; remove it, and a new join token is made")
+    return token
+
+
+def write_token(path: Path, token: str) -> None:
+    """Put it in its place whole and durably: half a token lets nobody in."""
+    made = path.with_name(f".{path.name}-new")
+    made.unlink(missing_ok=True)
+    made.touch(mode=0o600)
+    made.write_text(token + "\n")
+    fsync_file(made)
+    reach("token-written")
+    made.replace(path)
+    reach("token-renamed")
+    fsync_folder(path.parent)

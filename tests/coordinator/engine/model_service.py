@@ -32,7 +32,7 @@ from coordinator.engine.events import (
     Wait,
 )
 from coordinator.engine.policy import Policy
-from coordinator.engine.ration import Ration
+from coordinator.engine.state import Ration
 
 Answer = tuple[Any, ...]
 Job = Generator[None, None, Answer]

@@ -25,8 +25,7 @@ from coordinator.engine.events import (
     Wait,
 )
 from coordinator.engine.policy import Policy
-from coordinator.engine.ration import Ration
-from coordinator.engine.state import State
+from coordinator.engine.state import Ration, State
 from tests.coordinator.engine.effects import merge, names, stored
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator import rules
-from coordinator.engine import staleness
+from coordinator.engine.weights import DISCOUNTS, Discount
 from coordinator.privacy.mechanism import (
     RULES,
     Privacy,
@@ -116,7 +116,7 @@ def versions(seed: int) -> dict[int, dict[str, LoraFactors]]:
 
 
 def sums(
-    rule: SumRule, parts: list[Part], published: dict[int, dict[str, LoraFactors]], how: staleness.Name
+    rule: SumRule, parts: list[Part], published: dict[int, dict[str, LoraFactors]], how: Discount
 ) -> dict[str, Matrix]:
     """What a version adds before noise, of every module, from version 3 on, as the coordinator has it."""
     now, weights = 3, []
@@ -126,7 +126,7 @@ def sums(
         for name, sent in adapter.items():
             begun = started[name] if started else LoraFactors.empty(*MODULES[name])
             squared += squared_norm_bound(rule.change(sent, begun.leading(sent.rank)))
-        fixed = staleness.FUNCTIONS[how](now - version) / BUFFER_SIZE
+        fixed = DISCOUNTS[how](now - version) / BUFFER_SIZE
         weights.append(clip_factor(squared, LIMIT) * fixed)
     made = {}
     for name in MODULES:
@@ -140,9 +140,9 @@ def sums(
     return made
 
 
-@given(seeds, st.integers(1, 5), st.sampled_from(RULES), st.sampled_from(list(staleness.FUNCTIONS)), scales)
+@given(seeds, st.integers(1, 5), st.sampled_from(RULES), st.sampled_from(list(DISCOUNTS)), scales)
 def test_one_update_moves_the_sum_by_at_most_c_over_k(
-    seed: int, others: int, name: str, how: staleness.Name, scale: float
+    seed: int, others: int, name: str, how: Discount, scale: float
 ) -> None:
     """Left out: by C/K at most; any other adapter in its place: by 2C/K. All modules, before noise."""
     rng, published = np.random.default_rng(seed), versions(seed)

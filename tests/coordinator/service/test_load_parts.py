@@ -22,9 +22,9 @@ from coordinator.adapters.ladder import Rung
 from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.merging.parallel import cores
-from coordinator.service import process_limits, shared_answer
+from coordinator.service import process_limits, status
 from coordinator.service.caches import Assignments, Credentials
-from coordinator.service.shared_answer import SharedAnswer
+from coordinator.service.status import SharedAnswer
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
 from coordinator.storage.store import Store
@@ -60,8 +60,8 @@ def test_many_who_ask_at_once_share_one_answer() -> None:
 
 
 def test_an_answer_that_takes_long_serves_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_answer, "FRESH_BELOW_S", 0.01)
-    monkeypatch.setattr(shared_answer, "SHARE", 10_000)
+    monkeypatch.setattr(status, "FRESH_BELOW_S", 0.01)
+    monkeypatch.setattr(status, "SHARE", 10_000)
     made: list[int] = []
 
     def make() -> bytes:

@@ -215,7 +215,7 @@ def test_niceness_is_of_the_thread_and_of_what_it_starts() -> None:
     program = """
 import os, threading, torch
 from pathlib import Path
-from edge_sdk import priority
+from edge_sdk.system import priority
 torch.set_num_threads(3)
 def niceness():
     tasks = [int(p.name) for p in Path("/proc/self/task").iterdir()]

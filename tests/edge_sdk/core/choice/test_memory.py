@@ -351,7 +351,8 @@ def test_activations_are_what_autograd_keeps(directories: Mapping[str, Path], ki
 
 GROWTH = """
 import sys
-from edge_sdk import base_model, process_memory
+from edge_sdk.model import base_model
+from edge_sdk.system import process_memory
 from edge_sdk.text.rows import Tokenised
 from edge_sdk.training.trainer import Plan, Start, Trainer
 
