@@ -20,7 +20,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -31,19 +31,18 @@ from coordinator.engine.events import (
     Buffered,
     BytesArrived,
     Decline,
-    Effect,
     Event,
-    Grant,
     Joined,
     Lease,
     Merge,
     Merged,
     Offered,
     Stored,
-    Tell,
     Tick,
     Wait,
 )
+
+Answer = TypeVar("Answer")
 
 ASK_SPREAD = 0.25  # a device waits up to this share longer than it is told
 PIECE_BYTES = 1 << 16  # of an upload, one each heartbeat
@@ -192,13 +191,13 @@ class VirtualFederation:
         """Let something happen; of two things at one time the one that was said first comes first."""
         heapq.heappush(self._heap, (self.now + seconds, next(self._order), action, arguments))
 
-    def _handle(self, event: Event) -> list[Effect]:
-        """The engine's effects; merges are begun, the rest is for the caller's device."""
-        effects = self._engine.handle(event, self.now)
-        for effect in effects:
+    def _handle(self, event: Event[Answer]) -> Answer:
+        """Begin the merges that the engine wants; its answer is for the caller's device."""
+        done = self._engine.handle(event, self.now)
+        for effect in done.effects:
             if isinstance(effect, Merge):
                 self._after(self._conditions.merge_s, self._publish, effect)
-        return effects
+        return done.answer
 
     def _tick(self) -> None:
         self._handle(Tick())
@@ -218,12 +217,11 @@ class VirtualFederation:
         """Work, or a pause."""
         device = self._devices[place]
         asked = Asked(device.name, device.rank, self._ids.bytes(12).hex(), device.carry_rank)
-        answer = self._handle(asked)[-1]
+        answer = self._handle(asked)
         if isinstance(answer, Wait):
             longer = 1.0 + ASK_SPREAD * self._waits[place].random()
             self._after(answer.retry_after_s * longer, self._ask, place)
             return
-        assert isinstance(answer, Grant)
         self._begin(place, answer.lease)
 
     def _begin(self, place: int, lease: Lease) -> None:
@@ -263,8 +261,7 @@ class VirtualFederation:
         lease, done = attempt.lease, attempt.done(self.now)
         if done >= attempt.steps:
             return
-        answer = self._handle(Beat(lease.device, lease.assignment, lease.version, done))[-1]
-        assert isinstance(answer, Tell)
+        answer = self._handle(Beat(lease.device, lease.assignment, lease.version, done))
         if answer.directive == "abandon":
             self._end(place, attempt, "abandoned")
             self._ask(place)
@@ -303,7 +300,7 @@ class VirtualFederation:
         """The last byte is there: taken in, or declined."""
         lease = attempt.lease
         offered = self._handle(Offered(lease.device, lease.assignment, lease.version))
-        if any(isinstance(effect, Decline) for effect in offered):
+        if isinstance(offered, Decline):
             self._end(place, attempt, "declined")
         else:
             self._end(place, attempt, "delivered")

@@ -1,5 +1,6 @@
-"""What a transition does: changes of the state, and effects. Phases are changed by the engine, not here.
+"""What a transition does: it changes the state, answers, and says what is to be done.
 
+Phases are changed by the engine, not here.
 An action's docstring is its label in docs/ENGINE.md.
 """
 
@@ -8,18 +9,29 @@ from __future__ import annotations
 from coordinator.engine import pacing, weights
 from coordinator.engine.events import (
     Accept,
+    Asked,
+    Beat,
     Buffered,
+    BytesArrived,
     Decline,
+    Done,
     Effect,
     Expired,
     Grant,
     Lease,
     Merge,
+    Merged,
+    MergeFailed,
+    Offered,
     Published,
+    Refused,
+    Restarted,
+    Stored,
     Tell,
+    Tick,
     Wait,
 )
-from coordinator.engine.state import Situation
+from coordinator.engine.state import Situation, held, ready
 from edge_sdk.core.errors import StaleUpdate
 
 SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
@@ -31,7 +43,7 @@ LEAST_BYTES_S = 1024.0  # bytes in flight are life: each keeps a lease for so lo
 # --- answers to a device that asks ---
 
 
-def grant(at: Situation) -> list[Effect]:
+def grant(at: Situation[Asked]) -> Done[Grant]:
     """Grant a lease."""
     state, seat, event = at.state, at.seat, at.event
     steps = pacing.steps(seat.paces_s, at.steps, at.policy)
@@ -47,137 +59,149 @@ def grant(at: Situation) -> list[Effect]:
     )
     seat.lease = lease
     state.line.leave(at.device)
-    return [Grant(lease)]
+    return Done(Grant(lease))
 
 
-def repeat_grant(at: Situation) -> list[Effect]:
+def repeat_grant(at: Situation[Asked]) -> Done[Grant]:
     """Repeat the grant."""
     assert at.seat.lease is not None
-    return [Grant(at.seat.lease)]
+    return Done(Grant(at.seat.lease))
 
 
-def wait_for_budget(at: Situation) -> list[Effect]:
+def wait_for_budget(at: Situation[Asked]) -> Done[Wait]:
     """Wait."""
     return _wait(at, SPENT, SPENT_RETRY_S)
 
 
-def wait_for_own_update(at: Situation) -> list[Effect]:
+def wait_for_own_update(at: Situation[Asked]) -> Done[Wait]:
     """Wait."""
     return _wait(at, "your update is in; a version takes one of each device")
 
 
-def wait_for_version(at: Situation) -> list[Effect]:
+def wait_for_version(at: Situation[Asked]) -> Done[Wait]:
     """Wait."""
     return _wait(at, f"your update of version {at.state.version} is in; the next is not due")
 
 
-def wait_after_refusal(at: Situation) -> list[Effect]:
+def wait_after_refusal(at: Situation[Asked]) -> Done[Wait]:
     """Wait."""
     assert at.seat.work_from is not None
     at.state.line.leave(at.device)
-    return [Wait(at.seat.work_from - at.now, "your last update was refused; there is new work after a pause")]
+    pause_s = at.seat.work_from - at.now
+    return Done(Wait(pause_s, "your last update was refused; there is new work after a pause"))
 
 
-def wait_for_round(at: Situation) -> list[Effect]:
+def wait_for_round(at: Situation[Asked]) -> Done[Wait]:
     """Wait in line."""
     places = at.policy.round_size
     return _wait_in_line(at, places, f"round {at.state.version} has its {places} devices")
 
 
-def wait_for_slot(at: Situation) -> list[Effect]:
+def wait_for_slot(at: Situation[Asked]) -> Done[Wait]:
     """Wait in line."""
     slots = at.policy.concurrency
     assert slots is not None
     return _wait_in_line(at, slots, f"{slots} devices are at work, as many as the host wants")
 
 
-def _wait_in_line(at: Situation, slots: int, reason: str) -> list[Effect]:
+def _wait_in_line(at: Situation[Asked], slots: int, reason: str) -> Done[Wait]:
     seed = at.event.assignment
     retry_s = at.state.line.wait_for_slot(at.device, slots, at.policy.retry_s, seed, at.now)
-    return [Wait(retry_s, f"{reason}; you are in line")]
+    return Done(Wait(retry_s, f"{reason}; you are in line"))
 
 
-def _wait(at: Situation, reason: str, at_least_s: float = 0.0) -> list[Effect]:
+def _wait(at: Situation[Asked], reason: str, at_least_s: float = 0.0) -> Done[Wait]:
     """It could not use a slot: were it to keep a place in line, those behind it might wait for each other."""
     at_least_s = max(at_least_s, at.policy.retry_s)
     at.state.line.leave(at.device)
-    return [Wait(at.state.line.wait(at.device, at_least_s, at.event.assignment, at.now), reason)]
+    return Done(Wait(at.state.line.wait(at.device, at_least_s, at.event.assignment, at.now), reason))
 
 
 # --- work in hand ---
 
 
-def nothing(at: Situation) -> list[Effect]:
+def nothing(at: Situation[object]) -> Done[None]:
     """Nothing."""
-    return []
+    return Done(None)
 
 
-def expire(at: Situation) -> list[Effect]:
+def no_effects(at: Situation[object]) -> tuple[Effect, ...]:
+    """Nothing."""
+    return ()
+
+
+def expire(at: Situation[Tick]) -> Done[None]:
+    """Expire the lease."""
+    return Done(None, expired(at))
+
+
+def expired(at: Situation[object]) -> tuple[Effect, ...]:
     """Expire the lease."""
     assert at.seat.lease is not None
-    return [Expired(at.seat.lease)]
+    return (Expired(at.seat.lease),)
 
 
-def tell_continue(at: Situation) -> list[Effect]:
+def tell_continue(at: Situation[Beat]) -> Done[Tell]:
     """Tell continue."""
     _note_progress(at)
-    return [Tell("continue")]
+    return Done(Tell("continue"))
 
 
-def tell_finish(at: Situation) -> list[Effect]:
+def tell_finish(at: Situation[Beat]) -> Done[Tell]:
     """Tell finish."""
     _note_progress(at)
-    return [Tell("finish")]
+    return Done(Tell("finish"))
 
 
-def tell_abandon(at: Situation) -> list[Effect]:
+def tell_abandon(at: Situation[Beat]) -> Done[Tell]:
     """Tell abandon."""
-    return [Tell("abandon")]
+    return Done(Tell("abandon"))
 
 
-def expire_and_abandon(at: Situation) -> list[Effect]:
+def expire_and_abandon(at: Situation[Beat]) -> Done[Tell]:
     """Expire the lease, tell abandon."""
-    return [*expire(at), Tell("abandon")]
+    return Done(Tell("abandon"), expired(at))
 
 
-def _note_progress(at: Situation) -> None:
+def _note_progress(at: Situation[Beat]) -> None:
     """A heartbeat that was overtaken by a later one takes nothing back."""
-    if at.held:
-        at.held.steps_done = max(at.held.steps_done, at.event.steps_done)
+    if lease := held(at):
+        lease.steps_done = max(lease.steps_done, at.event.steps_done)
 
 
-def extend(at: Situation) -> list[Effect]:
+def extend(at: Situation[BytesArrived]) -> Done[None]:
     """Extend the lease."""
-    assert at.held is not None
-    at.held.expires_at = max(at.held.expires_at, at.now + at.event.size_bytes / LEAST_BYTES_S)
-    return []
+    lease = held(at)
+    assert lease is not None
+    lease.expires_at = max(lease.expires_at, at.now + at.event.size_bytes / LEAST_BYTES_S)
+    return Done(None)
 
 
 # --- an update ---
 
 
-def accept(at: Situation) -> list[Effect]:
+def accept(at: Situation[Offered]) -> Done[Accept]:
     """Accept."""
-    return [Accept()]
+    return Done(Accept())
 
 
-def decline(at: Situation) -> list[Effect]:
+def decline(at: Situation[Offered | Stored]) -> Done[Decline]:
     """Decline."""
-    return [Decline(at.event.assignment, _why_not(at, at.device, at.version))]
+    return Done(Decline(at.event.assignment, _why_not(at, at.device, at.event.version)))
 
 
-def decline_unpaid(at: Situation) -> list[Effect]:
+def decline_unpaid(at: Situation[Offered | Stored]) -> Done[Decline]:
     """Decline."""
     error = StaleUpdate(f"not taken in: {SPENT}; drop it", current_version=at.state.version)
-    return [Decline(at.event.assignment, error)]
+    return Done(Decline(at.event.assignment, error))
 
 
-def expire_and_decline(at: Situation) -> list[Effect]:
+def expire_and_decline(at: Situation[Offered | Stored]) -> Done[Decline]:
     """Expire the lease, decline."""
-    return [*expire(at), *decline(at)]
+    return Done(decline(at).answer, expired(at))
 
 
-def _why_not(at: Situation, device: str, version: int) -> StaleUpdate:
+def _why_not(at: Situation[object], device: str, version: int) -> StaleUpdate:
     """Why an update of a device from `version` counts no more, and where to go on."""
     current, limit = at.state.version, at.policy.staleness_limit
     given = at.state.seat(device).contributed
@@ -190,58 +214,48 @@ def _why_not(at: Situation, device: str, version: int) -> StaleUpdate:
     return StaleUpdate(f"{why}. Train from version {current}", current_version=current)
 
 
-def take_in(at: Situation) -> list[Effect]:
+def take_in(at: Situation[Stored]) -> Done[None]:
     """Buffer it."""
     state, seat, update = at.state, at.seat, at.event.update
     state.buffer.append(update)
     state.first_at = at.now if state.first_at is None else state.first_at
     seat.contributed, seat.refusals, seat.work_from = update.version, 0, None
     _note_pace(at)
-    return []
+    return Done(None)
 
 
-def _note_pace(at: Situation) -> None:
+def _note_pace(at: Situation[Stored]) -> None:
     """Remember how long it took. Of work granted before a restart the disk remembers (`Store.paces_s`)."""
-    lease = at.held
+    lease = held(at)
     if lease is None or lease.granted_at is None:
         return
     pace_s = (at.now - lease.granted_at) / (at.event.steps or lease.steps)
     at.seat.paces_s = (*at.seat.paces_s, pace_s)[-pacing.KEPT :]
 
 
-def pause_after_refusal(at: Situation) -> list[Effect]:
+def pause_after_refusal(at: Situation[Refused]) -> Done[None]:
     """The next work comes later."""
     seat = at.seat
     seat.refusals += 1
     pause_s = min(MOST_REFUSED_S, at.policy.retry_s * 2.0 ** min(seat.refusals - 1, 32))
     seat.work_from = at.now + pause_s
-    return []
+    return Done(None)
 
 
-def expire_and_pause(at: Situation) -> list[Effect]:
+def expire_and_pause(at: Situation[Refused]) -> Done[None]:
     """Expire the lease; the next work comes later."""
-    return [*expire(at), *pause_after_refusal(at)]
+    lease_over = expired(at)
+    pause_after_refusal(at)
+    return Done(None, lease_over)
 
 
 # --- versions ---
 
 
-def ready(at: Situation) -> list[Buffered]:
-    """What the next version takes: all that is buffered; under a ration the oldest of each device."""
-    if at.ration is None:
-        return at.state.buffer
-    oldest: dict[str, Buffered] = {}
-    for update in at.state.buffer:
-        # Of two that came in at the same moment only one may have been within the budget.
-        if not at.ration.is_spent(update.device):
-            oldest.setdefault(update.device, update)
-    return list(oldest.values())
-
-
-def merge(at: Situation) -> list[Effect]:
+def merge(at: Situation[Stored | Tick]) -> Done[None]:
     """Merge."""
     state = at.state
-    taken = ready(at)
+    taken = ready(state, at.ration)
     state.buffer = [update for update in state.buffer if update not in taken]
     state.merging, state.merging_first_at = tuple(taken), state.first_at
     state.first_at, state.merge_at = None, None
@@ -250,10 +264,10 @@ def merge(at: Situation) -> list[Effect]:
         weighed = weights.by_examples(taken, state.version, discount, at.policy.max_examples)
     else:
         weighed = weights.by_share(taken, state.version, discount, at.policy.buffer_size)
-    return [Merge(state.version + 1, weighed)]
+    return Done(None, (Merge(state.version + 1, weighed),))
 
 
-def publish(at: Situation) -> list[Effect]:
+def publish(at: Situation[Merged]) -> Done[None]:
     """The new version is the current one."""
     state = at.state
     if at.ration:
@@ -264,10 +278,10 @@ def publish(at: Situation) -> list[Effect]:
     for lease in state.leases():
         if state.version - lease.version > at.policy.staleness_limit:  # it holds a slot for nothing
             lease.expires_at = min(lease.expires_at, at.now)
-    return [Published(state.version)]
+    return Done(None, (Published(state.version),))
 
 
-def put_back(at: Situation) -> list[Effect]:
+def put_back(at: Situation[MergeFailed]) -> Done[None]:
     """Put the others back."""
     state, rejected = at.state, at.event.rejected
     for update in state.merging:
@@ -280,20 +294,20 @@ def put_back(at: Situation) -> list[Effect]:
         seat.contributed = max(update.version, -1 if seat.contributed is None else seat.contributed)
     if kept:  # what was due by its time still is
         state.first_at = state.merging_first_at
-    return []
+    return Done(None)
 
 
-def put_back_and_rest(at: Situation) -> list[Effect]:
+def put_back_and_rest(at: Situation[MergeFailed]) -> Done[None]:
     """Put all back; try again later, each time later."""
     state, failures = at.state, at.state.failures
     put_back(at)
     state.failures = failures + 1
     pause_s = min(MOST_MERGE_RETRY_S, MERGE_RETRY_S * 2.0 ** min(state.failures - 1, 32))
     state.merge_at = at.now + pause_s
-    return []
+    return Done(None)
 
 
-def restore(at: Situation) -> list[Effect]:
+def restore(at: Situation[Restarted]) -> Done[None]:
     """Take up what the disk remembers; what can count no more is declined."""
     state, event = at.state, at.event
     state.version, state.version_rank = event.version, event.rank
@@ -307,9 +321,9 @@ def restore(at: Situation) -> list[Effect]:
     declined = [update for update in event.buffer if _is_void(at, update)]
     state.buffer = [update for update in event.buffer if update not in declined]
     state.first_at = at.now if state.buffer else None
-    return [Decline(u.update, _why_not(at, u.device, u.version)) for u in declined]
+    return Done(None, tuple(Decline(u.update, _why_not(at, u.device, u.version)) for u in declined))
 
 
-def _is_void(at: Situation, update: Buffered) -> bool:
+def _is_void(at: Situation[object], update: Buffered) -> bool:
     """Whether a crash came between storing an update and declining it: its round was over."""
     return at.policy.mode == "synchronous" and update.version < at.state.version

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from coordinator.engine.actions import ready
-from coordinator.engine.state import Situation
+from coordinator.engine.events import (
+    Asked,
+    Beat,
+    DeviceEvent,
+    MergeFailed,
+    Stored,
+    Tick,
+    VersionedEvent,
+    WorkEvent,
+)
+from coordinator.engine.state import Situation, held, ready
 
 # --- of a device that asks ---
 
 
-def budget_spent(at: Situation) -> bool:
+def budget_spent(at: Situation[DeviceEvent]) -> bool:
     """Its privacy budget is spent."""
     return at.ration is not None and at.ration.is_spent(at.device, at.pending)
 
 
-def update_waits(at: Situation) -> bool:
+def update_waits(at: Situation[Asked]) -> bool:
     """Under privacy, an update of it waits for a version."""
     return at.ration is not None and any(update.device == at.device for update in at.state.buffer)
 
 
-def same_work(at: Situation) -> bool:
+def same_work(at: Situation[Asked]) -> bool:
     """It asks for the work that it holds, which can still count."""
     lease, event = at.seat.lease, at.event
     if lease is None or at.now >= lease.expires_at or not at.can_count(lease.version) or budget_spent(at):
         return False
-    return bool(lease.rank == event.rank and lease.carry_rank <= event.carry_rank)
+    return lease.rank == event.rank and lease.carry_rank <= event.carry_rank
 
 
-def has_given(at: Situation) -> bool:
+def has_given(at: Situation[Asked]) -> bool:
     """An update of it from this version is in."""
     given = at.seat.contributed
     return given is not None and given >= at.state.version
 
 
-def must_pause(at: Situation) -> bool:
+def must_pause(at: Situation[Asked]) -> bool:
     """Its last update was refused a moment ago."""
     return at.seat.work_from is not None and at.now < at.seat.work_from
 
 
-def round_is_full(at: Situation) -> bool:
+def round_is_full(at: Situation[Asked]) -> bool:
     """The synchronous round has its devices, keeps a place for who waits longer, or is being merged."""
     if at.policy.mode != "synchronous":
         return False
@@ -45,7 +54,7 @@ def round_is_full(at: Situation) -> bool:
     return at.state.phase == "merging" or not at.state.line.has_turn(at.device, free, at.now)
 
 
-def no_slot(at: Situation) -> bool:
+def no_slot(at: Situation[Asked]) -> bool:
     """Every slot is taken, or kept for who waits longer."""
     slots = at.policy.concurrency
     if slots is None:
@@ -57,36 +66,36 @@ def no_slot(at: Situation) -> bool:
 # --- of work in hand ---
 
 
-def other_work(at: Situation) -> bool:
+def other_work(at: Situation[WorkEvent]) -> bool:
     """It is not the work in hand."""
-    return at.held is None
+    return held(at) is None
 
 
-def stray_and_void(at: Situation) -> bool:
+def stray_and_void(at: Situation[VersionedEvent]) -> bool:
     """It is not the work in hand, and cannot count."""
-    return at.held is None and not at.can_count(at.version)
+    return held(at) is None and not at.can_count(at.event.version)
 
 
-def cannot_count(at: Situation) -> bool:
+def cannot_count(at: Situation[VersionedEvent]) -> bool:
     """It cannot count: too old, or that device's update is in."""
-    return not at.can_count(at.version)
+    return not at.can_count(at.event.version)
 
 
-def one_version_left(at: Situation) -> bool:
+def one_version_left(at: Situation[Beat]) -> bool:
     """One version more makes it too old."""
     limit = at.policy.staleness_limit
-    return limit > 0 and at.state.version - at.version >= limit
+    return limit > 0 and at.state.version - at.event.version >= limit
 
 
-def is_awaited(at: Situation) -> bool:
+def is_awaited(at: Situation[Beat]) -> bool:
     """The time is over without a quorum, and half of it is done."""
-    state, lease = at.state, at.held
+    state, lease = at.state, held(at)
     if state.phase != "collecting" or state.first_at is None or lease is None:
         return False
     return at.now - state.first_at >= at.policy.timeout_s and 2 * at.event.steps_done >= lease.steps
 
 
-def deadline_passed(at: Situation) -> bool:
+def deadline_passed(at: Situation[Tick]) -> bool:
     """Its deadline has passed."""
     lease = at.seat.lease
     return lease is not None and at.now >= lease.expires_at
@@ -95,21 +104,21 @@ def deadline_passed(at: Situation) -> bool:
 # --- of the federation ---
 
 
-def is_due(at: Situation) -> bool:
+def is_due(at: Situation[Stored | Tick]) -> bool:
     """Enough is in: K updates, or a quorum and the time-out."""
     state, policy = at.state, at.policy
     if state.first_at is None:
         return False
-    count = len(ready(at))
+    count = len(ready(at.state, at.ration))
     waited = at.now - state.first_at >= policy.timeout_s
     return count >= policy.buffer_size or (waited and count >= policy.quorum)
 
 
-def still_rests(at: Situation) -> bool:
+def still_rests(at: Situation[Stored | Tick]) -> bool:
     """The pause is not over."""
     return at.state.merge_at is not None and at.now < at.state.merge_at
 
 
-def some_rejected(at: Situation) -> bool:
+def some_rejected(at: Situation[MergeFailed]) -> bool:
     """Damaged updates are named."""
     return bool(at.event.rejected)

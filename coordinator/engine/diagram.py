@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from coordinator.engine.transitions import VERSION, WORK, Phase, Row
+from coordinator.engine.transitions import VERSION, WORK, AnyRow, OnEvent, Pass, Phase
 
 _HEAD = """\
 # The engine
@@ -40,42 +40,38 @@ def page() -> str:
     )
 
 
-def diagram(rows: Sequence[Row[Phase]], first: Phase) -> str:
+def diagram(events: Sequence[OnEvent[Phase]], first: Phase) -> str:
     """A Mermaid state diagram of the rows that change the phase; rows between two phases share an arrow."""
-    arrows: dict[tuple[str, str], list[Row[Phase]]] = {}
-    for row in rows:
+    arrows: dict[tuple[str, str], dict[str, list[str]]] = {}  # from, to: what is done -> at which events
+    for event, row in rows_of(events):
         for phase in row.phases:
             if row.to is not None and row.to != phase:
-                arrows.setdefault((phase, row.to), []).append(row)
+                done = _label(row.do).replace(";", ",")  # to Mermaid a semicolon is the end of a line
+                arrows.setdefault((phase, row.to), {}).setdefault(done, []).append(event)
     lines: list[str] = ["```mermaid", "stateDiagram-v2", f"    [*] --> {first}"]
-    for (begin, end), taken in arrows.items():
-        lines.append(f"    {begin} --> {end} : {_arrow_label(taken)}")
+    for (begin, end), things in arrows.items():
+        said = (f"{', '.join(dict.fromkeys(kinds))} / {done}" for done, kinds in things.items())
+        lines.append(f"    {begin} --> {end} : {'<br/>'.join(said)}")
     return "\n".join([*lines, "```"])
 
 
-def _arrow_label(rows: Sequence[Row[Phase]]) -> str:
-    """Events and what is done, a line for each thing done. To Mermaid a semicolon is the end of a line."""
-    events: dict[str, list[str]] = {}
-    for row in rows:
-        events.setdefault(_label(row.do).replace(";", ","), []).append(_event(row.event))
-    return "<br/>".join(f"{', '.join(dict.fromkeys(kinds))} / {done}" for done, kinds in events.items())
-
-
-def table(rows: Sequence[Row[Phase]]) -> list[str]:
+def table(events: Sequence[OnEvent[Phase]]) -> list[str]:
     """Every row, as a Markdown table."""
     lines = ["| event | in | if | then | and is |", "|---|---|---|---|---|"]
-    for row in rows:
+    for event, row in rows_of(events):
         condition = _label(row.when) if row.when else "otherwise"
         to = row.to or "as before"
-        again = ", and sees the event again" if row.again else ""
-        cells = (_event(row.event), ", ".join(row.phases), condition, _label(row.do), to + again)
-        lines.append(f"| {' | '.join(cells)} |")
+        again = ", and sees the event again" if isinstance(row, Pass) else ""
+        lines.append(f"| {event} | {', '.join(row.phases)} | {condition} | {_label(row.do)} | {to}{again} |")
     return lines
 
 
-def _event(kind: type[Any]) -> str:
-    """`BytesArrived` -> bytes arrived."""
-    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in kind.__name__).strip()
+def rows_of(events: Sequence[OnEvent[Phase]]) -> Iterator[tuple[str, AnyRow[Phase]]]:
+    """Each row beside its event in words: `BytesArrived` -> bytes arrived."""
+    for one in events:
+        name = one.event.__name__
+        words = "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+        yield from ((words, row) for row in one.rows)
 
 
 def _label(function: Callable[..., Any]) -> str:

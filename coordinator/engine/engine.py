@@ -1,9 +1,10 @@
 """Every policy on leases, buffers, rounds and staleness, as a pure state machine.
 
-`Engine.handle(event, now)` changes the state and returns effects; it does no I/O, reads no clock and draws
-no random numbers, so the same events give the same effects in the server, in a test and under a simulator's
-virtual clock. `now` is any clock in seconds that does not go backwards. What it does is written down in
-`transitions.py`, row by row; here the rows are looked up and taken.
+`Engine.handle(event, now)` changes the state, and returns the answer for whoever brought the event and what
+is to be done. It does no I/O, reads no clock and draws no random numbers, so the same events come to the same
+in the server, in a test and under a simulator's virtual clock. `now` is any clock in seconds that does not go
+backwards. What it does is written down in `transitions.py`, row by row; here the rows are looked up and
+taken.
 
 Buffered mode (FedBuff, Nguyen et al. 2022, arXiv:2106.06639): merge when K updates are in, or T seconds after
 the first of them with a quorum. Synchronous mode: K devices, and some more if the host wants, get work from
@@ -14,30 +15,44 @@ declined.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Never, TypeVar, cast
 
-from coordinator.engine.events import Effect, Event, Merged, MergeFailed, Restarted, Stored, Tick
+from coordinator.engine.events import (
+    DeviceEvent,
+    Done,
+    Effect,
+    Event,
+    Merged,
+    MergeFailed,
+    Restarted,
+    Stored,
+    Tick,
+)
 from coordinator.engine.policy import Policy
 from coordinator.engine.state import MergePhase, Ration, Situation, State, WorkPhase
-from coordinator.engine.transitions import VERSION, WORK, Phase, Row
+from coordinator.engine.transitions import VERSION, WORK, AnyRow, OnEvent, Pass, Phase
 from edge_sdk.core.errors import InternalError
 
+Answer = TypeVar("Answer")
+Place = tuple[str, type[Event[object]]]
+"""A phase, and a kind of event that may come in it."""
 
-def _by_place(rows: Iterable[Row[Phase]]) -> Mapping[tuple[str, type[Any]], list[Row[Phase]]]:
+
+def _by_place(table: Iterable[OnEvent[Phase]]) -> Mapping[Place, list[AnyRow[Phase]]]:
     """The rows for each phase and event, in their order."""
-    found: dict[tuple[str, type[Any]], list[Row[Phase]]] = {}
-    for row in rows:
-        for phase in row.phases:
-            found.setdefault((phase, row.event), []).append(row)
+    found: dict[Place, list[AnyRow[Phase]]] = {}
+    for one in table:
+        for row in one.rows:
+            for phase in row.phases:
+                found.setdefault((phase, one.event), []).append(row)
     return found
 
 
 _WORK, _VERSION = _by_place(WORK), _by_place(VERSION)
-_OF_THE_FEDERATION = (Merged, MergeFailed, Restarted)
 
 
 class Engine:
-    """The machine. One per federation; not thread-safe, and it needs not be: a call takes microseconds.
+    """The machine. One per federation; not thread-safe, and it need not be: a call takes microseconds.
 
     Args:
         policy: the host's choices.
@@ -54,47 +69,71 @@ class Engine:
         self.ration = ration
         self.steps = steps
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
-        """Apply one event and return what is to be done about it, in order."""
-        if isinstance(event, _OF_THE_FEDERATION):
-            effects = self._version(event, now)
-            return effects + self._version(Tick(), now) if isinstance(event, Merged) else effects
-        if isinstance(event, Tick):
-            # Of leases that go on nothing would come: ten thousand of them need no row looked up.
-            due = sorted(lease.device for lease in self.state.leases() if now >= lease.expires_at)
-            effects = [effect for device in due for effect in self._work(device, event, now)]
-            return effects + self._version(event, now)
-        effects = self._work(event.device, event, now)
-        return effects + self._version(event, now) if isinstance(event, Stored) else effects
+    def handle(self, event: Event[Answer], now: float) -> Done[Answer]:
+        """Apply one event.
 
-    def _work(self, device: str, event: Event, now: float) -> list[Effect]:
-        """Take the row of one device."""
+        Returns:
+            The answer that such an event is due, and what is to be done about it, in order.
+        """
+        effects: tuple[Effect, ...] = ()
+        answer: object = None
+        if isinstance(event, DeviceEvent):
+            answer, effects = self._work(event.device, event, now)
+            if isinstance(event, Stored):
+                effects += self._version(event, now)
+        elif isinstance(event, Tick):
+            # Of leases that go on nothing would come: ten thousand of them need no row looked up.
+            for device in sorted(lease.device for lease in self.state.leases() if now >= lease.expires_at):
+                effects += self._work(device, event, now)[1]
+            effects += self._version(event, now)
+        elif isinstance(event, Merged | MergeFailed | Restarted):
+            effects = self._version(event, now)
+            if isinstance(event, Merged):
+                effects += self._version(Tick(), now)
+        # Which rows an event has decides what it is answered with; a test compares them with its parameter.
+        return Done(cast("Answer", answer), effects)
+
+    def _work(self, device: str, event: Event[object], now: float) -> tuple[object, tuple[Effect, ...]]:
+        """Take the row of one device: the answer, and what is to be done."""
         at = Situation(self.state, self.policy, self.ration, self.steps, event, now, device)
         phase: WorkPhase = at.seat.phase
-        row = _first(_WORK, phase, at)
-        effects = row.do(at)
+        row, known = first_row(_WORK, phase, at)
+        if isinstance(row, Pass):
+            before = row.do(known)
+            self.state.move(device, row.to)
+            answer, effects = self._work(device, event, now)
+            return answer, before + effects
+        done = row.do(known)
         if row.to is not None:
             self.state.move(device, row.to)
-        return effects + self._work(device, event, now) if row.again else effects
+        return done.answer, done.effects
 
-    def _version(self, event: Event, now: float) -> list[Effect]:
+    def _version(self, event: Event[object], now: float) -> tuple[Effect, ...]:
         """Take the row of the version that is being made."""
         at = Situation(self.state, self.policy, self.ration, self.steps, event, now)
         phase: MergePhase = self.state.phase
-        row = _first(_VERSION, phase, at)
-        effects = row.do(at)
+        row, known = first_row(_VERSION, phase, at)
+        if isinstance(row, Pass):
+            before = row.do(known)
+            self.state.phase = row.to
+            return before + self._version(event, now)
+        done = row.do(known)
         if row.to is not None:
             self.state.phase = row.to
-        return effects + self._version(event, now) if row.again else effects
+        return done.effects
 
 
-def _first(table: Mapping[tuple[str, type[Any]], list[Row[Phase]]], phase: str, at: Situation) -> Row[Phase]:
-    """The row to take.
+def first_row(
+    table: Mapping[Place, list[AnyRow[Phase]]], phase: str, at: Situation[Event[object]]
+) -> tuple[AnyRow[Phase], Situation[Never]]:
+    """The row to take, and the situation as that row may look at it.
 
     Raises:
         InternalError: the event cannot happen in this phase.
     """
+    # Rows are looked up by the event's own type, so that whichever is found is about such an event.
+    known = cast("Situation[Never]", at)
     for row in table.get((phase, type(at.event)), ()):
-        if row.when is None or row.when(at):
-            return row
+        if row.when is None or row.when(known):
+            return row, known
     raise InternalError(f"{type(at.event).__name__} cannot happen while {phase}")

@@ -1,8 +1,9 @@
-"""What happens to the engine, and what it answers: records without behaviour."""
+"""What happens to the engine, what it answers, and what it wants done: records without behaviour."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from edge_sdk.core.errors import StaleUpdate
 from edge_sdk.core.messages import Directive
@@ -29,126 +30,11 @@ class Buffered:
 
     update: str
     device: str
-    version: int  # that it was trained from
+    version: int  # it was trained from this one
     examples: int
 
 
-# --- events of one device ---
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A device is new here."""
-
-    device: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A device wants work. `assignment` is a fresh random id to use if it is granted."""
-
-    device: str
-    rank: int
-    assignment: str
-    carry_rank: int = 0  # the most that it can hold frozen
-
-
-@dataclass(frozen=True)
-class Beat:
-    """A device reports progress on an assignment from `version`."""
-
-    device: str
-    assignment: str
-    version: int
-    steps_done: int
-
-
-@dataclass(frozen=True)
-class BytesArrived:
-    """A piece of the adapter of an assignment is stored."""
-
-    device: str
-    assignment: str
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Offered:
-    """A device says that the adapter of an assignment from `version` is whole; it is not acknowledged yet."""
-
-    device: str
-    assignment: str
-    version: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An update is on disk. `steps`: that it was trained for; 0: all that were asked for."""
-
-    update: Buffered
-    steps: int = 0
-
-    @property
-    def device(self) -> str:
-        """Whose it is."""
-        return self.update.device
-
-    @property
-    def assignment(self) -> str:
-        """What it was trained for."""
-        return self.update.update
-
-
-@dataclass(frozen=True)
-class Refused:
-    """What a device handed in for an assignment is no adapter that can be merged."""
-
-    device: str
-    assignment: str
-
-
-# --- events of the federation ---
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passed."""
-
-
-@dataclass(frozen=True)
-class Merged:
-    """The merge that was asked for is on disk as `version`, of live rank `rank`."""
-
-    version: int
-    rank: int
-
-
-@dataclass(frozen=True)
-class MergeFailed:
-    """The merge could not be done now; `rejected` updates are to be left out of the next try.
-
-    With none rejected the fault is ours, a full disk say, and the next try waits longer each time.
-    """
-
-    rejected: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Restarted:
-    """The coordinator began, with what the disk remembers. Leases are by the clock of this run."""
-
-    version: int = 0
-    rank: int = 0
-    leases: tuple[Lease, ...] = ()
-    buffer: tuple[Buffered, ...] = ()  # oldest first
-    contributed: tuple[tuple[str, int], ...] = ()  # device, newest version that an update of it is from
-    paces_s: tuple[tuple[str, tuple[float, ...]], ...] = ()  # device, seconds a step, oldest first
-
-
-DeviceEvent = Joined | Asked | Beat | BytesArrived | Offered | Stored | Refused
-Event = DeviceEvent | Tick | Merged | MergeFailed | Restarted
-
-# --- effects ---
+# --- answers to whoever brought the event ---
 
 
 @dataclass(frozen=True)
@@ -174,13 +60,6 @@ class Tell:
 
 
 @dataclass(frozen=True)
-class Expired:
-    """A lease is over, and its slot is free. The update may still come."""
-
-    lease: Lease
-
-
-@dataclass(frozen=True)
 class Accept:
     """The offered adapter can be merged: check it, store it and acknowledge it."""
 
@@ -191,6 +70,152 @@ class Decline:
 
     update: str
     error: StaleUpdate
+
+
+Answer_co = TypeVar("Answer_co", covariant=True)
+
+
+class Event(Generic[Answer_co]):
+    """Something that happens to the engine. The parameter says what it is answered with; None for nothing."""
+
+
+# --- events of one device ---
+
+
+@dataclass(frozen=True)
+class Joined(Event[None]):
+    """A device is new here."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class Asked(Event[Grant | Wait]):
+    """A device wants work. `assignment` is a fresh random id to use if it is granted."""
+
+    device: str
+    rank: int
+    assignment: str
+    carry_rank: int = 0  # the most that it can hold frozen
+
+
+@dataclass(frozen=True)
+class Beat(Event[Tell]):
+    """A device reports progress on an assignment from `version`."""
+
+    device: str
+    assignment: str
+    version: int
+    steps_done: int
+
+
+@dataclass(frozen=True)
+class BytesArrived(Event[None]):
+    """A piece of the adapter of an assignment is stored."""
+
+    device: str
+    assignment: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Offered(Event[Accept | Decline]):
+    """A device says that the adapter of an assignment from `version` is whole; it is not acknowledged yet."""
+
+    device: str
+    assignment: str
+    version: int
+
+
+@dataclass(frozen=True)
+class Stored(Event[Decline | None]):
+    """An update is on disk, and counts unless it is declined.
+
+    `steps`: how many it was trained for; 0: all that were asked for.
+    """
+
+    update: Buffered
+    steps: int = 0
+
+    @property
+    def device(self) -> str:
+        """Whose it is."""
+        return self.update.device
+
+    @property
+    def assignment(self) -> str:
+        """What it was trained for."""
+        return self.update.update
+
+    @property
+    def version(self) -> int:
+        """The version that it was trained from."""
+        return self.update.version
+
+
+@dataclass(frozen=True)
+class Refused(Event[None]):
+    """What a device handed in for an assignment is no adapter that can be merged."""
+
+    device: str
+    assignment: str
+
+
+# --- events of the federation ---
+
+
+@dataclass(frozen=True)
+class Tick(Event[None]):
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Merged(Event[None]):
+    """The merge that was asked for is on disk as `version`, of live rank `rank`."""
+
+    version: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class MergeFailed(Event[None]):
+    """The merge could not be done now; `rejected` updates are to be left out of the next try.
+
+    With none rejected the fault is ours, a full disk say, and the next try waits longer each time.
+    """
+
+    rejected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Restarted(Event[None]):
+    """The coordinator began, with what the disk remembers. Leases are by the clock of this run."""
+
+    version: int = 0
+    rank: int = 0
+    leases: tuple[Lease, ...] = ()
+    buffer: tuple[Buffered, ...] = ()  # oldest first
+    contributed: tuple[tuple[str, int], ...] = ()  # device, newest version that an update of it is from
+    paces_s: tuple[tuple[str, tuple[float, ...]], ...] = ()  # device, seconds a step, oldest first
+
+
+VersionedEvent = Beat | Offered | Stored
+"""About work that began from a version which the event names."""
+
+WorkEvent = VersionedEvent | BytesArrived | Refused
+"""About one assignment of one device."""
+
+DeviceEvent = WorkEvent | Joined | Asked
+FederationEvent = Tick | Merged | MergeFailed | Restarted
+
+# --- effects ---
+
+
+@dataclass(frozen=True)
+class Expired:
+    """A lease is over, and its slot is free. The update may still come."""
+
+    lease: Lease
 
 
 @dataclass(frozen=True)
@@ -211,4 +236,13 @@ class Published:
     version: int
 
 
-Effect = Grant | Wait | Tell | Expired | Accept | Decline | Merge | Published
+Effect = Expired | Decline | Merge | Published
+"""What is to be done because of an event, whoever brought it. Decline: of an update found at the start."""
+
+
+@dataclass(frozen=True)
+class Done(Generic[Answer_co]):
+    """What an event came to: the answer to whoever brought it, and what is to be done, in order."""
+
+    answer: Answer_co
+    effects: tuple[Effect, ...] = ()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Generic, Literal, TypeVar
 
-from coordinator.engine.events import Buffered, Lease
+from coordinator.engine.events import Buffered, Lease, WorkEvent
 from coordinator.engine.policy import Policy
 from coordinator.engine.waiting_line import WaitingLine
 
@@ -107,15 +107,34 @@ class Ration:
                 self.left[device] = left - 1
 
 
+def ready(state: State, ration: Ration | None) -> list[Buffered]:
+    """What the next version takes: all that is buffered; under a ration the oldest of each device."""
+    if ration is None:
+        return state.buffer
+    oldest: dict[str, Buffered] = {}
+    for update in state.buffer:
+        # Of two that came in at the same moment only one may have been within the budget.
+        if not ration.is_spent(update.device):
+            oldest.setdefault(update.device, update)
+    return list(oldest.values())
+
+
+Met_co = TypeVar("Met_co", covariant=True)
+"""The event of a situation."""
+
+
 @dataclass(frozen=True)
-class Situation:
-    """One event, in the state that it meets. `device` is empty for an event of the federation."""
+class Situation(Generic[Met_co]):
+    """One event, in the state that it meets: what conditions look at and actions change.
+
+    `steps`: of an assignment that is not cut down. `device` is empty for an event of the federation.
+    """
 
     state: State
     policy: Policy
     ration: Ration | None
-    steps: int  # of an assignment that is not cut down
-    event: Any
+    steps: int
+    event: Met_co
     now: float
     device: str = ""
 
@@ -123,18 +142,6 @@ class Situation:
     def seat(self) -> Seat:
         """Of the event's device."""
         return self.state.seat(self.device)
-
-    @property
-    def held(self) -> Lease | None:
-        """The lease that the event is about, if the device still has that work in hand."""
-        lease = self.seat.lease
-        return lease if lease and lease.assignment == self.event.assignment else None
-
-    @property
-    def version(self) -> int:
-        """That the event's work began from."""
-        event = self.event
-        return int(event.update.version if hasattr(event, "update") else event.version)
 
     @property
     def pending(self) -> int:
@@ -154,3 +161,9 @@ class Situation:
         if self.policy.mode == "synchronous" and state.phase == "merging":
             return False
         return state.version - version <= self.policy.staleness_limit
+
+
+def held(at: Situation[WorkEvent]) -> Lease | None:
+    """The lease that an event is about, if its device still has that work in hand."""
+    lease = at.seat.lease
+    return lease if lease and lease.assignment == at.event.assignment else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, Never, TypeVar
 
 from coordinator.engine import actions as do
 from coordinator.engine import conditions as when
@@ -17,7 +17,9 @@ from coordinator.engine.events import (
     Asked,
     Beat,
     BytesArrived,
+    Done,
     Effect,
+    Event,
     Joined,
     Merged,
     MergeFailed,
@@ -30,87 +32,151 @@ from coordinator.engine.events import (
 from coordinator.engine.state import MergePhase, Situation, WorkPhase
 
 Phase = TypeVar("Phase", WorkPhase, MergePhase)
-Condition = Callable[[Situation], bool]
-Action = Callable[[Situation], list[Effect]]
+Met_contra = TypeVar("Met_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
-class Row(Generic[Phase]):
-    """One transition. `to` None: the phase stays.
+class Row(Generic[Phase, Met_contra]):
+    """One transition: in one of `phases`, `when` that holds (None: always), `do` this and go `to` a phase.
 
-    `again`: the same event is then handled in the new phase.
+    `to` None: the phase stays.
     """
 
     phases: tuple[Phase, ...]
-    event: type[Any]
-    when: Condition | None
+    when: Callable[[Situation[Met_contra]], bool] | None
     to: Phase | None
-    do: Action
-    again: bool = False
+    do: Callable[[Situation[Met_contra]], Done[object]]
 
 
-_W = Row[WorkPhase]
+@dataclass(frozen=True)
+class Pass(Generic[Phase, Met_contra]):
+    """A transition that answers nothing: the same event is then handled in the new phase."""
+
+    phases: tuple[Phase, ...]
+    when: Callable[[Situation[Met_contra]], bool] | None
+    to: Phase
+    do: Callable[[Situation[Met_contra]], tuple[Effect, ...]]
+
+
+AnyRow = Row[Phase, Never] | Pass[Phase, Never]
+"""A row of whichever event. It can be given the situations of that event alone."""
+
+
+@dataclass(frozen=True)
+class OnEvent(Generic[Phase]):
+    """What becomes of one kind of event, in the order in which rows are tried. Made by `on`."""
+
+    event: type[Event[object]]
+    rows: tuple[AnyRow[Phase], ...]
+
+
+Heard = TypeVar("Heard", bound=Event[object])
+
+
+def on(event: type[Heard], *rows: Row[Phase, Heard] | Pass[Phase, Heard]) -> OnEvent[Phase]:
+    """The rows of an event, whose conditions and actions must be about that event: mypy compares."""
+    return OnEvent(event, rows)
+
+
 _ANY: tuple[WorkPhase, ...] = ("idle", "training", "late")
 _FREE: tuple[WorkPhase, ...] = ("idle", "late")
 _HELD: tuple[WorkPhase, ...] = ("training", "late")
 
-WORK: tuple[Row[WorkPhase], ...] = (
-    _W(_ANY, Joined, None, None, do.nothing),
-    # A device that asks has no other work in hand, whatever was granted before: it may never have heard.
-    _W(("training",), Asked, when.same_work, None, do.repeat_grant),
-    _W(("training",), Asked, None, "late", do.expire, again=True),
-    _W(_FREE, Asked, when.budget_spent, "idle", do.wait_for_budget),
-    _W(_FREE, Asked, when.update_waits, "idle", do.wait_for_own_update),
-    _W(_FREE, Asked, when.has_given, "idle", do.wait_for_version),
-    _W(_FREE, Asked, when.must_pause, "idle", do.wait_after_refusal),
-    _W(_FREE, Asked, when.round_is_full, "idle", do.wait_for_round),
-    _W(_FREE, Asked, when.no_slot, "idle", do.wait_for_slot),
-    _W(_FREE, Asked, None, "training", do.grant),
-    # Work goes on as long as it can count, whoever knows of it.
-    _W(_ANY, Beat, when.stray_and_void, None, do.tell_abandon),
-    _W(_ANY, Beat, when.other_work, None, do.tell_continue),
-    _W(("training",), Beat, when.cannot_count, "idle", do.expire_and_abandon),
-    _W(("training",), Beat, when.one_version_left, None, do.tell_finish),
-    _W(("training",), Beat, when.is_awaited, None, do.tell_finish),
-    _W(("training",), Beat, None, None, do.tell_continue),
-    _W(("late",), Beat, when.cannot_count, "idle", do.tell_abandon),
-    _W(("late",), Beat, None, None, do.tell_finish),
-    _W(_ANY, BytesArrived, when.other_work, None, do.nothing),
-    _W(("training",), BytesArrived, None, None, do.extend),
-    _W(("late",), BytesArrived, None, None, do.nothing),
-    _W(("training",), Tick, when.deadline_passed, "late", do.expire),
-    _W(("training",), Tick, None, None, do.nothing),
-    # An adapter is offered, checked and stored; meanwhile a round may have ended.
-    _W(_ANY, Offered, when.budget_spent, None, do.decline_unpaid),
-    _W(_ANY, Offered, when.stray_and_void, None, do.decline),
-    _W(("training",), Offered, when.cannot_count, "idle", do.expire_and_decline),
-    _W(("late",), Offered, when.cannot_count, "idle", do.decline),
-    _W(_ANY, Offered, None, None, do.accept),
-    _W(_ANY, Stored, when.budget_spent, None, do.decline_unpaid),
-    _W(_ANY, Stored, when.stray_and_void, None, do.decline),
-    _W(_ANY, Stored, when.other_work, None, do.take_in),
-    _W(("training",), Stored, when.cannot_count, "idle", do.expire_and_decline),
-    _W(("late",), Stored, when.cannot_count, "idle", do.decline),
-    _W(_HELD, Stored, None, "idle", do.take_in),
-    _W(_ANY, Refused, when.other_work, None, do.pause_after_refusal),
-    _W(("training",), Refused, None, "idle", do.expire_and_pause),
-    _W(("late",), Refused, None, "idle", do.pause_after_refusal),
+WORK: tuple[OnEvent[WorkPhase], ...] = (
+    on(
+        Joined,
+        Row(_ANY, None, None, do.nothing),
+    ),
+    on(
+        Asked,
+        # A device that asks has no other work in hand, whatever was granted before: it may never have heard.
+        Row(("training",), when.same_work, None, do.repeat_grant),
+        Pass(("training",), None, "late", do.expired),
+        Row(_FREE, when.budget_spent, "idle", do.wait_for_budget),
+        Row(_FREE, when.update_waits, "idle", do.wait_for_own_update),
+        Row(_FREE, when.has_given, "idle", do.wait_for_version),
+        Row(_FREE, when.must_pause, "idle", do.wait_after_refusal),
+        Row(_FREE, when.round_is_full, "idle", do.wait_for_round),
+        Row(_FREE, when.no_slot, "idle", do.wait_for_slot),
+        Row(_FREE, None, "training", do.grant),
+    ),
+    on(
+        Beat,
+        # Work goes on as long as it can count, whoever knows of it.
+        Row(_ANY, when.stray_and_void, None, do.tell_abandon),
+        Row(_ANY, when.other_work, None, do.tell_continue),
+        Row(("training",), when.cannot_count, "idle", do.expire_and_abandon),
+        Row(("training",), when.one_version_left, None, do.tell_finish),
+        Row(("training",), when.is_awaited, None, do.tell_finish),
+        Row(("training",), None, None, do.tell_continue),
+        Row(("late",), when.cannot_count, "idle", do.tell_abandon),
+        Row(("late",), None, None, do.tell_finish),
+    ),
+    on(
+        BytesArrived,
+        Row(_ANY, when.other_work, None, do.nothing),
+        Row(("training",), None, None, do.extend),
+        Row(("late",), None, None, do.nothing),
+    ),
+    on(
+        Tick,
+        Row(("training",), when.deadline_passed, "late", do.expire),
+        Row(("training",), None, None, do.nothing),
+    ),
+    on(
+        Offered,
+        # An adapter is offered, checked and stored; meanwhile a round may have ended.
+        Row(_ANY, when.budget_spent, None, do.decline_unpaid),
+        Row(_ANY, when.stray_and_void, None, do.decline),
+        Row(("training",), when.cannot_count, "idle", do.expire_and_decline),
+        Row(("late",), when.cannot_count, "idle", do.decline),
+        Row(_ANY, None, None, do.accept),
+    ),
+    on(
+        Stored,
+        Row(_ANY, when.budget_spent, None, do.decline_unpaid),
+        Row(_ANY, when.stray_and_void, None, do.decline),
+        Row(_ANY, when.other_work, None, do.take_in),
+        Row(("training",), when.cannot_count, "idle", do.expire_and_decline),
+        Row(("late",), when.cannot_count, "idle", do.decline),
+        Row(_HELD, None, "idle", do.take_in),
+    ),
+    on(
+        Refused,
+        Row(_ANY, when.other_work, None, do.pause_after_refusal),
+        Row(("training",), None, "idle", do.expire_and_pause),
+        Row(("late",), None, "idle", do.pause_after_refusal),
+    ),
 )
 
-_V = Row[MergePhase]
 _AWAKE: tuple[MergePhase, ...] = ("collecting", "merging")
 
-VERSION: tuple[Row[MergePhase], ...] = (
-    _V(("collecting",), Restarted, None, None, do.restore),
-    _V(("collecting",), Stored, when.is_due, "merging", do.merge),
-    _V(("collecting",), Tick, when.is_due, "merging", do.merge),
-    _V(("resting",), Stored, when.still_rests, None, do.nothing),
-    _V(("resting",), Tick, when.still_rests, None, do.nothing),
-    _V(("resting",), Stored, None, "collecting", do.nothing, again=True),
-    _V(("resting",), Tick, None, "collecting", do.nothing, again=True),
-    _V(_AWAKE, Stored, None, None, do.nothing),
-    _V(_AWAKE, Tick, None, None, do.nothing),
-    _V(("merging",), Merged, None, "collecting", do.publish),
-    _V(("merging",), MergeFailed, when.some_rejected, "collecting", do.put_back),
-    _V(("merging",), MergeFailed, None, "resting", do.put_back_and_rest),
+VERSION: tuple[OnEvent[MergePhase], ...] = (
+    on(
+        Restarted,
+        Row(("collecting",), None, None, do.restore),
+    ),
+    on(
+        Stored,
+        Row(("collecting",), when.is_due, "merging", do.merge),
+        Row(("resting",), when.still_rests, None, do.nothing),
+        Pass(("resting",), None, "collecting", do.no_effects),
+        Row(_AWAKE, None, None, do.nothing),
+    ),
+    on(
+        Tick,
+        Row(("collecting",), when.is_due, "merging", do.merge),
+        Row(("resting",), when.still_rests, None, do.nothing),
+        Pass(("resting",), None, "collecting", do.no_effects),
+        Row(_AWAKE, None, None, do.nothing),
+    ),
+    on(
+        Merged,
+        Row(("merging",), None, "collecting", do.publish),
+    ),
+    on(
+        MergeFailed,
+        Row(("merging",), when.some_rejected, "collecting", do.put_back),
+        Row(("merging",), None, "resting", do.put_back_and_rest),
+    ),
 )

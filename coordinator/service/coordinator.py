@@ -12,7 +12,9 @@ import json
 import logging
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from coordinator.adapters.ladder import Rung
@@ -61,6 +63,7 @@ from edge_sdk.core.records import from_json, to_json
 from edge_sdk.core.svd.decompose import decompose
 
 log = logging.getLogger("coordinator")
+Answer = TypeVar("Answer")
 TICK_S = 0.5
 
 
@@ -121,7 +124,8 @@ class Coordinator:
     def _restore(self) -> None:
         """Tell the engine what is on disk."""
         now = self.now()
-        self._leave_out(self.engine.handle(recalled(self.store, now, time.time()), now))
+        done = self.engine.handle(recalled(self.store, now, time.time()), now)
+        self._leave_out(effect for effect in done.effects if isinstance(effect, events.Decline))
 
     def _restored_ration(self) -> Ration | None:
         """How often each device may still take part; updates beyond a lowered budget are left out."""
@@ -158,10 +162,10 @@ class Coordinator:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.store.close()
 
-    def _apply(self, event: events.Event) -> list[events.Effect]:
-        """Give the engine an event, do what it says, and return the effects for the caller's own answer."""
-        effects = self.engine.handle(event, self.now())
-        for effect in effects:
+    def _apply(self, event: events.Event[Answer]) -> Answer:
+        """Give the engine an event, do what it says, and return its answer to the caller."""
+        done = self.engine.handle(event, self.now())
+        for effect in done.effects:
             if isinstance(effect, events.Merge):
                 task = asyncio.create_task(self._merge(effect))
                 self._tasks.add(task)
@@ -171,7 +175,7 @@ class Coordinator:
                 self._expired.append(effect.lease.assignment)
             elif isinstance(effect, events.Published):
                 self._collect_soon()
-        return effects
+        return done.answer
 
     async def _note_expired(self) -> None:
         """Close the leases that ran out, all in one commit; what fails is noted with the next."""
@@ -179,11 +183,10 @@ class Coordinator:
             await asyncio.to_thread(self.store.close_assignments, expired)
             del self._expired[: len(expired)]
 
-    def _leave_out(self, effects: list[events.Effect]) -> None:
-        """Keep what the engine declined of stored updates out of all versions."""
-        declined = {e.update: str(e.error) for e in effects if isinstance(e, events.Decline)}
-        if declined:
-            self.store.reject_updates(declined)
+    def _leave_out(self, declined: Iterable[events.Decline]) -> None:
+        """Keep stored updates that the engine declined out of all versions."""
+        if reasons := {one.update: str(one.error) for one in declined}:
+            self.store.reject_updates(reasons)
 
     # --- devices ---
 
@@ -228,11 +231,9 @@ class Coordinator:
         if ask.carry_rank < 0:
             raise ProtocolError(f"Ask.carry_rank: {ask.carry_rank} is below 0")
         carry_rank = ask.carry_rank if self.federation.carries else 0
-        effects = self._apply(events.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
-        answer = effects[-1]
+        answer = self._apply(events.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
         if isinstance(answer, events.Wait):
             return NotNow(answer.retry_after_s, answer.reason)
-        assert isinstance(answer, events.Grant)
         assignment = self._assignment(answer.lease)
         if self._assignments.of(assignment.id, device) is None:
             await asyncio.to_thread(self.store.add_assignment, device, assignment, time.time())
@@ -255,10 +256,9 @@ class Coordinator:
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
         """Note progress; the answer says whether to go on."""
         version = self.require_assignment(device, assignment).version
-        effects = self._apply(events.Beat(device, assignment, version, beat.steps_done))
-        tell = effects[-1]
-        assert isinstance(tell, events.Tell)
-        return HeartbeatReply(tell.directive)
+        return HeartbeatReply(
+            self._apply(events.Beat(device, assignment, version, beat.steps_done)).directive
+        )
 
     def require_assignment(self, device: str, id: str) -> Assignment:
         """An assignment of this device, open or expired."""
@@ -290,7 +290,9 @@ class Coordinator:
         if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)
         self.uploads.check_claims(assignment, update)
-        _raise_declined(self._apply(events.Offered(device, id, assignment.version)))
+        offer = self._apply(events.Offered(device, id, assignment.version))
+        if isinstance(offer, events.Decline):
+            raise offer.error
         try:
             async with self._taking_in:
                 stored, fresh = await asyncio.to_thread(self.uploads.take_in, device, assignment, update)
@@ -302,10 +304,10 @@ class Coordinator:
         if stored.factor < 1.0:
             log.warning("update %s of %s is merged by %.2g of its change", id, device, stored.factor)
         if fresh:
-            effects = self._apply(events.Stored(buffered(stored), update.steps))
-            if any(isinstance(effect, events.Decline) for effect in effects):  # a round ended meanwhile
-                await asyncio.to_thread(self._leave_out, effects)
-            _raise_declined(effects)
+            declined = self._apply(events.Stored(buffered(stored), update.steps))
+            if declined:  # a round ended meanwhile
+                await asyncio.to_thread(self._leave_out, [declined])
+                raise declined.error
         return UpdateReply(id, self.engine.state.version)
 
     # --- versions ---
@@ -384,13 +386,6 @@ class Coordinator:
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
         return json.dumps(to_json(overview.status(seen_s_ago, self.uploads.norm_bound(), spent))).encode()
-
-
-def _raise_declined(effects: list[events.Effect]) -> None:
-    """Raise the reason, if the engine declined an update."""
-    for effect in effects:
-        if isinstance(effect, events.Decline):
-            raise effect.error
 
 
 def _hash(token: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from benchmarks.virtual_federation import (
     Work,
 )
 from coordinator.engine.engine import Engine
-from coordinator.engine.events import Effect, Event, Merge
+from coordinator.engine.events import Done, Event, Merge
 from coordinator.engine.policy import Policy
 from edge_sdk.core.profile import load_profile
+
+Answer = TypeVar("Answer")
 
 STEPS = 4
 EXACT = Conditions(drop_out=0.0, jitter=0.0, merge_s=0.0, waking_s=0.0, heartbeat_s=5.0)
@@ -150,7 +153,7 @@ class Watching(Engine):
         super().__init__(policy, steps=STEPS)
         self.times: list[float] = []
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def handle(self, event: Event[Answer], now: float) -> Done[Answer]:
         self.times.append(now)
         return super().handle(event, now)
 

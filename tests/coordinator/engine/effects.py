@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from coordinator.engine.events import Buffered, Effect, Merge, Stored
+from typing import Any
+
+from coordinator.engine.engine import Engine
+from coordinator.engine.events import (
+    Accept,
+    Buffered,
+    Decline,
+    Effect,
+    Event,
+    Grant,
+    Merge,
+    Stored,
+    Tell,
+    Wait,
+)
+
+Said = Effect | Grant | Wait | Tell | Accept | Decline
+
+
+def said(engine: Engine, event: Event[Any], now: float) -> list[Said]:
+    """All that an event came to: what is to be done, and last the answer to whoever brought it."""
+    done = engine.handle(event, now)
+    return [*done.effects, *([] if done.answer is None else [done.answer])]
 
 
 def stored(update: str, device: str, version: int = 0, examples: int = 10) -> Stored:
     return Stored(Buffered(update, device, version, examples))
 
 
-def merge(effects: list[Effect]) -> Merge:
+def merge(effects: list[Said]) -> Merge:
     assert len(effects) == 1, effects
     assert isinstance(effects[0], Merge), effects
     return effects[0]

@@ -16,7 +16,6 @@ from coordinator.engine.events import (
     Buffered,
     BytesArrived,
     Decline,
-    Effect,
     Event,
     Expired,
     Grant,
@@ -33,6 +32,7 @@ from coordinator.engine.events import (
 )
 from coordinator.engine.policy import Policy
 from coordinator.engine.state import Ration
+from tests.coordinator.engine.effects import Said, said
 
 Answer = tuple[Any, ...]
 Job = Generator[None, None, Answer]
@@ -149,7 +149,7 @@ class Service:
     most: int | None  # versions that a device may enter under privacy; 0: no privacy
     steps: int
     disk: Disk
-    saw: Callable[[Event, float, list[Effect]], None]
+    saw: Callable[[Event[Any], float, list[Said]], None]
     now: float = 0.0
     wall: float = 0.0
     asked: int = 0
@@ -179,8 +179,8 @@ class Service:
                 if places[kept.device] > self.most:
                     kept.rejected = "its device had no privacy budget left"
 
-    def apply(self, event: Event) -> list[Effect]:
-        effects = self.engine.handle(event, self.now)
+    def apply(self, event: Event[Any]) -> list[Said]:
+        effects = said(self.engine, event, self.now)
         self.saw(event, self.now, effects)
         for effect in effects:
             if isinstance(effect, Merge):
@@ -281,6 +281,6 @@ class Service:
         self.apply(outcome)
 
 
-def _declined(effects: list[Effect]) -> str:
+def _declined(effects: list[Said]) -> str:
     """Why, or nothing."""
     return "".join(str(effect.error) for effect in effects if isinstance(effect, Decline))

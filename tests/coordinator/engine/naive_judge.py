@@ -19,7 +19,6 @@ from coordinator.engine.events import (
     Buffered,
     BytesArrived,
     Decline,
-    Effect,
     Event,
     Expired,
     Grant,
@@ -37,6 +36,7 @@ from coordinator.engine.events import (
     Wait,
 )
 from coordinator.engine.policy import Policy
+from tests.coordinator.engine.effects import Said
 
 LEAST_BYTES_S = 1024.0
 DISCOUNTS = {
@@ -158,7 +158,7 @@ class Judge:
 
     # --- events ---
 
-    def saw(self, event: Event, now: float, effects: list[Effect]) -> None:  # noqa: C901 one case an event
+    def saw(self, event: Event[Any], now: float, effects: list[Said]) -> None:  # noqa: C901 one case an event
         """Check what was done about an event."""
         effects = list(effects)
         match event:
@@ -194,7 +194,7 @@ class Judge:
                 assert effects == []
         assert effects == [], f"{event} had {effects} besides what it should have"
 
-    def expires(self, device: str, effects: list[Effect]) -> None:
+    def expires(self, device: str, effects: list[Said]) -> None:
         """The next effect says that the lease of a device is over."""
         held = self.of(device).held
         assert held is not None
@@ -203,7 +203,7 @@ class Judge:
         assert (effect.lease.assignment, effect.lease.device) == (held.id, device)
         held.is_live = False
 
-    def restarted(self, event: Restarted, now: float, effects: list[Effect]) -> None:
+    def restarted(self, event: Restarted, now: float, effects: list[Said]) -> None:
         assert event.version == self.version or event.version == self.version + 1
         if event.version > self.version:  # on disk, but the engine was never told
             assert self.merge is not None
@@ -231,7 +231,7 @@ class Judge:
                 self.pool.append(update)
         self.pool_since = now if self.pool else None
 
-    def asked(self, event: Asked, now: float, effects: list[Effect]) -> None:
+    def asked(self, event: Asked, now: float, effects: list[Said]) -> None:
         seen = self.of(event.device)
         held = seen.held
         if held and held.is_live:
@@ -334,7 +334,7 @@ class Judge:
         usual_s = steps * (middle + self.policy.deadline_mads * spread)
         return steps, min(self.policy.lease_s, max(10.0, usual_s))
 
-    def beat(self, event: Beat, now: float, effects: list[Effect]) -> None:
+    def beat(self, event: Beat, now: float, effects: list[Said]) -> None:
         seen = self.of(event.device)
         held = seen.held if seen.held and seen.held.id == event.assignment else None
         told = effects.pop()
@@ -365,7 +365,7 @@ class Judge:
         """Whether the last merge failed for our own reasons and no tick has come since the pause."""
         return self.rest_until > -math.inf
 
-    def offered(self, event: Offered, now: float, effects: list[Effect]) -> None:
+    def offered(self, event: Offered, now: float, effects: list[Said]) -> None:
         seen = self.of(event.device)
         held = seen.held if seen.held and seen.held.id == event.assignment else None
         answer = effects.pop()
@@ -382,7 +382,7 @@ class Judge:
         if held and not self.is_spent(event.device):
             seen.held = None
 
-    def stored(self, event: Stored, now: float, effects: list[Effect]) -> None:
+    def stored(self, event: Stored, now: float, effects: list[Said]) -> None:
         seen, update = self.of(event.device), event.update
         held = seen.held if seen.held and seen.held.id == event.assignment else None
         counts = self.can_count(event.device, update.version) and not self.is_spent(event.device)
@@ -406,7 +406,7 @@ class Judge:
             seen.held = None if held else seen.held
         self.may_merge(now, effects)
 
-    def refused(self, event: Refused, now: float, effects: list[Effect]) -> None:
+    def refused(self, event: Refused, now: float, effects: list[Said]) -> None:
         seen = self.of(event.device)
         if seen.held and seen.held.id == event.assignment:
             if seen.held.is_live:
@@ -417,7 +417,7 @@ class Judge:
 
     # --- versions ---
 
-    def may_merge(self, now: float, effects: list[Effect]) -> None:
+    def may_merge(self, now: float, effects: list[Said]) -> None:
         """A merge begins now if it is due, and only then."""
         due = self.is_due(now)
         if self.merge is None and now >= self.rest_until:
@@ -451,7 +451,7 @@ class Judge:
         for update, _, _ in self.merge.weights:
             self.entered[update.device] = self.entered.get(update.device, 0) + 1
 
-    def merged(self, event: Merged, now: float, effects: list[Effect]) -> None:
+    def merged(self, event: Merged, now: float, effects: list[Said]) -> None:
         assert effects.pop(0) == Published(self.version + 1)
         self.publish()
         assert event.version == self.version

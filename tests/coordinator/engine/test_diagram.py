@@ -19,7 +19,8 @@ def test_the_page_is_drawn_from_the_tables() -> None:
 def test_the_diagram_has_an_arrow_for_each_change_of_phase_and_no_other() -> None:
     text = diagram.diagram(WORK, "idle")
     arrows = set(re.findall(r"^    (\w+) --> (\w+) :", text, re.MULTILINE))
-    assert arrows == {(p, row.to) for row in WORK for p in row.phases if row.to and row.to != p}
+    rows = [row for one in WORK for row in one.rows]
+    assert arrows == {(p, row.to) for row in rows for p in row.phases if row.to and row.to != p}
     assert ("idle", "training") in arrows
     assert ("idle", "late") not in arrows
 
@@ -32,6 +33,6 @@ def test_a_label_ends_no_line_early() -> None:
 
 def test_every_row_is_in_the_table() -> None:
     head = 2
-    assert len(diagram.table(WORK)) == len(WORK) + head
-    assert len(diagram.table(VERSION)) == len(VERSION) + head
+    assert len(diagram.table(WORK)) == sum(len(one.rows) for one in WORK) + head
+    assert len(diagram.table(VERSION)) == sum(len(one.rows) for one in VERSION) + head
     assert "| asked | idle, late | otherwise | grant a lease | training |" in diagram.table(WORK)

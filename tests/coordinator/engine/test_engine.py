@@ -16,7 +16,6 @@ from coordinator.engine.events import (
     Asked,
     Beat,
     Decline,
-    Effect,
     Expired,
     Grant,
     Lease,
@@ -33,15 +32,15 @@ from coordinator.engine.events import (
 from coordinator.engine.policy import Policy
 from coordinator.engine.state import State
 from edge_sdk.core.errors import InputError, StaleUpdate
-from tests.coordinator.engine.effects import merge, names, stored
+from tests.coordinator.engine.effects import Said, merge, names, said, stored
 
 
-def declined(effects: list[Effect]) -> StaleUpdate:
+def declined(effects: list[Said]) -> StaleUpdate:
     assert isinstance(effects[-1], Decline), effects
     return effects[-1].error
 
 
-def granted(effects: list[Effect]) -> Grant:
+def granted(effects: list[Said]) -> Grant:
     assert isinstance(effects[-1], Grant), effects
     return effects[-1]
 
@@ -51,20 +50,20 @@ def granted(effects: list[Effect]) -> Grant:
 
 def test_k_updates_make_a_version() -> None:
     engine = Engine(Policy(buffer_size=3))
-    assert engine.handle(stored("a", "1"), 0.0) == []
-    assert engine.handle(stored("b", "2"), 1.0) == []
-    due = merge(engine.handle(stored("c", "3"), 2.0))
+    assert said(engine, stored("a", "1"), 0.0) == []
+    assert said(engine, stored("b", "2"), 1.0) == []
+    due = merge(said(engine, stored("c", "3"), 2.0))
     assert (due.version, names(due)) == (1, ["a", "b", "c"])
     assert engine.state.version == 0  # until it is on disk
-    assert engine.handle(Merged(1, 5), 3.0) == [Published(1)]
+    assert said(engine, Merged(1, 5), 3.0) == [Published(1)]
     assert (engine.state.version, engine.state.version_rank) == (1, 5)
 
 
 def test_weights_are_capped_examples_times_the_staleness_discount() -> None:
     engine = Engine(Policy(buffer_size=3, max_examples=100), State(version=3))
-    engine.handle(stored("now", "1", version=3, examples=50), 0.0)
-    engine.handle(stored("old", "2", version=0, examples=80), 0.0)
-    due = merge(engine.handle(stored("boastful", "3", version=3, examples=10**9), 0.0))
+    said(engine, stored("now", "1", version=3, examples=50), 0.0)
+    said(engine, stored("old", "2", version=0, examples=80), 0.0)
+    due = merge(said(engine, stored("boastful", "3", version=3, examples=10**9), 0.0))
     # 50·1, 80·(1+3)^-0.5 = 40, 100·1: of 190.
     assert [weight for _, weight, _ in due.weights] == pytest.approx([50 / 190, 40 / 190, 100 / 190])
     assert [tau for _, _, tau in due.weights] == [0, 3, 0]
@@ -72,54 +71,54 @@ def test_weights_are_capped_examples_times_the_staleness_discount() -> None:
 
 def test_the_staleness_function_is_the_policys() -> None:
     engine = Engine(Policy(buffer_size=2, staleness="constant"), State(version=3))
-    engine.handle(stored("a", "1", version=3), 0.0)
-    due = merge(engine.handle(stored("b", "2", version=0), 0.0))
+    said(engine, stored("a", "1", version=3), 0.0)
+    due = merge(said(engine, stored("b", "2", version=0), 0.0))
     assert [weight for _, weight, _ in due.weights] == [0.5, 0.5]
 
 
 def test_a_quorum_suffices_once_the_time_is_over() -> None:
     engine = Engine(Policy(buffer_size=4, quorum=2, timeout_s=60.0))
-    engine.handle(stored("a", "1"), 10.0)
-    assert engine.handle(Tick(), 100.0) == []  # time is over, the quorum is not there
-    due = merge(engine.handle(stored("b", "2"), 101.0))
+    said(engine, stored("a", "1"), 10.0)
+    assert said(engine, Tick(), 100.0) == []  # time is over, the quorum is not there
+    due = merge(said(engine, stored("b", "2"), 101.0))
     assert names(due) == ["a", "b"]
 
 
 def test_the_time_runs_from_the_first_update() -> None:
     engine = Engine(Policy(buffer_size=4, quorum=2, timeout_s=60.0))
-    engine.handle(stored("a", "1"), 10.0)
-    engine.handle(stored("b", "2"), 69.0)
-    assert engine.handle(Tick(), 69.9) == []
-    assert names(merge(engine.handle(Tick(), 70.0))) == ["a", "b"]
+    said(engine, stored("a", "1"), 10.0)
+    said(engine, stored("b", "2"), 69.0)
+    assert said(engine, Tick(), 69.9) == []
+    assert names(merge(said(engine, Tick(), 70.0))) == ["a", "b"]
 
 
 def test_a_device_contributes_once_to_a_version() -> None:
     engine = Engine(Policy(buffer_size=2, retry_s=2.0))
-    assignment = granted(engine.handle(Asked("d", 4, "a1"), 0.0)).lease.assignment
-    engine.handle(stored(assignment, "d"), 1.0)
-    (answer,) = engine.handle(Asked("d", 4, "a2"), 2.0)
+    assignment = granted(said(engine, Asked("d", 4, "a1"), 0.0)).lease.assignment
+    said(engine, stored(assignment, "d"), 1.0)
+    (answer,) = said(engine, Asked("d", 4, "a2"), 2.0)
     assert isinstance(answer, Wait)
     assert 2.0 <= answer.retry_after_s <= 3.0
     assert "version 0" in answer.reason
-    engine.handle(stored("x", "e"), 3.0)
-    engine.handle(Merged(1, 4), 4.0)
-    assert granted(engine.handle(Asked("d", 4, "a3", carry_rank=9), 5.0)).lease == Lease(
+    said(engine, stored("x", "e"), 3.0)
+    said(engine, Merged(1, 4), 4.0)
+    assert granted(said(engine, Asked("d", 4, "a3", carry_rank=9), 5.0)).lease == Lease(
         "a3", "d", 1, 4, 605.0, carry_rank=4, granted_at=5.0
     )
 
 
 def test_a_device_that_asks_again_gets_the_grant_that_it_holds() -> None:
     engine = Engine(Policy(lease_s=600.0), State(version=2, version_rank=7))
-    first = granted(engine.handle(Asked("d", 4, "a1", carry_rank=8), 0.0))
-    again = granted(engine.handle(Asked("d", 4, "a2", carry_rank=9), 599.0))
+    first = granted(said(engine, Asked("d", 4, "a1", carry_rank=8), 0.0))
+    again = granted(said(engine, Asked("d", 4, "a2", carry_rank=9), 599.0))
     assert first == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7, granted_at=0.0))
     assert again == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7, granted_at=0.0))
 
 
 def test_asking_at_another_rank_replaces_the_grant() -> None:
     engine = Engine(Policy())
-    first = granted(engine.handle(Asked("d", 4, "a1"), 0.0)).lease
-    expired, grant = engine.handle(Asked("d", 2, "a2"), 1.0)
+    first = granted(said(engine, Asked("d", 4, "a1"), 0.0)).lease
+    expired, grant = said(engine, Asked("d", 2, "a2"), 1.0)
     assert expired == Expired(first)
     assert isinstance(grant, Grant)
     assert (grant.lease.assignment, grant.lease.rank) == ("a2", 2)
@@ -128,14 +127,14 @@ def test_asking_at_another_rank_replaces_the_grant() -> None:
 @pytest.mark.parametrize(("asked", "granted_rank"), [(0, 0), (3, 3), (7, 7), (99, 7)])
 def test_the_carry_rank_is_what_the_device_can_hold_of_what_there_is(asked: int, granted_rank: int) -> None:
     engine = Engine(Policy(), State(version=2, version_rank=7))
-    assert granted(engine.handle(Asked("d", 4, "a1", asked), 0.0)).lease.carry_rank == granted_rank
+    assert granted(said(engine, Asked("d", 4, "a1", asked), 0.0)).lease.carry_rank == granted_rank
 
 
 def test_a_device_that_can_hold_less_than_before_gets_another_grant() -> None:
     engine = Engine(Policy(), State(version=2, version_rank=7))
-    first = granted(engine.handle(Asked("d", 4, "a1", 5), 0.0)).lease
-    assert engine.handle(Asked("d", 4, "a2", 6), 1.0) == [Grant(first)]  # more memory changes nothing
-    expired, grant = engine.handle(Asked("d", 4, "a3", 4), 2.0)
+    first = granted(said(engine, Asked("d", 4, "a1", 5), 0.0)).lease
+    assert said(engine, Asked("d", 4, "a2", 6), 1.0) == [Grant(first)]  # more memory changes nothing
+    expired, grant = said(engine, Asked("d", 4, "a3", 4), 2.0)
     assert expired == Expired(first)
     assert isinstance(grant, Grant)
     assert (grant.lease.assignment, grant.lease.carry_rank) == ("a3", 4)
@@ -144,10 +143,10 @@ def test_a_device_that_can_hold_less_than_before_gets_another_grant() -> None:
 @pytest.mark.parametrize("mode", ["buffered", "synchronous"])
 def test_a_grant_that_can_no_longer_count_is_not_repeated(mode: Any) -> None:
     engine = Engine(Policy(mode=mode, max_staleness=0, buffer_size=1, lease_s=59.0))
-    old = granted(engine.handle(Asked("slow", 4, "a1"), 0.0)).lease
-    engine.handle(stored("x", "fast"), 1.0)
-    engine.handle(Merged(1, 4), 2.0)
-    expired, grant = engine.handle(Asked("slow", 4, "a2"), 3.0)
+    old = granted(said(engine, Asked("slow", 4, "a1"), 0.0)).lease
+    said(engine, stored("x", "fast"), 1.0)
+    said(engine, Merged(1, 4), 2.0)
+    expired, grant = said(engine, Asked("slow", 4, "a2"), 3.0)
     assert expired == Expired(old)
     assert isinstance(grant, Grant)
     assert (grant.lease.assignment, grant.lease.version) == ("a2", 1)
@@ -155,42 +154,42 @@ def test_a_grant_that_can_no_longer_count_is_not_repeated(mode: Any) -> None:
 
 def test_a_lease_expires_and_its_late_update_still_counts() -> None:
     engine = Engine(Policy(buffer_size=1, lease_s=10.0))
-    lease = granted(engine.handle(Asked("d", 4, "a1"), 0.0)).lease
-    assert engine.handle(Tick(), 9.9) == []
-    assert engine.handle(Tick(), 10.0) == [Expired(lease)]
+    lease = granted(said(engine, Asked("d", 4, "a1"), 0.0)).lease
+    assert said(engine, Tick(), 9.9) == []
+    assert said(engine, Tick(), 10.0) == [Expired(lease)]
     assert not engine.state.training
-    assert engine.handle(Tick(), 11.0) == []
-    assert names(merge(engine.handle(stored("a1", "d"), 12.0))) == ["a1"]
+    assert said(engine, Tick(), 11.0) == []
+    assert names(merge(said(engine, stored("a1", "d"), 12.0))) == ["a1"]
 
 
 def test_a_heartbeat_of_work_that_can_count_goes_on_and_leaves_a_trace() -> None:
     engine = Engine(Policy(lease_s=10.0))
-    engine.handle(Asked("d", 4, "a1"), 0.0)
-    assert engine.handle(Beat("d", "a1", 0, 7), 1.0) == [Tell("continue")]
+    said(engine, Asked("d", 4, "a1"), 0.0)
+    assert said(engine, Beat("d", "a1", 0, 7), 1.0) == [Tell("continue")]
     assert engine.state.seats["d"].lease.steps_done  # type: ignore[union-attr] == 7
-    engine.handle(Tick(), 10.0)  # expired: it may finish all the same
-    assert engine.handle(Beat("d", "a1", 0, 9), 11.0) == [Tell("finish")]
+    said(engine, Tick(), 10.0)  # expired: it may finish all the same
+    assert said(engine, Beat("d", "a1", 0, 9), 11.0) == [Tell("finish")]
 
 
 def test_a_heartbeat_of_work_too_stale_is_told_to_abandon_it() -> None:
     engine = Engine(Policy(max_staleness=2, buffer_size=1, lease_s=100.0))
-    lease = granted(engine.handle(Asked("slow", 4, "a1"), 0.0)).lease
+    lease = granted(said(engine, Asked("slow", 4, "a1"), 0.0)).lease
     for version in (1, 2, 3):
         # One more version would make it too old: what it has now still counts.
         word = "finish" if version == 3 else "continue"
-        assert engine.handle(Beat("slow", "a1", 0, version), 1.0) == [Tell(word)]  # type: ignore[arg-type]
-        engine.handle(stored(f"u{version}", "fast", version - 1), 2.0)
-        engine.handle(Merged(version, 4), 3.0)
+        assert said(engine, Beat("slow", "a1", 0, version), 1.0) == [Tell(word)]  # type: ignore[arg-type]
+        said(engine, stored(f"u{version}", "fast", version - 1), 2.0)
+        said(engine, Merged(version, 4), 3.0)
     lease.steps_done = 3
-    assert engine.handle(Beat("slow", "a1", 0, 4), 4.0) == [Expired(lease), Tell("abandon")]
-    assert engine.handle(Beat("slow", "a1", 0, 4), 5.0) == [Tell("abandon")]
-    assert granted(engine.handle(Asked("slow", 4, "a2"), 6.0)).lease.version == 3
+    assert said(engine, Beat("slow", "a1", 0, 4), 4.0) == [Expired(lease), Tell("abandon")]
+    assert said(engine, Beat("slow", "a1", 0, 4), 5.0) == [Tell("abandon")]
+    assert granted(said(engine, Asked("slow", 4, "a2"), 6.0)).lease.version == 3
 
 
 def test_a_stale_update_is_refused_with_the_version_to_train_from() -> None:
     engine = Engine(Policy(max_staleness=2, lease_s=100.0), State(version=7))
-    assert engine.handle(Offered("d", "a5", 5), 0.0) == [Accept()]
-    error = declined(engine.handle(Offered("d", "a4", 4), 0.0))
+    assert said(engine, Offered("d", "a5", 5), 0.0) == [Accept()]
+    error = declined(said(engine, Offered("d", "a4", 4), 0.0))
     assert "version 4, 3 behind; at most 2 merge. Train from version 7" in str(error)
     assert error.details == {"current_version": 7}
 
@@ -200,11 +199,11 @@ def test_a_stale_update_is_refused_with_the_version_to_train_from() -> None:
 
 def test_updates_that_come_during_a_merge_are_for_the_next() -> None:
     engine = Engine(Policy(buffer_size=1))
-    assert names(merge(engine.handle(stored("a", "1"), 0.0))) == ["a"]
-    assert engine.handle(stored("b", "2"), 1.0) == []
-    assert engine.handle(stored("c", "3"), 2.0) == []
-    assert engine.handle(Tick(), 1e6) == []  # one merge at a time, however long it takes
-    published, due = engine.handle(Merged(1, 4), 1e6)
+    assert names(merge(said(engine, stored("a", "1"), 0.0))) == ["a"]
+    assert said(engine, stored("b", "2"), 1.0) == []
+    assert said(engine, stored("c", "3"), 2.0) == []
+    assert said(engine, Tick(), 1e6) == []  # one merge at a time, however long it takes
+    published, due = said(engine, Merged(1, 4), 1e6)
     assert published == Published(1)
     assert isinstance(due, Merge)
     assert (due.version, names(due), [tau for _, _, tau in due.weights]) == (2, ["b", "c"], [1, 1])
@@ -213,58 +212,58 @@ def test_updates_that_come_during_a_merge_are_for_the_next() -> None:
 def test_a_failed_merge_puts_the_innocent_back_and_leaves_the_rejected_out() -> None:
     engine = Engine(Policy(buffer_size=3))
     for device in "123":
-        engine.handle(stored(f"u{device}", device), 0.0)
-    engine.handle(stored("u4", "4"), 1.0)
-    assert engine.handle(MergeFailed(("u2",)), 2.0) == []
+        said(engine, stored(f"u{device}", device), 0.0)
+    said(engine, stored("u4", "4"), 1.0)
+    assert said(engine, MergeFailed(("u2",)), 2.0) == []
     assert [update.update for update in engine.state.buffer] == ["u1", "u3", "u4"]
-    due = merge(engine.handle(Tick(), 2.5))
+    due = merge(said(engine, Tick(), 2.5))
     assert (due.version, names(due)) == (1, ["u1", "u3", "u4"])
 
 
 def test_a_device_whose_update_was_rejected_gets_work_again() -> None:
     engine = Engine(Policy(buffer_size=1))
-    engine.handle(stored("a", "only"), 0.0)
-    engine.handle(MergeFailed(("a",)), 1.0)
+    said(engine, stored("a", "only"), 0.0)
+    said(engine, MergeFailed(("a",)), 1.0)
     assert engine.state.buffer == []
-    assert granted(engine.handle(Asked("only", 4, "b"), 2.0)).lease.assignment == "b"
+    assert granted(said(engine, Asked("only", 4, "b"), 2.0)).lease.assignment == "b"
 
 
 def failed_at(engine: Engine, now: float) -> float:
     """Fail the merge that runs; in how many seconds the next one starts."""
-    engine.handle(MergeFailed(()), now)
+    said(engine, MergeFailed(()), now)
     wait = 0.0
-    while not engine.handle(Tick(), now + wait):
+    while not said(engine, Tick(), now + wait):
         wait += 0.5
     return wait
 
 
 def test_a_merge_that_fails_for_our_own_reasons_is_tried_less_and_less_often() -> None:
     engine = Engine(Policy(buffer_size=1))
-    engine.handle(stored("a", "1"), 0.0)
+    said(engine, stored("a", "1"), 0.0)
     assert [failed_at(engine, 1000.0 * n) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
-    engine.handle(MergeFailed(()), 9000.0)
-    assert engine.handle(stored("b", "2"), 9001.0) == []  # another update does not hurry it
-    assert names(merge(engine.handle(Tick(), 9060.0))) == ["a", "b"]
+    said(engine, MergeFailed(()), 9000.0)
+    assert said(engine, stored("b", "2"), 9001.0) == []  # another update does not hurry it
+    assert names(merge(said(engine, Tick(), 9060.0))) == ["a", "b"]
 
 
 def test_a_merge_that_worked_forgets_the_failures() -> None:
     engine = Engine(Policy(buffer_size=1))
     for version in (1, 2):
-        engine.handle(stored(f"u{version}", "1", version - 1), 0.0)
+        said(engine, stored(f"u{version}", "1", version - 1), 0.0)
         assert failed_at(engine, 100.0 * version) == 1
-        engine.handle(Merged(version, 4), 100.0 * version + 50)
-    assert names(merge(engine.handle(stored("a", "1", 2), 250.0))) == ["a"]  # and nothing is held back
+        said(engine, Merged(version, 4), 100.0 * version + 50)
+    assert names(merge(said(engine, stored("a", "1", 2), 250.0))) == ["a"]  # and nothing is held back
 
 
 def test_rejected_updates_do_not_delay_the_others() -> None:
     engine = Engine(Policy(buffer_size=2))
     for device in "123":
-        engine.handle(stored(f"u{device}", device), 0.0)
-    engine.handle(MergeFailed(()), 1.0)
-    merge(engine.handle(Tick(), 2.0))
-    engine.handle(stored("u4", "4"), 2.0)
-    engine.handle(MergeFailed(("u1", "u2")), 3.0)
-    assert names(merge(engine.handle(Tick(), 3.0))) == ["u3", "u4"]
+        said(engine, stored(f"u{device}", device), 0.0)
+    said(engine, MergeFailed(()), 1.0)
+    merge(said(engine, Tick(), 2.0))
+    said(engine, stored("u4", "4"), 2.0)
+    said(engine, MergeFailed(("u1", "u2")), 3.0)
+    assert names(merge(said(engine, Tick(), 3.0))) == ["u3", "u4"]
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -273,26 +272,26 @@ def test_rejected_updates_do_not_delay_the_others() -> None:
 def test_a_refused_device_gets_other_work_after_a_pause_that_grows() -> None:
     engine, now = Engine(Policy(retry_s=2.0, lease_s=1e6)), 0.0
     for number, pause_s in enumerate((2.0, 4.0, 8.0)):
-        lease = granted(engine.handle(Asked("d", 4, f"a{number}"), now)).lease
+        lease = granted(said(engine, Asked("d", 4, f"a{number}"), now)).lease
         assert lease.assignment == f"a{number}"  # not the same work again
-        assert engine.handle(Refused("d", lease.assignment), now) == [Expired(lease)]
-        (answer,) = engine.handle(Asked("d", 4, "early"), now + pause_s / 2)
+        assert said(engine, Refused("d", lease.assignment), now) == [Expired(lease)]
+        (answer,) = said(engine, Asked("d", 4, "early"), now + pause_s / 2)
         assert isinstance(answer, Wait)
         assert answer.retry_after_s == pytest.approx(pause_s / 2)
         assert "refused" in answer.reason
         now += pause_s
     for number in range(50):
-        engine.handle(Refused("d", f"b{number}"), now)
-    (answer,) = engine.handle(Asked("d", 4, "early"), now)
+        said(engine, Refused("d", f"b{number}"), now)
+    (answer,) = said(engine, Asked("d", 4, "early"), now)
     assert isinstance(answer, Wait)
     assert answer.retry_after_s == 3600.0  # never longer than this
 
 
 def test_an_accepted_update_ends_the_pauses() -> None:
     engine = Engine(Policy(buffer_size=5))
-    lease = granted(engine.handle(Asked("d", 4, "a"), 0.0)).lease
-    engine.handle(Refused("d", "a"), 1.0)
-    engine.handle(stored("a", "d"), 1.5)  # mended and handed in again, for the same assignment
+    lease = granted(said(engine, Asked("d", 4, "a"), 0.0)).lease
+    said(engine, Refused("d", "a"), 1.0)
+    said(engine, stored("a", "d"), 1.5)  # mended and handed in again, for the same assignment
     assert engine.state.seats["d"].refusals == 0
     assert not engine.state.training
     assert lease.assignment == "a"
@@ -301,9 +300,9 @@ def test_an_accepted_update_ends_the_pauses() -> None:
 def test_a_refusal_frees_the_place_in_a_round() -> None:
     engine = rounds()
     for device in "12":
-        engine.handle(Asked(device, 4, f"a{device}"), 0.0)
-    engine.handle(Refused("2", "a2"), 1.0)
-    assert granted(engine.handle(Asked("3", 4, "a3"), 1.0)).lease.device == "3"
+        said(engine, Asked(device, 4, f"a{device}"), 0.0)
+    said(engine, Refused("2", "a2"), 1.0)
+    assert granted(said(engine, Asked("3", 4, "a3"), 1.0)).lease.device == "3"
 
 
 # --- synchronous ----------------------------------------------------------------------------------
@@ -316,8 +315,8 @@ def rounds(**other: Any) -> Engine:
 def test_a_round_has_k_devices() -> None:
     engine = rounds()
     for device in "12":
-        assert granted(engine.handle(Asked(device, 4, f"a{device}"), 0.0)).lease.assignment == f"a{device}"
-    (answer,) = engine.handle(Asked("3", 4, "a3"), 0.0)
+        assert granted(said(engine, Asked(device, 4, f"a{device}"), 0.0)).lease.assignment == f"a{device}"
+    (answer,) = said(engine, Asked("3", 4, "a3"), 0.0)
     assert isinstance(answer, Wait)
     assert "round 0 has its 2 devices" in answer.reason
 
@@ -325,29 +324,29 @@ def test_a_round_has_k_devices() -> None:
 def test_a_round_that_lost_a_device_takes_another() -> None:
     engine = rounds()
     for device, at in (("1", 0.0), ("2", 30.0)):
-        engine.handle(Asked(device, 4, f"a{device}"), at)
-    assert isinstance(engine.handle(Tick(), 60.0)[0], Expired)
-    assert granted(engine.handle(Asked("3", 4, "a3"), 61.0)).lease.assignment == "a3"
-    assert isinstance(engine.handle(Asked("1", 4, "a4"), 62.0)[-1], Wait)
+        said(engine, Asked(device, 4, f"a{device}"), at)
+    assert isinstance(said(engine, Tick(), 60.0)[0], Expired)
+    assert granted(said(engine, Asked("3", 4, "a3"), 61.0)).lease.assignment == "a3"
+    assert isinstance(said(engine, Asked("1", 4, "a4"), 62.0)[-1], Wait)
 
 
 def test_a_round_is_over_at_its_time_with_a_quorum_and_what_comes_later_is_refused() -> None:
     engine = rounds()
     for device in "12":
-        engine.handle(Asked(device, 4, f"a{device}"), 0.0)
-    engine.handle(stored("a1", "1"), 5.0)
-    assert engine.handle(Tick(), 34.0) == []
-    assert names(merge(engine.handle(Tick(), 35.0))) == ["a1"]
-    engine.handle(Merged(1, 4), 36.0)
-    assert declined(engine.handle(Offered("2", "a2", 0), 37.0)).details == {"current_version": 1}
-    assert engine.handle(Beat("2", "a2", 0, 3), 37.0)[-1] == Tell("abandon")
-    assert granted(engine.handle(Asked("2", 4, "a5"), 38.0)).lease.version == 1
+        said(engine, Asked(device, 4, f"a{device}"), 0.0)
+    said(engine, stored("a1", "1"), 5.0)
+    assert said(engine, Tick(), 34.0) == []
+    assert names(merge(said(engine, Tick(), 35.0))) == ["a1"]
+    said(engine, Merged(1, 4), 36.0)
+    assert declined(said(engine, Offered("2", "a2", 0), 37.0)).details == {"current_version": 1}
+    assert said(engine, Beat("2", "a2", 0, 3), 37.0)[-1] == Tell("abandon")
+    assert granted(said(engine, Asked("2", 4, "a5"), 38.0)).lease.version == 1
 
 
 def test_a_whole_round_does_not_wait() -> None:
     engine = rounds()
-    engine.handle(stored("a1", "1"), 5.0)
-    assert names(merge(engine.handle(stored("a2", "2"), 6.0))) == ["a1", "a2"]
+    said(engine, stored("a1", "1"), 5.0)
+    assert names(merge(said(engine, stored("a2", "2"), 6.0))) == ["a1", "a2"]
 
 
 # --- the policy -----------------------------------------------------------------------------------
@@ -414,8 +413,8 @@ class Federation(RuleBasedStateMachine):
         self.rejected: set[str] = set()
         self.refused_until: dict[str, float] = {}
 
-    def send(self, event: Any) -> list[Effect]:
-        effects = self.engine.handle(event, self.now)
+    def send(self, event: Any) -> list[Said]:
+        effects = said(self.engine, event, self.now)
         for effect in effects:
             if isinstance(effect, Merge):
                 assert self.pending is None
@@ -445,7 +444,7 @@ class Federation(RuleBasedStateMachine):
     def ask(self, device: str, rank: int) -> None:
         self.ask_for(device, rank)
 
-    def ask_for(self, device: str, rank: int) -> Effect:
+    def ask_for(self, device: str, rank: int) -> Said:
         answer = self.send(Asked(device, rank, f"a{len(self.work)}"))[-1]
         if isinstance(answer, Grant):
             lease = answer.lease

@@ -15,7 +15,6 @@ from coordinator.engine.events import (
     Asked,
     Buffered,
     Decline,
-    Effect,
     Grant,
     Merge,
     Merged,
@@ -26,73 +25,73 @@ from coordinator.engine.events import (
 )
 from coordinator.engine.policy import Policy
 from coordinator.engine.state import Ration, State
-from tests.coordinator.engine.effects import merge, names, stored
+from tests.coordinator.engine.effects import Said, merge, names, said, stored
 
 
 def test_weights_are_fixed_whatever_devices_claim_and_however_many_they_are() -> None:
     engine = Engine(Policy(buffer_size=4, quorum=2, timeout_s=60.0), State(version=3), Ration())
-    engine.handle(stored("new", "1", version=3, examples=1), 0.0)
-    engine.handle(stored("old", "2", version=0, examples=10**6), 0.0)
-    due = merge(engine.handle(Tick(), 60.0))
+    said(engine, stored("new", "1", version=3, examples=1), 0.0)
+    said(engine, stored("old", "2", version=0, examples=10**6), 0.0)
+    due = merge(said(engine, Tick(), 60.0))
     assert [weight for _, weight, _ in due.weights] == [1 / 4, 1 / 8]  # (1 + 3)^-½ of a quarter
 
 
 def test_a_second_update_of_a_device_waits_for_the_next_version() -> None:
     """A late one of version 2 and one of version 3 come in the same buffer."""
     engine = Engine(Policy(buffer_size=2), State(version=3), Ration())
-    assert engine.handle(stored("late", "d", version=2), 0.0) == []
-    assert engine.handle(stored("now", "d", version=3), 1.0) == []  # two updates, but one device
-    assert names(merge(engine.handle(stored("x", "e", version=3), 2.0))) == ["late", "x"]
-    engine.handle(Merged(4, 8), 3.0)
-    assert names(merge(engine.handle(stored("y", "e", version=4), 4.0))) == ["now", "y"]
+    assert said(engine, stored("late", "d", version=2), 0.0) == []
+    assert said(engine, stored("now", "d", version=3), 1.0) == []  # two updates, but one device
+    assert names(merge(said(engine, stored("x", "e", version=3), 2.0))) == ["late", "x"]
+    said(engine, Merged(4, 8), 3.0)
+    assert names(merge(said(engine, stored("y", "e", version=4), 4.0))) == ["now", "y"]
 
 
 def test_a_failed_merge_keeps_the_order() -> None:
     engine = Engine(Policy(buffer_size=2), State(version=3), Ration(most=5))
     for name, device, version in (("late", "d", 2), ("now", "d", 3), ("x", "e", 3)):
-        engine.handle(stored(name, device, version), 0.0)
-    engine.handle(MergeFailed(("x",)), 1.0)
+        said(engine, stored(name, device, version), 0.0)
+    said(engine, MergeFailed(("x",)), 1.0)
     assert engine.ration is not None
     assert engine.ration.left == {}  # what was not published cost nothing
-    assert names(merge(engine.handle(stored("y", "e", version=3), 2000.0))) == ["late", "y"]
+    assert names(merge(said(engine, stored("y", "e", version=3), 2000.0))) == ["late", "y"]
 
 
 def test_a_device_with_an_update_in_the_buffer_gets_no_work_that_it_could_not_use() -> None:
     engine = Engine(Policy(buffer_size=3), State(version=3), Ration())
-    engine.handle(stored("late", "d", version=2), 0.0)
-    (answer,) = engine.handle(Asked("d", 4, "a"), 1.0)
+    said(engine, stored("late", "d", version=2), 0.0)
+    (answer,) = said(engine, Asked("d", 4, "a"), 1.0)
     assert isinstance(answer, Wait)
     assert "one of each device" in answer.reason
 
 
 def test_a_device_whose_budget_is_spent_waits_and_the_others_go_on() -> None:
     engine = Engine(Policy(buffer_size=1), ration=Ration(most=2, left={"old": 0}))
-    (answer,) = engine.handle(Asked("old", 4, "a0"), 0.0)
+    (answer,) = said(engine, Asked("old", 4, "a0"), 0.0)
     assert isinstance(answer, Wait)
     assert answer.reason == SPENT
     assert answer.retry_after_s > 60
     for version in range(2):
-        grant = engine.handle(Asked("d", 4, f"a{version}"), 1.0)[-1]
+        grant = said(engine, Asked("d", 4, f"a{version}"), 1.0)[-1]
         assert isinstance(grant, Grant)
-        assert engine.handle(Offered("d", f"a{version}", version), 1.0) == [Accept()]
-        merge(engine.handle(stored(f"u{version}", "d", version), 1.0))
+        assert said(engine, Offered("d", f"a{version}", version), 1.0) == [Accept()]
+        merge(said(engine, stored(f"u{version}", "d", version), 1.0))
         if version == 1:  # not published yet, but on its way
-            assert isinstance(engine.handle(Asked("d", 4, "b"), 2.0)[-1], Wait)
-        engine.handle(Merged(version + 1, 4), 3.0)
-    (answer,) = engine.handle(Asked("d", 4, "a2"), 4.0)
+            assert isinstance(said(engine, Asked("d", 4, "b"), 2.0)[-1], Wait)
+        said(engine, Merged(version + 1, 4), 3.0)
+    (answer,) = said(engine, Asked("d", 4, "a2"), 4.0)
     assert isinstance(answer, Wait)
     assert answer.reason == SPENT
-    (refusal,) = engine.handle(Offered("d", "a2", 2), 4.0)
+    (refusal,) = said(engine, Offered("d", "a2", 2), 4.0)
     assert isinstance(refusal, Decline)
     assert "privacy budget is spent" in str(refusal.error)
-    assert isinstance(engine.handle(Asked("new", 4, "a3"), 5.0)[0], Grant)
+    assert isinstance(said(engine, Asked("new", 4, "a3"), 5.0)[0], Grant)
 
 
 def test_without_privacy_nothing_is_rationed() -> None:
     engine = Engine(Policy(buffer_size=2), State(version=1))
-    engine.handle(stored("one", "d", 0), 0.0)
-    assert engine.handle(Offered("d", "two", 1), 0.0) == [Accept()]
-    assert names(merge(engine.handle(stored("two", "d", 1), 0.0))) == ["one", "two"]
+    said(engine, stored("one", "d", 0), 0.0)
+    assert said(engine, Offered("d", "two", 1), 0.0) == [Accept()]
+    assert names(merge(said(engine, stored("two", "d", 1), 0.0))) == ["one", "two"]
 
 
 class RationedFederation(RuleBasedStateMachine):
@@ -109,7 +108,7 @@ class RationedFederation(RuleBasedStateMachine):
         self.published: list[tuple[Buffered, ...]] = []
         self.under_way: Merge | None = None
 
-    def follow(self, effects: list[Effect]) -> None:
+    def follow(self, effects: list[Said]) -> None:
         for effect in effects:
             if isinstance(effect, Merge):
                 assert self.under_way is None
@@ -121,9 +120,9 @@ class RationedFederation(RuleBasedStateMachine):
         self.count += 1
         version = max(0, self.engine.state.version - behind)
         offer = Offered(device, f"u{self.count}", version)
-        if asks_first and self.engine.handle(offer, self.now) != [Accept()]:
+        if asks_first and said(self.engine, offer, self.now) != [Accept()]:
             return
-        effects = self.engine.handle(stored(f"u{self.count}", device, version, self.count), self.now)
+        effects = said(self.engine, stored(f"u{self.count}", device, version, self.count), self.now)
         if not any(isinstance(effect, Decline) for effect in effects):
             self.accepted.append(f"u{self.count}")
         self.follow(effects)
@@ -131,7 +130,7 @@ class RationedFederation(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 10.0]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
-        self.follow(self.engine.handle(Tick(), self.now))
+        self.follow(said(self.engine, Tick(), self.now))
 
     @rule(fails=st.booleans())
     def end_of_merge(self, fails: bool) -> None:
@@ -139,10 +138,10 @@ class RationedFederation(RuleBasedStateMachine):
             return
         self.under_way = None
         if fails:
-            self.follow(self.engine.handle(MergeFailed(()), self.now))
+            self.follow(said(self.engine, MergeFailed(()), self.now))
             return
         self.published.append(tuple(update for update, _, _ in done.weights))
-        self.follow(self.engine.handle(Merged(done.version, 4), self.now))
+        self.follow(said(self.engine, Merged(done.version, 4), self.now))
 
     @invariant()
     def no_device_is_in_a_version_twice_or_in_too_many(self) -> None:

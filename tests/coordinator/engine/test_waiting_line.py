@@ -15,7 +15,7 @@ from coordinator.engine.engine import Engine
 from coordinator.engine.events import Asked, Grant, Lease, Merge, Merged, Tick, Wait
 from coordinator.engine.policy import Policy
 from coordinator.engine.waiting_line import ABSENCE_S, JITTER, MOST_ASKS_S, MOST_RETRY_S, WaitingLine
-from tests.coordinator.engine.effects import stored
+from tests.coordinator.engine.effects import said, stored
 
 # --- turns ----------------------------------------------------------------------------------------
 
@@ -72,27 +72,27 @@ def test_who_is_far_behind_is_asked_back_later() -> None:
 def test_who_could_not_use_a_slot_keeps_no_place() -> None:
     """b lines up, then its late update comes in: it waits for the version, which needs c's update."""
     engine = Engine(Policy(buffer_size=2, quorum=2, concurrency=1, lease_s=20.0))
-    engine.handle(Asked("b", 4, "b1"), 0.0)
-    engine.handle(Tick(), 20.0)
-    engine.handle(Asked("a", 4, "a1"), 21.0)
-    assert isinstance(engine.handle(Asked("b", 4, "b2"), 22.0)[-1], Wait)
-    engine.handle(stored("b1", "b"), 23.0)
-    engine.handle(Tick(), 41.0)  # a is gone
-    assert isinstance(engine.handle(Asked("b", 4, "b3"), 42.0)[-1], Wait)
-    assert isinstance(engine.handle(Asked("c", 4, "c1"), 42.0)[-1], Grant)
+    said(engine, Asked("b", 4, "b1"), 0.0)
+    said(engine, Tick(), 20.0)
+    said(engine, Asked("a", 4, "a1"), 21.0)
+    assert isinstance(said(engine, Asked("b", 4, "b2"), 22.0)[-1], Wait)
+    said(engine, stored("b1", "b"), 23.0)
+    said(engine, Tick(), 41.0)  # a is gone
+    assert isinstance(said(engine, Asked("b", 4, "b3"), 42.0)[-1], Wait)
+    assert isinstance(said(engine, Asked("c", 4, "c1"), 42.0)[-1], Grant)
 
 
 def test_a_fast_device_does_not_take_every_synchronous_round() -> None:
     engine = Engine(Policy(mode="synchronous", buffer_size=1))
     for version in range(10):
-        answer = engine.handle(Asked("fast", 4, f"f{version}"), float(version))[-1]
+        answer = said(engine, Asked("fast", 4, f"f{version}"), float(version))[-1]
         if isinstance(answer, Wait):
             break
-        engine.handle(Asked("slow", 4, f"s{version}"), version + 0.1)
-        engine.handle(stored(f"f{version}", "fast", version), version + 0.2)
-        engine.handle(Merged(version + 1, 4), version + 0.3)
+        said(engine, Asked("slow", 4, f"s{version}"), version + 0.1)
+        said(engine, stored(f"f{version}", "fast", version), version + 0.2)
+        said(engine, Merged(version + 1, 4), version + 0.3)
     assert version == 1
-    assert isinstance(engine.handle(Asked("slow", 4, "s"), 3.0)[-1], Grant)
+    assert isinstance(said(engine, Asked("slow", 4, "s"), 3.0)[-1], Grant)
 
 
 def take_turns(slots: int, work_s: list[float]) -> Counter[int]:
@@ -107,10 +107,10 @@ def take_turns(slots: int, work_s: list[float]) -> Counter[int]:
     for number in range(80 * len(work_s)):
         now, device, lease = heapq.heappop(wakes)
         if lease is not None:
-            effects = engine.handle(stored(lease.assignment, str(device), lease.version), now)
+            effects = said(engine, stored(lease.assignment, str(device), lease.version), now)
             assert isinstance(effects[-1], Merge)
-            engine.handle(Merged(engine.state.version + 1, 4), now)
-        answer = engine.handle(Asked(str(device), 4, f"a{number}"), now)[-1]
+            said(engine, Merged(engine.state.version + 1, 4), now)
+        answer = said(engine, Asked(str(device), 4, f"a{number}"), now)[-1]
         if isinstance(answer, Wait):
             assert "in line" in answer.reason
             overtaken.setdefault(device, Counter())
