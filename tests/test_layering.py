@@ -35,6 +35,9 @@ STRANGERS = ("engine", "storage", "rules")
 TORCH = ("edge_sdk.model", "edge_sdk.training", "edge_sdk.trials", "edge_sdk.worker.worker")
 TORCH += ("edge_sdk.machine.torch_device", "coordinator.merging.torch_svd")
 
+# Besides the core, what the coordinator shares with devices. These need Python alone.
+SHARED = ("edge_sdk.system.durable",)
+
 LEARNING = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 OF_THE_DEVICE = LEARNING | {"httpx"}
 HEAVY = OF_THE_DEVICE | {"psutil", "aiohttp"}
@@ -102,6 +105,10 @@ def of_core(module: str) -> bool:
     return below(module, "edge_sdk.core")
 
 
+def for_both(module: str) -> bool:
+    return of_core(module) or below(module, *SHARED)
+
+
 # --- wings ----------------------------------------------------------------------------------------
 
 
@@ -131,7 +138,7 @@ def test_engine_storage_and_rules_know_nothing_of_each_other() -> None:
     for wing in ground:
         named = {other for module in GRAPH if below(module, wing) for other in GRAPH[module]}
         assert named, f"{wing} imports nothing: is it still there?"
-        assert [other for other in named if not of_core(other) and not below(other, wing)] == []
+        assert [other for other in named if not for_both(other) and not below(other, wing)] == []
 
 
 def circles(graph: Mapping[str, set[str]]) -> list[str]:
@@ -245,11 +252,17 @@ def test_the_core_needs_numpy_and_safetensors_only() -> None:
     assert [m for m in loaded if m.startswith("edge_sdk.") and not of_core(m)] == []
 
 
+@pytest.mark.parametrize("module", SHARED)
+def test_what_is_shared_needs_python_alone(module: str) -> None:
+    loaded = loaded_by(module)
+    assert not loaded & (HEAVY | {"numpy", "rich", "tqdm"})
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if below(m, "coordinator")])
 def test_the_coordinator_loads_no_learning_library(module: str) -> None:
     loaded = loaded_by(module)
-    assert not loaded & OF_THE_DEVICE
-    assert [m for m in loaded if m.startswith("edge_sdk.") and not of_core(m)] == []
+    assert not loaded & (OF_THE_DEVICE | {"psutil"})
+    assert [m for m in loaded if m.startswith("edge_sdk.") and not for_both(m)] in ([], ["edge_sdk.system"])
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if below(m, "edge_sdk") and not of_core(m)])
@@ -287,9 +300,9 @@ def test_edge_sdk_never_names_the_coordinator(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", python_files("coordinator"), ids=shown)
-def test_the_coordinator_names_only_the_core(path: Path) -> None:
+def test_the_coordinator_names_only_the_core_and_what_is_shared(path: Path) -> None:
     named = [name for name in imports_of(path) if name.split(".")[0] == "edge_sdk"]
-    assert [name for name in named if not of_core(name) and name != "edge_sdk.__version__"] == []
+    assert [name for name in named if not for_both(name) and name != "edge_sdk.__version__"] == []
 
 
 @pytest.mark.parametrize("path", python_files("edge_sdk", "coordinator"), ids=shown)

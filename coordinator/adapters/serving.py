@@ -14,11 +14,12 @@ from collections import Counter
 from pathlib import Path
 
 from coordinator.adapters.ladder import Rung, file_name, rungs, write_rungs
-from coordinator.storage.blobs import Blobs, written_whole
+from coordinator.storage.blobs import Blobs
 from coordinator.storage.store import Store
 from edge_sdk.core.adapter_file import codec
-from edge_sdk.core.errors import AdapterError, InternalError, NotFound
+from edge_sdk.core.errors import AdapterError, InputError, InternalError, NotFound
 from edge_sdk.core.messages import Federation
+from edge_sdk.system.durable import Step, fsync_folder, replacing
 
 
 class Serving:
@@ -80,9 +81,26 @@ def collected(version: int, newest: int) -> str:
 
 
 def export(federation: Federation, version: int, current: Path | None, rank: int, out: Path) -> None:
-    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads: float32, whatever devices get."""
-    out.mkdir(parents=True, exist_ok=True)
-    adapter = out / "adapter_model.safetensors"
-    write_rungs(federation, version, current, [Rung(rank)], lambda _: written_whole(adapter))
-    config = codec.peft_config(federation.base.model, federation.base.modules, rank, federation.scaling)
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    """Write a PEFT adapter folder that `PeftModel.from_pretrained` loads: float32, whatever devices get.
+
+    A crash or a full disk leaves the adapter that was there, the new one, or for a moment in between a folder
+    without a configuration, which no loader takes for an adapter.
+
+    Raises:
+        InputError: `out` cannot be written; says why.
+    """
+    adapter, config = out / "adapter_model.safetensors", out / "adapter_config.json"
+    said = codec.peft_config(federation.base.model, federation.base.modules, rank, federation.scaling)
+
+    def parted(step: Step) -> None:
+        if step == "written":  # what follows would not fit the old configuration
+            config.unlink(missing_ok=True)
+            fsync_folder(out)
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with replacing(config) as file:
+            file.write(json.dumps(said, indent=1).encode() + b"\n")
+            write_rungs(federation, version, current, [Rung(rank)], lambda _: replacing(adapter, at=parted))
+    except OSError as error:
+        raise InputError(f"{out}: the adapter cannot be written ({error.strerror or error})") from error

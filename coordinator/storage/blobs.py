@@ -21,12 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from coordinator.storage.disk import blaming, fsync_file, fsync_folder, write_all
+from coordinator.storage.disk import blaming, write_all
 from coordinator.storage.failpoints import reach
 from coordinator.storage.pins import Pins
 from coordinator.storage.running_digests import RunningDigests
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge, UploadLost
+from edge_sdk.system.durable import Step, fsync_file, fsync_folder, replacing
 
 Writer = Callable[[Iterable[bytes]], str]
 """Stores a blob durably and returns its digest."""
@@ -87,7 +88,7 @@ class Blobs:
     def caching(self, name: str) -> Iterator[BinaryIO]:
         """Write a derived file so that readers see all of it or none: all, if the block ends well."""
         path = self.cached(name)
-        with blaming(_shown(path)), written_whole(path) as file:
+        with blaming(_shown(path)), replacing(path, lasting=False, at=_cached) as file:
             yield file
 
     # --- uploads ---
@@ -229,18 +230,8 @@ class Blobs:
         return [path for folder in (self._uploads, self._cache) for path in folder.glob(".*")]
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its place and move it there if the block ends well; a crash leaves a dot file."""
-    temporary = path.with_name(f".{path.name}-{os.urandom(6).hex()}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-        reach("cache-written")
-        temporary.replace(path)
-        reach("cache-renamed")
-    finally:
-        temporary.unlink(missing_ok=True)
+def _cached(step: Step) -> None:
+    reach("cache-written" if step == "written" else "cache-renamed")
 
 
 def _shown(path: Path) -> str:

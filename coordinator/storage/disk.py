@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or failing: what it is called, and that what is written stays written."""
+"""A disk that is full, read-only or failing: what it is called. And writing many pieces at once."""
 
 from __future__ import annotations
 
@@ -96,20 +96,3 @@ def _write(file: FileIO, rest: memoryview) -> None:
         if not count:
             raise OSError(errno.EIO, "nothing was written")
         rest = rest[count:]
-
-
-def fsync_file(path: Path) -> None:
-    """Make the bytes of a file durable."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

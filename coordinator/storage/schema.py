@@ -11,9 +11,9 @@ import logging
 import sqlite3
 from pathlib import Path
 
-from coordinator.storage.disk import fsync_file, fsync_folder
 from coordinator.storage.failpoints import reach
 from edge_sdk.core.errors import InputError
+from edge_sdk.system.durable import Step, fsync_file, move_into_place
 
 log = logging.getLogger("coordinator")
 
@@ -120,11 +120,12 @@ def _copy(db: sqlite3.Connection, path: Path, have: int) -> Path:
     copy = path.with_name(f"{path.name}.schema-{have}.bak")
     temporary = copy.with_name(f".{copy.name}-new")
     write_copy(db, temporary)
-    reach("migration-copied")
-    temporary.replace(copy)
-    fsync_folder(copy.parent)
-    reach("migration-copy-renamed")
+    move_into_place(temporary, copy, _copying)
     return copy
+
+
+def _copying(step: Step) -> None:
+    reach("migration-copied" if step == "written" else "migration-copy-renamed")
 
 
 def write_copy(db: sqlite3.Connection, to: Path) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.storage.blobs import Blobs
-from coordinator.storage.disk import fsync_file, fsync_folder
 from coordinator.storage.failpoints import reach
 from coordinator.storage.schema import write_copy
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.data_folder import TOKEN_FILE, write_token
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InputError
+from edge_sdk.system.durable import fsync_file, fsync_folder, move_into_place
 
 _UNFINISHED = f".{DATABASE}-new"
 TRIES = 20  # each is a version later than the one before; versions come no faster than blobs are copied
@@ -86,9 +86,7 @@ def _back_up(data: Path, out: Path) -> Backup:
     for folder in (out / "blobs", *(out / "blobs").iterdir()):
         fsync_folder(folder)
     reach("backup-ready")
-    fsync_file(rows)  # reading it has changed its header
-    rows.replace(out / DATABASE)
-    fsync_folder(out)
+    move_into_place(rows, out / DATABASE)  # durably once more: reading it has changed its header
     fsync_folder(out.parent)
     return made
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from coordinator.storage.blobs import Blobs
-from coordinator.storage.disk import fsync_file, fsync_folder
 from coordinator.storage.failpoints import reach
 from coordinator.storage.store import Store
 from edge_sdk.core.adapter_file.header import read_header
 from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.system.durable import Step, replacing
 
 TOKEN_FILE = "join-token"
 
@@ -101,12 +101,9 @@ def join_token(folder: Path) -> str:
 
 def write_token(path: Path, token: str) -> None:
     """Put it in its place whole and durably: half a token lets nobody in."""
-    made = path.with_name(f".{path.name}-new")
-    made.unlink(missing_ok=True)
-    made.touch(mode=0o600)
-    made.write_text(token + "\n")
-    fsync_file(made)
-    reach("token-written")
-    made.replace(path)
-    reach("token-renamed")
-    fsync_folder(path.parent)
+    with replacing(path, mode=0o600, at=_writing_token) as file:
+        file.write(f"{token}\n".encode())
+
+
+def _writing_token(step: Step) -> None:
+    reach("token-written" if step == "written" else "token-renamed")

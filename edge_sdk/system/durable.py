@@ -1,64 +1,91 @@
-"""Files that survive a power cut: replaced as a whole, or not at all."""
+"""Files that survive a crash: written beside their place, and moved there whole. Needs Python alone.
+
+The order is what makes it hold: a file's bytes are on the disk before it gets its name, and the name is on
+the disk before anybody is told.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 from edge_sdk.core.errors import Unwritable
 
+Step = Literal["written", "renamed"]
+"""Behind what a crash may come: all bytes of the new file are there; it has its name."""
 
-def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Replace `path` so that a crash at any moment leaves the old content or the new, and nothing else.
+
+def _unwatched(step: Step) -> None:
+    """Nobody looks."""
+
+
+@contextlib.contextmanager
+def replacing(
+    path: Path, mode: int = 0o644, lasting: bool = True, at: Callable[[Step], None] = _unwatched
+) -> Iterator[BinaryIO]:
+    """Write a file that takes the place of `path` if the block ends well; otherwise nothing is changed.
+
+    A crash at any moment leaves the old content or the new, and at most `.NAME.tmp` beside it, which the next
+    attempt removes. One at a time may write to a path.
+
+    Args:
+        path: the file to replace or make; its folder must be there.
+        mode: permissions of the new file.
+        lasting: whether that must hold for a power cut as well; a file that can be made again need not wait
+            for the disk.
+        at: called after each step.
 
     Raises:
-        Unwritable: the disk is full, or read-only; the old content is there, and nothing beside it.
+        OSError: the disk is full, read-only or failing; the old content is there, and nothing beside it.
     """
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # one that a crash left has the mode of its time
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # one that a crash left has the mode of its time
-        try:
-            _write(temporary, data, mode)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)  # half a file takes room that is short already
-            raise
-        _flush_folder(path.parent)
-    except OSError as error:
-        raise unwritable(path, error) from error
+        with create(temporary, mode) as file:
+            yield file
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
+        at("written")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file takes room that is short already
+        raise
+    at("renamed")
+    if lasting:
+        fsync_folder(path.parent)
 
 
-def move_durably(source: Path, target: Path) -> None:
-    """Give a file that was written at leisure its final name, once its bytes are on the disk.
+def create(path: Path, mode: int) -> BinaryIO:
+    """Make a file that was not there, with these permissions from the first moment, and open it."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
+    return os.fdopen(descriptor, "wb")
+
+
+def move_into_place(source: Path, target: Path, at: Callable[[Step], None] = _unwatched) -> None:
+    """Give a file that was written at leisure its final name on the same disk, durably.
 
     Raises:
-        Unwritable: as `write_durably`.
+        OSError: the disk fails; the file has one name or the other.
     """
-    try:
-        with source.open("rb+") as file:
-            os.fsync(file.fileno())
-        source.replace(target)
-        _flush_folder(target.parent)
-    except OSError as error:
-        raise unwritable(target, error) from error
+    fsync_file(source)
+    at("written")
+    source.replace(target)
+    at("renamed")
+    fsync_folder(target.parent)
 
 
-def unwritable(path: Path, error: OSError) -> Unwritable:
-    """The error for a file that the system would not take."""
-    return Unwritable(f"{path} cannot be written ({error.strerror or error}); make room on that disk")
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
+def fsync_file(path: Path) -> None:
+    """Make the bytes of a file durable."""
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def _flush_folder(folder: Path) -> None:
-    """Make a rename in `folder` last. Windows cannot open a folder, and makes renames durable by itself."""
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. Windows cannot open folders, and makes renames durable by itself."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -66,3 +93,41 @@ def _flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# --- for a device, whose owner is told which file it is ---
+
+
+def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path`, whose folder is made where it is missing, as `replacing` does.
+
+    Raises:
+        Unwritable: the disk is full, or read-only; the old content is there, and nothing beside it.
+    """
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, mode) as file:
+            file.write(data)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """`move_into_place` for a device.
+
+    Raises:
+        Unwritable: as `write_durably`.
+    """
+    with _named(target):
+        move_into_place(source, target)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> Unwritable:
+    """The error for a file that the system would not take."""
+    return Unwritable(f"{path} cannot be written ({error.strerror or error}); make room on that disk")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -87,26 +88,38 @@ def test_a_worker_whose_disk_is_full_trains_on_and_waits_with_the_result(tmp_pat
             worker.train(leave, lambda report: "interrupt" if "outbox" in report.trouble else "continue")
 
 
+class HalfWritten(io.FileIO):
+    """A file on a disk that is full after half of what is written."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+
+    def write(self, content: Any) -> int:
+        super().write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_disk_that_is_full_at_any_write(
     coordinator: CoordinatorProcess, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Three writes in a row fail, from the nth on, whatever is written then; the work arrives once."""
-    write, count = durable._write, 0
+    create, count = durable.create, 0
 
-    def full(path: Path, content: bytes, mode: int) -> None:
+    def full(path: Path, mode: int) -> BinaryIO:
         nonlocal count
+        file = create(path, mode)
         if path.parent.name == "device" and path.name != ".link.json.tmp":
             count += 1
             if at <= count < at + 3:
-                path.write_bytes(content[: len(content) // 2])
-                raise OSError(28, "No space left on device")
-        write(path, content, mode)
+                file.close()
+                return HalfWritten(path)
+        return file
 
     it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data)
     it.agent.prepare()  # joining needs the disk; a person is there to see
-    monkeypatch.setattr(durable, "_write", full)
+    monkeypatch.setattr(durable, "create", full)
     assert it.agent.run(updates=1) == 1
     it.agent.close()
     assert count >= at + 3
