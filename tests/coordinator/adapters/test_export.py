@@ -1,4 +1,4 @@
-"""The exported folder: no loader ever meets one adapter with another's configuration, whatever breaks it off."""
+"""The exported folder: no loader meets one adapter with another's configuration, whatever breaks it off."""
 
 from __future__ import annotations
 
