@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -34,7 +33,7 @@ from coordinator.web.app import KEEP_ALIVE_S, build_app
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
-from edge_sdk.core.records import from_json
+from edge_sdk.core.records import decode
 
 SHOWN_VERSIONS = 5
 BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together
@@ -139,7 +138,7 @@ def _open(folder: Path) -> tuple[Store, Federation]:
     stored = store.meta("federation")
     if stored is None:
         raise InputError(f"{folder}: no federation was started here")
-    return store, from_json(Federation, json.loads(stored))
+    return store, decode(Federation, stored)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
-from edge_sdk.core.records import from_json
+from edge_sdk.core.records import decode, from_json
 
 Record = TypeVar("Record")
 
@@ -130,10 +129,10 @@ def load_base(name: str, folder: Path) -> Base:
     """The Base record of the embedded `tiny` model, or one from a JSON file (relative to `folder`)."""
     if name == "tiny":
         text = (importlib.resources.files("edge_sdk") / "tiny" / "base.json").read_text()
-        return from_json(Base, json.loads(text))
+        return decode(Base, text)
     path = folder / name
     try:
-        return from_json(Base, json.loads(path.read_text()))
+        return decode(Base, path.read_text())
     except OSError as error:
         raise InputError(
             f"base {path}: {error.strerror}; make it with `edge-sdk base MODEL -o FILE`"

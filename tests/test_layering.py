@@ -243,13 +243,16 @@ def test_importing_edge_sdk_loads_nothing() -> None:
     assert not loaded_by("edge_sdk") & (HEAVY | {"numpy", "safetensors", "rich", "tqdm", "coordinator"})
 
 
-def test_the_core_needs_numpy_and_safetensors_only() -> None:
+def test_the_core_needs_numpy_safetensors_and_msgspec_only() -> None:
     modules = [module for module in MODULES if of_core(module)]
     assert "edge_sdk.core.flexlora" in modules
     assert "edge_sdk.core.svd.decompose" in modules
     loaded = loaded_by(*modules)
     assert not loaded & (HEAVY | {"rich", "tqdm"})
     assert [m for m in loaded if m.startswith("edge_sdk.") and not of_core(m)] == []
+    packages = {name.split(".")[0] for name in loaded - loaded_by("json")} - sys.stdlib_module_names
+    # msgspec makes use of typing_extensions where it is installed.
+    assert packages - {"edge_sdk", "typing_extensions"} == {"numpy", "safetensors", "msgspec"}
 
 
 @pytest.mark.parametrize("module", SHARED)

@@ -7,7 +7,6 @@ published.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
 from coordinator.storage.store import Store
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,13 @@ def open_ledger(store: Store, chosen: Privacy | None, folder: Path) -> None:
             f"{folder} holds {other_way} versions with differential privacy; restore the [privacy] of its "
             "configuration or use another folder"
         )
-    store.set_meta("privacy", json.dumps(to_json(chosen) if chosen else None))
+    store.set_meta("privacy", encode(chosen).decode() if chosen else "null")
 
 
 def choices(store: Store) -> Privacy | None:
     """`[privacy]` of the newest start on this store, or None where there was none."""
-    stored = json.loads(store.meta("privacy") or "null")
-    return None if stored is None else from_json(Privacy, stored, "privacy")
+    stored = store.meta("privacy")
+    return None if stored in (None, "null") else decode(Privacy, stored, "privacy")
 
 
 def worst(store: Store, delta: float) -> Spending:

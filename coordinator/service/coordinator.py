@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import json
 import logging
 import secrets
 import time
@@ -59,7 +58,7 @@ from edge_sdk.core.messages import (
     Update,
     UpdateReply,
 )
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode, to_json
 from edge_sdk.core.svd.decompose import decompose
 
 log = logging.getLogger("coordinator")
@@ -110,9 +109,9 @@ class Coordinator:
         stored = self.store.meta("federation")
         if stored is None:
             made = settings.build(secrets.token_hex(8))
-            self.store.set_meta("federation", json.dumps(to_json(made)))
+            self.store.set_meta("federation", encode(made).decode())
             return made
-        federation = from_json(Federation, json.loads(stored))
+        federation = decode(Federation, stored)
         wanted = to_json(settings.build(federation.id, federation))
         for key, value in to_json(federation).items():
             if wanted[key] != value:
@@ -385,7 +384,7 @@ class Coordinator:
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
-        return json.dumps(to_json(overview.status(seen_s_ago, self.uploads.norm_bound(), spent))).encode()
+        return encode(overview.status(seen_s_ago, self.uploads.norm_bound(), spent))
 
 
 def _hash(token: str) -> str:

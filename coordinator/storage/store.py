@@ -24,7 +24,7 @@ from coordinator.storage.rows import Device, StoredUpdate, Version
 from coordinator.storage.schema import MIGRATIONS, migrate, schema_of
 from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode
 
 DATABASE = "coordinator.sqlite"  # in a data folder
 
@@ -181,7 +181,7 @@ class Store:
                     device,
                     assignment.version,
                     assignment.rank,
-                    json.dumps(to_json(assignment)),
+                    encode(assignment).decode(),
                     now,
                 ),
             )
@@ -189,12 +189,12 @@ class Store:
     def assignment(self, id: str, device: str) -> Assignment | None:
         """An assignment of this device, open or not."""
         rows = self._rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
-        return from_json(Assignment, json.loads(rows[0][0])) if rows else None
+        return decode(Assignment, rows[0][0]) if rows else None
 
     def open_assignments(self) -> list[tuple[str, Assignment, float]]:
         """(device, assignment, when it was granted) of every lease that is neither delivered nor expired."""
         rows = self._rows("SELECT device, record, granted_at FROM assignments WHERE open = 1")
-        return [(str(device), from_json(Assignment, json.loads(record)), at) for device, record, at in rows]
+        return [(str(device), decode(Assignment, record), at) for device, record, at in rows]
 
     def paces_s(self, newest: int) -> dict[str, tuple[float, ...]]:
         """Device -> seconds a step, from the grant to the update, of its newest assignments; oldest first.
@@ -265,7 +265,7 @@ class Store:
                     stored.id,
                     stored.device,
                     stored.version,
-                    json.dumps(to_json(stored.update)),
+                    encode(stored.update).decode(),
                     stored.update.digest,
                     now,
                     stored.factor,
@@ -298,7 +298,7 @@ class Store:
             "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY received_at"
         )
         return [
-            StoredUpdate(i, d, v, from_json(Update, json.loads(record)), factor, norm)
+            StoredUpdate(i, d, v, decode(Update, record), factor, norm)
             for i, d, v, record, factor, norm in rows
         ]
 

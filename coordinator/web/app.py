@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -31,7 +30,7 @@ from edge_sdk.core.errors import (
     Unauthorised,
 )
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode
 
 log = logging.getLogger("coordinator")
 COORDINATOR = web.AppKey("coordinator", Coordinator)
@@ -134,13 +133,11 @@ async def _body(request: web.Request, kind: type[Record]) -> Record:
     """Read and decode a JSON record of bounded size within a bounded time."""
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
-            text = await request.read()
-        value = json.loads(text)  # UTF-8, -16 or -32, whatever charset the header claims
+            return decode(kind, await request.read())  # whatever charset the header claims
     except web.HTTPRequestEntityTooLarge as error:
         raise TooLarge(f"a record has at most {MAX_RECORD_BYTES} bytes") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ProtocolError(f"{kind.__name__}: the body is not JSON") from error
-    return from_json(kind, value)
 
 
 def _number(request: web.Request, name: str) -> int:
@@ -151,7 +148,7 @@ def _number(request: web.Request, name: str) -> int:
 
 
 def _reply(record: Any, status: int = 200) -> web.Response:
-    return web.json_response(to_json(record), status=status)
+    return web.Response(body=encode(record), status=status, content_type="application/json")
 
 
 async def join(request: web.Request) -> web.Response:

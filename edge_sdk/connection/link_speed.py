@@ -7,14 +7,13 @@ latency, not throughput, and are left out; so are those that broke off, of which
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edge_sdk.core.errors import ProtocolError, Unwritable
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode
 from edge_sdk.system.durable import write_durably
 
 log = logging.getLogger("edge_sdk")
@@ -59,7 +58,7 @@ def _added(rates: tuple[float, ...], size_bytes: int, seconds: float) -> tuple[f
 def load_link(path: Path) -> Link:
     """What was measured before. A missing or damaged file only means that it is measured anew."""
     try:
-        link = from_json(Link, json.loads(path.read_text(encoding="utf-8")))
+        link = decode(Link, path.read_bytes())
     except (OSError, ValueError, ProtocolError):
         return Link()
     good = all(rate > 0 for rate in link.uploads + link.downloads)
@@ -69,6 +68,6 @@ def load_link(path: Path) -> Link:
 def save_link(path: Path, link: Link) -> None:
     """Keep it for the next start. A disk that is full must not end a transfer that went well."""
     try:
-        write_durably(path, json.dumps(to_json(link)).encode())
+        write_durably(path, encode(link))
     except Unwritable as error:
         log.warning("%s; the link is measured anew next time", error)

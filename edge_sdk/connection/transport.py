@@ -34,7 +34,7 @@ from edge_sdk.core.messages import (
     Update,
     UpdateReply,
 )
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode
 
 Record = TypeVar("Record")
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)  # without a byte, not for a whole transfer
@@ -84,11 +84,11 @@ class Transport:
 
     def join(self, request: JoinRequest) -> JoinReply:
         """Enrol with the join token."""
-        return self._record(JoinReply, self._send("POST", messages.JOIN, json=to_json(request)))
+        return self._record(JoinReply, self._send("POST", messages.JOIN, record=request))
 
     def ask(self, ask: Ask) -> Assignment | NotNow:
         """Ask for work."""
-        response = self._send("POST", messages.ASSIGNMENTS, json=to_json(ask), accept=(503,))
+        response = self._send("POST", messages.ASSIGNMENTS, record=ask, accept=(503,))
         if response.status_code == 503:
             return self._record(NotNow, response)
         return self._record(Assignment, response)
@@ -96,9 +96,7 @@ class Transport:
     def heartbeat(self, assignment: str, beat: Heartbeat) -> HeartbeatReply:
         """Report progress."""
         route = messages.HEARTBEAT.format(id=assignment)
-        return self._record(
-            HeartbeatReply, self._send("POST", route, json=to_json(beat), timeout=BEAT_TIMEOUT)
-        )
+        return self._record(HeartbeatReply, self._send("POST", route, record=beat, timeout=BEAT_TIMEOUT))
 
     def status(self) -> Status:
         """The federation at a glance."""
@@ -164,7 +162,7 @@ class Transport:
     def deliver(self, assignment: str, update: Update) -> UpdateReply:
         """Say what was uploaded. Safe to repeat: the same update counts once."""
         route = messages.UPDATE.format(id=assignment)
-        return self._record(UpdateReply, self._send("POST", route, json=to_json(update)))
+        return self._record(UpdateReply, self._send("POST", route, record=update))
 
     def download(
         self,
@@ -202,9 +200,11 @@ class Transport:
         part.finish()
 
     def _send(
-        self, method: str, route: str, accept: tuple[int, ...] = (), **arguments: Any
+        self, method: str, route: str, accept: tuple[int, ...] = (), record: Any = None, **arguments: Any
     ) -> httpx.Response:
         """One attempt; a refusal comes back as the error that its problem document names."""
+        if record is not None:
+            arguments |= {"content": encode(record), "headers": {"Content-Type": "application/json"}}
         try:
             response = self._http.request(method, route, **arguments)
         except httpx.RequestError as error:
@@ -222,11 +222,9 @@ class Transport:
 
     def _record(self, kind: type[Record], response: httpx.Response) -> Record:
         try:
-            value = response.json()
+            return decode(kind, response.content)
         except ValueError as error:
             raise Unreachable(f"{self.url} does not answer like a coordinator; check the address") from error
-        try:
-            return from_json(kind, value)
         except ProtocolError as error:
             if kind in INTRODUCTIONS:
                 raise ProtocolError(f"{self.url}: {error}") from error

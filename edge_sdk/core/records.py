@@ -1,121 +1,183 @@
 """Frozen dataclasses to JSON and back, strictly: the one decoder behind every record on the wire and on disk.
 
-Unknown fields are ignored, so that an older peer can read a newer one's records; a missing field, or one of
-the wrong type, is an error that names it.
+msgspec does it (https://jcristharif.com/msgspec/). Unknown fields are ignored, so an older peer can read a
+newer one's records; a missing field, or one of the wrong type, is an error that names it. A bool is never a
+number, an int is a fine float, and NaN, infinities and halves of surrogate pairs fit no field.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
+
+import msgspec
 
 from edge_sdk.core.errors import ProtocolError
 
 Record = TypeVar("Record")
 
 
+def encode(record: Any, indent: int = -1) -> bytes:
+    """A record as JSON in UTF-8; on lines that are indented by `indent` spaces where it is not negative.
+
+    A float that is not finite becomes null, for JSON has no such number.
+
+    Raises:
+        ProtocolError: a text holds half of a surrogate pair.
+    """
+    try:
+        text = _encoder.encode(record)
+        return text if indent < 0 else msgspec.json.format(text, indent=indent)
+    except UnicodeEncodeError as error:
+        raise ProtocolError(f"{type(record).__name__}: holds {_HALF_A_PAIR}") from error
+
+
+def decode(kind: type[Record], text: bytes | str, where: str = "") -> Record:
+    """Decode JSON text as the dataclass `kind`, whose name or `where` begins every complaint.
+
+    Raises:
+        ValueError: not JSON.
+        ProtocolError: not an object, or a field is missing or of the wrong type; names the field.
+    """
+    try:
+        record: Record = _decoder(kind).decode(text)  # type: ignore[arg-type]  # a class can be hashed
+        return record
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # Read again with the tolerance of `json`, which takes UTF-16 too, for an error that names the field.
+        try:
+            value = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        return from_json(kind, value, where)
+
+
 def to_json(record: Any) -> dict[str, Any]:
-    """A record as JSON values (nested records become objects, tuples arrays)."""
-    kind: Any = type(record)
-    return {name: _plain(getattr(record, name)) for name, _, _ in _fields_of(kind)}
-
-
-def _plain(value: Any) -> Any:
-    """JSON values as they are, and what holds records rebuilt."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, tuple | list):
-        return type(value)(map(_plain, value))
-    if isinstance(value, Mapping):
-        return {key: _plain(held) for key, held in value.items()}
-    return to_json(value)
+    """A record as values that JSON has (nested records become dictionaries; tuples stay)."""
+    return dict(msgspec.to_builtins(record, enc_hook=_plain))
 
 
 def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
-    """Decode `value` as the dataclass `kind`.
+    """Decode what `json.loads` gave, or a table of TOML, as the dataclass `kind`.
 
     Raises:
-        ProtocolError: `value` is not an object, or a field is missing or of the wrong type; names the field.
+        ProtocolError: as `decode` does.
     """
     label = where or kind.__name__
-    if not isinstance(value, Mapping):
-        raise ProtocolError(f"{label}: expected an object, got {_kind_of(value)}")
-    arguments = {}
-    for name, hint, required in _fields_of(kind):  # type: ignore[arg-type]  # a class can be hashed
-        if name in value:
-            arguments[name] = _decode(hint, value[name], f"{label}.{name}")
-        elif required:
-            raise ProtocolError(f"{label}.{name} is missing")
-    return kind(**arguments)
+    try:
+        return typing.cast(Record, _converted(kind, _marked(value), label))
+    except RecursionError as error:
+        raise ProtocolError(f"{label}: nested too deeply") from error
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec does not know by itself: kinds of numbers (NumPy's), of texts and of mappings."""
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a record cannot hold a {type(value).__name__}")
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 
 @functools.cache
-def _fields_of(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
-    """Name, type and whether there is no default, of each field. Resolving hints takes a while."""
-    hints = typing.get_type_hints(kind)
-    missing = dataclasses.MISSING
-    return tuple(
-        (field.name, hints[field.name], field.default is missing and field.default_factory is missing)
-        for field in dataclasses.fields(kind)
-    )
+def _decoder(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind)
 
 
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """Check `value` against a type hint and build it."""
+# --- which field, and what is wrong with it -------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Misfit:
+    """Stands for what Python takes from JSON and no record may hold: it fits no field."""
+
+    what: str
+
+
+_HALF_A_PAIR = "half of a surrogate pair, which is no text"
+_NOT_FINITE, _NO_TEXT = _Misfit("a number that is not finite"), _Misfit(_HALF_A_PAIR)
+
+
+def _marked(value: Any) -> Any:
+    """The same value with every misfit marked as one."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _NOT_FINITE
+    if isinstance(value, str):
+        return value if _is_text(value) else _NO_TEXT
+    if isinstance(value, Mapping):
+        return {_shown(key): _marked(held) if _is_text(str(key)) else _NO_TEXT for key, held in value.items()}
+    return list(map(_marked, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _shown(key: Any) -> str:
+    """A key as text; halves of surrogate pairs as their escapes."""
+    return str(key).encode("utf-8", "backslashreplace").decode()
+
+
+def _converted(hint: Any, value: Any, where: str) -> Any:
+    """`value` as a `hint`; the innermost part of it that is wrong speaks for the whole."""
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        needed = _needed(hint)
+        for at, inner, part in _parts(needed, value):
+            _converted(inner, part, where + at)
+        raise ProtocolError(where + _complaint(needed, value, error)) from error
+
+
+def _needed(hint: Any) -> Any:
+    """X of `X | None`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(argument for argument in typing.get_args(hint) if argument is not type(None))
+    return hint
+
+
+def _parts(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
+    """Place, type and value of each part; nothing where the whole is of the wrong kind or length."""
+    arguments = typing.get_args(hint)
+    if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        names = [field.name for field in dataclasses.fields(hint) if field.name in value]
+        return [(f".{name}", hints[name], value[name]) for name in names]
+    if isinstance(value, dict) and typing.get_origin(hint) is dict:
+        return [(f".{key}", arguments[1], held) for key, held in value.items()]
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(inner) == len(value):
+            return [(f"[{i}]", *pair) for i, pair in enumerate(zip(inner, value, strict=True))]
+    return []
+
+
+def _complaint(hint: Any, value: Any, error: msgspec.ValidationError) -> str:
+    """What is wrong with a value all of whose parts are right."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, value, where)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        inner = next(a for a in arguments if a is not type(None))
-        return _decode(inner, value, where)
-    if origin is typing.Literal:
-        if value not in arguments:
-            raise ProtocolError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is tuple:
-        return _decode_tuple(arguments, value, where)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ProtocolError(f"{where}: expected an object, got {_kind_of(value)}")
-        return {str(k): _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    return _decode_scalar(hint, value, where)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        missing = [field.name for field in dataclasses.fields(hint) if _lacks(value, field)]
+        return f".{missing[0]} is missing" if missing else f": {error}"
+    if origin is typing.Literal and not isinstance(value, _Misfit):
+        return f": {reprlib.repr(value)} is not one of {', '.join(map(repr, arguments))}"
+    if origin is tuple and isinstance(value, list):
+        return f": expected {len(arguments)} items, got {len(value)}"
+    names = {dict: "an object", tuple: "an array", typing.Literal: "text"}
+    name = "an object" if dataclasses.is_dataclass(hint) else names.get(origin) or hint.__name__
+    got = value.what if isinstance(value, _Misfit) else "null" if value is None else type(value).__name__
+    return f": expected {name}, got {got}"
 
 
-def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
-    """Decode `tuple[X, ...]` or a tuple of fixed length."""
-    if not isinstance(value, list | tuple):
-        raise ProtocolError(f"{where}: expected an array, got {_kind_of(value)}")
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if len(value) != len(arguments):
-        raise ProtocolError(f"{where}: expected {len(arguments)} items, got {len(value)}")
-    pairs = zip(arguments, value, strict=True)
-    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(pairs))
-
-
-def _decode_scalar(hint: Any, value: Any, where: str) -> Any:
-    """Decode str, bool, int or a finite float; an int is a fine float, a bool is never a number.
-
-    JSON can spell half of a surrogate pair, which is no text that could be stored or sent.
-    """
-    if hint is float and type(value) is int and abs(value) < 2**1023:
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        raise ProtocolError(f"{where}: expected {hint.__name__}, got {_kind_of(value)}")
-    if hint is str and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ProtocolError(f"{where}: holds half of a surrogate pair, which is no text")
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    """A short name for a JSON value in a message."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a number that is not finite"
-    return "null" if value is None else type(value).__name__
+def _lacks(value: dict[str, Any], field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.name not in value and field.default is missing and field.default_factory is missing

@@ -12,14 +12,13 @@ lock                         held by the agent that trains; the system lets go o
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from edge_sdk.core.errors import InputError, ProtocolError
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode
 from edge_sdk.membership.session import Session
 from edge_sdk.system.durable import write_durably
 
@@ -78,12 +77,12 @@ class Journal:
             InputError: the file cannot be understood; names it.
         """
         try:
-            return from_json(Session, json.loads(self._session.read_bytes()))
+            return decode(Session, self._session.read_bytes())
         except FileNotFoundError:
             return None
         except OSError as error:
             raise InputError(f"{self._session}: cannot be read ({error.strerror}); mend that") from error
-        except (ValueError, ProtocolError, RecursionError) as error:
+        except (ValueError, ProtocolError) as error:
             raise InputError(f"{self._session}: not a session ({error}); remove it to join anew") from error
 
     def save(self, session: Session) -> None:
@@ -92,7 +91,7 @@ class Journal:
         Raises:
             Unwritable: the one before survives.
         """
-        write_durably(self._session, json.dumps(to_json(session), indent=1).encode(), mode=0o600)
+        write_durably(self._session, encode(session, indent=1), mode=0o600)
 
     def clear_work(self) -> None:
         """Forget checkpoint and outbox, once the session no longer needs them."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_sdk.core.errors import ProtocolError, Unwritable
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, to_json
 from edge_sdk.system.durable import write_durably
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Corrections:
     def _read(self) -> dict[str, Correction]:
         """The file; one that cannot be read is logged and begun anew, for it can be learnt again."""
         try:
-            found = from_json(_File, json.loads(self._path.read_text())).corrections
+            found = decode(_File, self._path.read_bytes()).corrections
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, ProtocolError) as error:

@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.lora import Matrix
-from edge_sdk.core.records import from_json
+from edge_sdk.core.records import decode
 from edge_sdk.system.durable import write_durably
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def read(path: Path, accepts: Callable[[Mapping[str, Any]], bool]) -> Kept | Non
             if not (isinstance(identity, dict) and accepts(identity)):
                 log.info("%s belongs to another assignment; starting this one from its beginning", path)
                 return None
-            progress = from_json(Progress, json.loads(metadata.get("progress", "null")))
+            progress = decode(Progress, metadata.get("progress", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return Kept(identity, progress, tensors)
     except (SafetensorError, ValueError, ProtocolError) as error:

@@ -19,7 +19,7 @@ from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.choice.step_time import StepTime
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.messages import Training
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, encode, from_json, to_json
 from edge_sdk.system import child_process
 from edge_sdk.trials.findings import recall, remember
 from edge_sdk.trials.four_bit import installation
@@ -67,14 +67,14 @@ def measured(wanted: Trial, folder: Path) -> StepTime | None:
     if outcome.failure or not outcome.lines:
         log.warning("step times cannot be measured: %s", outcome.failure or "the trial said nothing")
         return None
-    found = from_json(StepTime, json.loads(outcome.lines[-1]))
+    found = decode(StepTime, outcome.lines[-1])
     remember(folder / REMEMBERED, key, to_json(found))
     return found
 
 
 def main() -> int:
     """`python -m edge_sdk.trials.step_times TRIAL`: measure; the last line is the JSON."""
-    wanted = from_json(Trial, json.loads(sys.argv[1]))
+    wanted = decode(Trial, sys.argv[1])
     if not wanted.quantise:  # nothing here needs it, and where it is broken its import may end the process
         sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
     from edge_sdk.model import base_model
@@ -83,7 +83,7 @@ def main() -> int:
     base_model.use_threads(wanted.threads)
     lesson = step_times_child.Lesson(wanted.batch, wanted.sequence_len, wanted.ranks, wanted.carries)
     found = step_times_child.step_times(json.loads(wanted.config), lesson, wanted.device, wanted.quantise)
-    sys.stdout.write(json.dumps(to_json(found)) + "\n")
+    sys.stdout.write(encode(found).decode() + "\n")
     return 0
 
 

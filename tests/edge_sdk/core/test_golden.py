@@ -11,7 +11,7 @@ import pytest
 
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.adapter_file.dtypes import WireDtype
-from edge_sdk.core.records import from_json
+from edge_sdk.core.records import decode, from_json
 from tests.edge_sdk.core import wire_samples
 from tests.edge_sdk.core.test_records import RECORDS as KINDS
 from tests.edge_sdk.core.wire_samples import GOLDEN, RANK, SCALING, SHAPES
@@ -34,6 +34,7 @@ def test_the_bytes_are_the_same(name: str) -> None:
 def test_the_golden_record_is_read(record: object) -> None:
     text = (GOLDEN / f"{type(record).__name__}.json").read_text(encoding="utf-8")
     assert from_json(type(record), json.loads(text)) == record
+    assert decode(type(record), text) == decode(type(record), text.encode()) == record
 
 
 def test_the_golden_adapter_is_read() -> None:
