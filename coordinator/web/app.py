@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from aiohttp.abc import AbstractStreamWriter
 
 from coordinator.adapters.ladder import Rung
 from coordinator.service.coordinator import Coordinator
+from coordinator.web import openapi
 from coordinator.web.intake import Intake, receive
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file import codec
@@ -31,6 +33,7 @@ from edge_sdk.core.errors import (
 )
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import decode, encode
+from edge_sdk.core.routes import ROUTES
 
 log = logging.getLogger("coordinator")
 COORDINATOR = web.AppKey("coordinator", Coordinator)
@@ -48,17 +51,9 @@ def build_app(coordinator: Coordinator) -> web.Application:
     app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
     app[COORDINATOR], app[INTAKE] = coordinator, Intake()
     app.cleanup_ctx.append(_ticking)
-    app.router.add_post(messages.JOIN, join)
-    app.router.add_get(messages.FEDERATION, federation)
-    app.router.add_post(messages.ASSIGNMENTS, ask)
-    app.router.add_post(messages.HEARTBEAT, heartbeat)
-    app.router.add_head(messages.UPLOAD, upload_offset)
-    app.router.add_patch(messages.UPLOAD, upload)
-    app.router.add_post(messages.UPDATE, deliver)
-    app.router.add_get(messages.ADAPTER, adapter)
-    app.router.add_get(messages.ADAPTER_IN, adapter)
-    app.router.add_get(messages.ADAPTER_CONFIG, adapter_config)
-    app.router.add_get(messages.STATUS, status)
+    for route in ROUTES:
+        add = app.router.add_get if route.method == "GET" else partial(app.router.add_route, route.method)
+        add(route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
     return app
 
 
@@ -266,3 +261,25 @@ async def status(request: web.Request) -> web.Response:
     _member_or_host(request)
     text = await request.app[COORDINATOR].status()
     return web.Response(body=text, content_type="application/json")
+
+
+async def description(request: web.Request) -> web.Response:
+    """GET /v1/openapi.json, for anyone: it holds nothing of this federation."""
+    return web.Response(body=openapi.document(), content_type="application/json")
+
+
+HANDLERS: Mapping[str, Handler] = {
+    "join": join,
+    "federation": federation,
+    "ask": ask,
+    "heartbeat": heartbeat,
+    "upload_offset": upload_offset,
+    "upload": upload,
+    "deliver": deliver,
+    "adapter": adapter,
+    "adapter_in": adapter,
+    "adapter_config": adapter_config,
+    "status": status,
+    "openapi": description,
+}
+"""By the names of `edge_sdk.core.routes.ROUTES`."""

@@ -1,16 +1,6 @@
-"""The wire: every record, route and header that a device and a coordinator exchange. Nothing else names one.
+"""The wire: every record, path and header that a device and a coordinator exchange. Nothing else names one.
 
-    POST  /v1/join                          JoinRequest (join token)   -> JoinReply
-    GET   /v1/federation                    (or with the join token)   -> Federation
-    POST  /v1/assignments                   Ask                        -> Assignment, or NotNow (503)
-    POST  /v1/assignments/{id}/heartbeat    Heartbeat                  -> HeartbeatReply
-    HEAD  /v1/assignments/{id}/adapter                                 -> Upload-Offset
-    PATCH /v1/assignments/{id}/adapter      bytes at Upload-Offset     -> 204, Upload-Offset
-    POST  /v1/assignments/{id}/update       Update                     -> 202 UpdateReply: it counts once
-    GET   /v1/versions/{v}/ranks/{r}/adapter_model.safetensors         -> immutable float32 file; ETag, Range
-    GET   /v1/versions/{v}/ranks/{r}/{dtype}/adapter.safetensors       -> the same in a dtype of the wire
-    GET   /v1/versions/{v}/ranks/{r}/adapter_config.json               -> PEFT config of that file
-    GET   /v1/status                        (or with the join token)   -> Status
+Which record goes where, and who may send it, is the table of `routes.py`.
 
 Requests but join carry the device's credential as a bearer token. Every refusal is an RFC 9457 problem
 document (`application/problem+json`); `errors.from_problem` rebuilds the error from it. Durations travel in
@@ -38,6 +28,7 @@ ADAPTER = "/v1/versions/{version}/ranks/{rank}/adapter_model.safetensors"
 ADAPTER_IN = "/v1/versions/{version}/ranks/{rank}/{dtype}/adapter.safetensors"
 ADAPTER_CONFIG = "/v1/versions/{version}/ranks/{rank}/adapter_config.json"
 STATUS = "/v1/status"
+OPENAPI = "/v1/openapi.json"
 
 UPLOAD_OFFSET = "Upload-Offset"  # of tus 1.0, with its meaning: bytes stored so far
 OFFSET_CONTENT_TYPE = "application/offset+octet-stream"
