@@ -54,9 +54,6 @@ OF_THE_DEVICE = LEARNING | {"httpx"}
 HEAVY = OF_THE_DEVICE | {"psutil", "aiohttp"}
 # What the move of the files alone did not mend.
 NOT_YET = {
-    "edge_sdk.membership.membership imports edge_sdk.participation.decision",
-    "edge_sdk.model.base_model imports edge_sdk.trials.four_bit_child",
-    "edge_sdk.system.process_memory",
     "edge_sdk.worker.process",
     "edge_sdk.worker.training_call",
     "coordinator.rules",
@@ -207,11 +204,9 @@ SOME = {
     "edge_sdk/training/optimizers.py": {"torch", "bitsandbytes"},
     "edge_sdk/training/recompute.py": {"torch", "transformers"},
     "edge_sdk/model/files.py": set[str](),
+    "edge_sdk/model/four_bit_layers.py": set[str](),  # the trial must not wait for transformers
     "edge_sdk/trials/four_bit.py": {"torch"},
-    "edge_sdk/trials/four_bit_child.py": {
-        "torch",
-        "bitsandbytes",
-    },  # the trial must not wait for transformers
+    "edge_sdk/trials/four_bit_child.py": {"torch", "bitsandbytes"},  # nor for what it imports
     "edge_sdk/trials/library_memory.py": set[str](),
     "edge_sdk/trials/library_memory_child.py": {"torch"},
     "edge_sdk/trials/step_times.py": set[str](),

@@ -198,6 +198,16 @@ class OutOfMemory(EdgeError):
     title = "out of memory"
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of an error's message, at most so many characters, or its name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def one_line(error: BaseException) -> str:
+    """All lines of a short message in one: the second often says what the first does not."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def subclasses(root: type[EdgeError]) -> list[type[EdgeError]]:
     """`root` and every class below it, parents first."""
     found = [root]

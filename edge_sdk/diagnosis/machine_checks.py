@@ -16,7 +16,7 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.diagnosis.check import Check, fine, not_fine, warning
 from edge_sdk.system import child_process
-from edge_sdk.trials.four_bit import Preflight
+from edge_sdk.trials.four_bit import FourBitTrial
 
 DISTRIBUTION = "flexlora-edge"
 INSTALL = f'python -m pip install -U "{DISTRIBUTION}[edge]"'
@@ -33,13 +33,14 @@ SCARCE_BYTES = 1_500_000_000
 # from the others, a broken bitsandbytes fails alone.
 IMPORTS = """
 import importlib, sys
-sys.modules["bitsandbytes"] = None
+from edge_sdk.core.errors import first_line
+from edge_sdk.system.hidden_library import hide_bitsandbytes
+hide_bitsandbytes()
 for name in sys.argv[1:]:
     try:
         importlib.import_module(name)
     except BaseException as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        print(name, f"{type(error).__name__}: {said}", sep="\\t", flush=True)
+        print(name, f"{type(error).__name__}: {first_line(error, 200)}", sep="\\t", flush=True)
     else:
         print(name, "", sep="\\t", flush=True)
 """
@@ -122,7 +123,7 @@ def device_check(name: str, device: DeviceProfile) -> Check:
     return fine("device", text)
 
 
-def four_bit_check(tried: Preflight, otherwise: str = "") -> Check:
+def four_bit_check(tried: FourBitTrial, otherwise: str = "") -> Check:
     """What the 4-bit trial found. `otherwise`: why unquantised training is impossible too, or empty."""
     try:
         version = metadata.version("bitsandbytes")

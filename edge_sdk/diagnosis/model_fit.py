@@ -5,8 +5,6 @@ The answer needs the model's `config.json` and nothing else of it: no weights, n
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from edge_sdk.core.messages import CARRYING, RuleName, Training
 from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.model.files import find, read_json_object
 from edge_sdk.options import Options, cache_dir
-from edge_sdk.participation.decision import BUDGET_SHARE, budget_bytes
+from edge_sdk.participation.decision import BUDGET_SHARE, budget_bytes, quantisation
 
 
 @dataclass(frozen=True)
@@ -163,16 +161,10 @@ def _machine(options: Options) -> tuple[Options, bool]:
 
 def _quantised(options: Options, measured: bool) -> tuple[bool, str]:
     """Whether the base would be in 4 bits, and why not if that was wished. A class is believed to be able."""
-    from edge_sdk.trials.four_bit import four_bit_works
-
-    if not options.quantise or not measured:
+    if not measured:
         return options.quantise, ""
-    tried = four_bit_works(options.device, cache_dir())
-    if tried.ok:
-        return True, ""
-    if not tried.importable and importlib.util.find_spec("bitsandbytes") is not None:
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]  # see enrolment.decide
-    return False, f"4-bit training does not work here: {tried.reason}"
+    found = quantisation(replace(options, isolate=False))  # steps are timed in this very process
+    return found.four_bit, found.notice
 
 
 def _placement(options: Options, measured: bool, quantised: bool) -> tuple[Placement, str]:

@@ -8,11 +8,11 @@ from edge_sdk.callbacks import Teller
 from edge_sdk.connection.transport import Transport
 from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Federation
+from edge_sdk.membership import identity
 from edge_sdk.membership import session as sessions
 from edge_sdk.membership.journal import DIGESTS, Journal
 from edge_sdk.membership.session import Session
 from edge_sdk.options import Options, default_state_dir
-from edge_sdk.participation import decision
 
 
 class Membership:
@@ -123,7 +123,7 @@ class Membership:
         self._require_same(before, federation)
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
-        reply = self._transport.join(decision.request(fingerprint, self.options))
+        reply = self._transport.join(identity.request(fingerprint, self.options))
         self._transport.close()
         self._transport = Transport(self.url, reply.credential, self.journal.link)
         self.save(sessions.joined(self.url, reply))
@@ -137,7 +137,7 @@ class Membership:
             )
 
     def _fingerprint(self, federation: Federation) -> str:
-        return decision.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
+        return identity.fingerprint(federation, self.options, self.journal.folder / DIGESTS)
 
     def save(self, session: Session) -> None:
         """Make `session` the one that survives.

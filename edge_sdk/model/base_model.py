@@ -8,14 +8,12 @@ the right base without holding a weight in memory. `load` quantises to NF4 with 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import hashlib
 import importlib.util
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +27,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from edge_sdk.core.choice.memory import ACCELERATOR, CPU, Placement
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, first_line, one_line
 from edge_sdk.core.messages import Base
 from edge_sdk.machine.torch_device import compute_dtype, torch_device
 from edge_sdk.model.files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
+from edge_sdk.model.four_bit_layers import keep_trainable
+from edge_sdk.system.heap import trim_heap
+from edge_sdk.system.hidden_library import BITSANDBYTES
 from edge_sdk.system.out_of_memory import means_out_of_memory
-from edge_sdk.trials.four_bit_child import keep_trainable
 
 __all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
 
@@ -108,7 +108,7 @@ def configuration(config: Mapping[str, Any]) -> Any:
         return AutoConfig.for_model(kind, **values)
     except UNUSABLE as error:
         raise InputError(
-            f"config.json: transformers takes no such configuration: {_one_line(error)}"
+            f"config.json: transformers takes no such configuration: {one_line(error)}"
         ) from error
 
 
@@ -122,7 +122,7 @@ def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tupl
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
     except UNUSABLE as error:
-        raise InputError(f"{directory}: transformers cannot build this model: {_one_line(error)}") from error
+        raise InputError(f"{directory}: transformers cannot build this model: {one_line(error)}") from error
     linear = block_linears(skeleton)
     if targets == ALL_LINEAR:
         return linear
@@ -185,14 +185,14 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
 def import_libraries() -> None:
     """Import what `load` and the trainer need, so that what is resident after this is the libraries' own."""
     with _quiet(small=False):
-        if importlib.util.find_spec("bitsandbytes") is not None:
+        if importlib.util.find_spec(BITSANDBYTES) is not None:
             import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
 
 
 def _weights(directory: Path, device: torch.device, compute: torch.dtype, quantise: bool) -> Any:
     """The model with every weight of its own: transformers would fill what is missing with random numbers."""
-    if importlib.util.find_spec("bitsandbytes") is not None:
+    if importlib.util.find_spec(BITSANDBYTES) is not None:
         import bitsandbytes  # noqa: F401  its first import prints the advice that `_quiet` holds back
 
     try:
@@ -208,20 +208,11 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         if means_out_of_memory(error):
             raise
-        raise InputError(f"{directory}: its weights cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{directory}: its weights cannot be loaded: {first_line(error)}") from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"{directory}: {len(missing)} weights are missing, {missing[0]} among them")
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _one_line(error: BaseException) -> str:
-    """All lines of a short message in one: the second often says what the first does not."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def placement(device: str = "auto", quantise: bool = True) -> Placement:
@@ -241,8 +232,7 @@ def release_memory() -> None:
         torch.mps.empty_cache()
     if torch.xpu.is_available():
         torch.xpu.empty_cache()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+    trim_heap()
 
 
 def use_threads(count: int) -> None:
@@ -278,7 +268,7 @@ def _tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (ValueError, OSError, ImportError) as error:
-        raise InputError(f"{directory}: its tokeniser cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{directory}: its tokeniser cannot be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{directory}: its tokeniser has no eos token, so that no answer would ever end")
     if tokenizer.pad_token_id is None:

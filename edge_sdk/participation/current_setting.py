@@ -9,6 +9,7 @@ from edge_sdk.core.choice.rank import RankChoice
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
+from edge_sdk.membership.identity import model_of
 from edge_sdk.membership.journal import Journal
 from edge_sdk.model.files import resolve
 from edge_sdk.options import Options, cache_dir
@@ -97,7 +98,7 @@ class Fitting:
         libraries = framework_bytes(options.device, quantise, cache_dir()) if counted else 0
         if not options.isolate:
             return Known(framework_bytes=libraries)
-        config = resolve(decision.model_of(self._federation, options)) / "config.json"
+        config = resolve(model_of(self._federation, options)) / "config.json"
         ladder = decision.ladder_of(self._federation, options)
         way = options.device, quantise, options.threads
         wanted = step_times.trial(config, training, ladder, self._federation.carries, way)

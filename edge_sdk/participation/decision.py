@@ -1,11 +1,10 @@
-"""What a device finds out about itself before it works: the identity of its base model and its rank."""
+"""What a device decides before it works: its memory budget, whether in 4 bits, and the rank."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from edge_sdk.connection.link_speed import Link
 from edge_sdk.core.choice import rank as choice
@@ -13,12 +12,14 @@ from edge_sdk.core.choice.memory import Placement, estimate, human_bytes
 from edge_sdk.core.choice.model_facts import ModelFacts, facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.choice.step_time import StepTime
-from edge_sdk.core.errors import BaseMismatch, InputError
-from edge_sdk.core.messages import Federation, JoinRequest
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.messages import Federation
 from edge_sdk.machine.probe import probe
+from edge_sdk.membership.identity import model_of
 from edge_sdk.model.files import read_config, resolve
 from edge_sdk.options import Options, cache_dir
-from edge_sdk.trials.four_bit import Preflight, four_bit_works
+from edge_sdk.system.hidden_library import hide_bitsandbytes
+from edge_sdk.trials.four_bit import FourBitTrial, four_bit_works
 
 BUDGET_SHARE = 0.5  # of the memory that is free now: the rest stays the owner's
 
@@ -33,43 +34,8 @@ class Known:
     link: Link = field(default_factory=Link)
     longest: int | None = None  # tokens of the longest local example
     eight_bit: bool = True  # whether 8-bit moments can be had
-    four_bit: Preflight | None = None  # how a trial went that need not be made again
+    four_bit: FourBitTrial | None = None  # how a trial went that need not be made again
     most_bytes: int | None = None  # below the budget, where training has failed within that
-
-
-def model_of(federation: Federation, options: Options) -> str:
-    """Where this device loads the base model from: its own choice, or what the federation names."""
-    return options.model or federation.base.model
-
-
-def fingerprint(federation: Federation, options: Options, digests: Path) -> str:
-    """What identifies this device's base model, with the federation's target modules.
-
-    Args:
-        federation: what the device is about to join.
-        options: the device's.
-        digests: file that remembers digests of large weight files.
-
-    Raises:
-        InputError: the model is not there.
-        BaseMismatch: it has other modules than the federation's base.
-    """
-    from edge_sdk.model import base_model
-
-    model = model_of(federation, options)
-    resolve(model)  # a model that is not there is no mismatch
-    try:
-        return base_model.describe(model, ",".join(federation.base.modules), digests).fingerprint
-    except InputError as error:
-        raise BaseMismatch(
-            f"{error}; the federation trains {federation.base.model}: load that model"
-        ) from error
-
-
-def request(base: str, options: Options) -> JoinRequest:
-    """How this device introduces itself; `base` is its model's fingerprint."""
-    device = options.profile or probe(quick=True, folder=options.state_dir or cache_dir())
-    return JoinRequest(options.name, base, device.summary())
 
 
 @dataclass(frozen=True)
@@ -80,7 +46,31 @@ class Decision:
     quantise: bool
     notice: str = ""
     bitsandbytes: bool = True  # False: a process that imports it may die of that
-    four_bit: Preflight | None = None  # how the trial went, where there was one
+    four_bit: FourBitTrial | None = None  # how the trial went, where there was one
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """Whether the base is held in 4 bits; `notice`: why not, where that was wished and does not work here."""
+
+    four_bit: bool
+    notice: str = ""
+    trial: FourBitTrial | None = None  # how it went, where there was one
+
+
+def quantisation(options: Options, known: FourBitTrial | None = None) -> Quantisation:
+    """In 4 bits where the owner wants that and it works on this device; a `known` trial is not repeated.
+
+    Where bitsandbytes cannot even be imported it is hidden from this process, if that is to train.
+    """
+    if not options.quantise:
+        return Quantisation(four_bit=False)
+    trial = known or four_bit_works(options.device, cache_dir())
+    if trial.ok:
+        return Quantisation(True, trial=trial)
+    if not trial.importable and not options.isolate:
+        hide_bitsandbytes()
+    return Quantisation(False, f"4-bit training does not work here: {trial.reason}", trial)
 
 
 def decide(
@@ -107,22 +97,17 @@ def decide(
         own = replace(known, eight_bit=eight_bit)
         return choose_rank(federation, options, quantise, own, ladder, carried)
 
-    if not options.quantise:
-        return Decision(choose(False), quantise=False)
-    tried = known.four_bit or four_bit_works(options.device, cache_dir())
-    if tried.ok:
-        return Decision(choose(True), quantise=True, four_bit=tried)
-    if not tried.importable and not options.isolate:
-        # PEFT imports bitsandbytes wherever it finds it, quantised or not; None is Python's own mark for a
-        # module that is not to be found.
-        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
-    notice = f"4-bit training does not work here: {tried.reason}"
+    found = quantisation(options, known.four_bit)
+    trial = found.trial
+    if trial is None or trial.ok:
+        return Decision(choose(found.four_bit), found.four_bit, four_bit=trial)
+    notice = found.notice
     try:
         unquantised = choose(False, eight_bit=False)
     except InputError as error:
         raise InputError(f"{notice}; unquantised, {error}; `edge-sdk doctor` says what mends it") from error
     notice += "; training goes on unquantised"
-    return Decision(unquantised, False, notice, bitsandbytes=tried.importable, four_bit=tried)
+    return Decision(unquantised, False, notice, bitsandbytes=trial.importable, four_bit=trial)
 
 
 def choose_rank(

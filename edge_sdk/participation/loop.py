@@ -32,9 +32,8 @@ from edge_sdk.membership.adapter_cache import PublishedAdapters
 from edge_sdk.membership.membership import Membership
 from edge_sdk.participation.assignment import AssignmentRun
 from edge_sdk.participation.current_setting import Fitting
-from edge_sdk.participation.resident_model import ResidentModel
+from edge_sdk.participation.resident_model import ResidentModel, worker_for
 from edge_sdk.participation.serving import Serving
-from edge_sdk.participation.worker_choice import worker_for
 from edge_sdk.system.backoff import Backoff, asked_by, within_reason
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import errno
 import re
 from collections.abc import Callable
 
-from edge_sdk.core.errors import EdgeError, OutOfMemory
+from edge_sdk.core.errors import EdgeError, OutOfMemory, first_line
 
 WORDS = re.compile(
     r"out of memory|not enough memory|memory allocation still failed|can(no|')t allocate memory"
@@ -46,11 +46,6 @@ def caught(work: Callable[[], None]) -> str | None:
             raise
         return first_line(error)
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def out_of_memory(step: int, setting: str, reason: str) -> OutOfMemory:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -45,11 +41,3 @@ def reset_peak() -> bool:
     except OSError:  # a container may forbid it
         return False
     return True
-
-
-def context_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device in use beside what PyTorch reserved: the context, and other programs."""
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    return int(total - free - torch.cuda.memory_reserved(device))

@@ -20,9 +20,8 @@ from edge_sdk.core.errors import AdapterError, InternalError
 from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, max_rank
 from edge_sdk.model.base_model import LoadedBase
-from edge_sdk.training.factor_layers import FrozenFactor
+from edge_sdk.training.factor_layers import FrozenFactor, TrainedFactor
 from edge_sdk.training.fair_lock import Turns
-from edge_sdk.training.trained_factors import TrainedFactor
 
 LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
 

@@ -1,8 +1,8 @@
-"""A frozen LoRA factor in 32, 16, 8 or 4 bits, as a linear layer that is unpacked only while it multiplies.
+"""The layers that hold LoRA factors: a trained one in float32, a frozen one in 32, 16, 8 or 4 bits.
 
-A factor is held by components: row i of `A` (rank, in), column i of `B` (out, rank). int8 has one scale a
-component, `w ≈ scale·q` with q in -127…127; NF4 has one absmax to each 64 values of a component
-(Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
+A frozen factor is unpacked only while it multiplies. It is held by components: row i of `A` (rank, in),
+column i of `B` (out, rank). int8 has one scale a component, `w ≈ scale·q` with q in -127…127; NF4 has one
+absmax to each 64 values of a component (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 """
 
 from __future__ import annotations
@@ -14,6 +14,24 @@ import torch
 from edge_sdk.core.choice.carried import NF4_BLOCK, CarriedDtype
 
 INT8_LARGEST = 127
+
+
+class TrainedFactor(torch.nn.Linear):
+    """`x ↦ x·Wᵀ` with a float32 weight W (out, in), computed in the dtype of x.
+
+    PEFT would cast x to float32 instead, once for every target module, and keep those copies for the
+    backward pass: half of all activations in bfloat16, because query, key and value each hold a copy of one
+    and the same input. Here W is cast, which is small, and the input stays shared. The gradient of W is
+    float32 again.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(…, in) to (…, out)."""
+        return torch.nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 class FrozenFactor(torch.nn.Module):

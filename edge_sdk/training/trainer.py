@@ -33,9 +33,7 @@ from edge_sdk.text.rows import IGNORED, Tokenised, collate
 from edge_sdk.training import checkpoint as checkpoints
 from edge_sdk.training import optimizers
 from edge_sdk.training.adapter_places import CARRIED, LOCAL, AdapterPlaces
-from edge_sdk.training.allocator import tight_heap
-from edge_sdk.training.checkpoint import Progress
-from edge_sdk.training.continuing import may_continue, refitted
+from edge_sdk.training.checkpoint import Progress, may_continue, refitted
 from edge_sdk.training.fair_lock import Turns
 from edge_sdk.training.loss import summed_cross_entropy
 from edge_sdk.training.plan import (
@@ -51,7 +49,7 @@ from edge_sdk.training.plan import (
     identity,
     rest,
 )
-from edge_sdk.training.recompute import recomputed
+from edge_sdk.training.recompute import recomputed, tight_heap
 from edge_sdk.training.run import Keeping
 
 __all__ = ["Abandoned", "Evaluation", "Interrupted", "Plan", "Start", "StepReport", "Trained", "Trainer"]

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from edge_sdk.core.choice.model_facts import ModelFacts, Shapes, facts_from_config
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, one_line
 from edge_sdk.machine.torch_device import compute_dtype, torch_device
 from edge_sdk.model import base_model
-from edge_sdk.trials.four_bit_child import keep_trainable
+from edge_sdk.model.four_bit_layers import keep_trainable
 
 VOCAB = 512
 PATTERN = 1 << 18  # values: a whole number of NF4's blocks of 64 and of their groups of 256
@@ -81,8 +81,7 @@ def _skeleton(config: Mapping[str, Any], layers: int) -> Any:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(built)
     except base_model.UNUSABLE as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"config.json: transformers cannot build this model: {said}") from error
+        raise InputError(f"config.json: transformers cannot build this model: {one_line(error)}") from error
 
 
 def _quantise(model: Any, shapes: Shapes, device: torch.device, compute: torch.dtype) -> None:

@@ -28,7 +28,7 @@ REMEMBERED = "four-bit.json"
 
 
 @dataclass(frozen=True)
-class Preflight:
+class FourBitTrial:
     """Whether NF4 layers can be trained through, and if not, why in one line.
 
     `importable`: whether bitsandbytes can at least be imported without harm to the process.
@@ -41,7 +41,7 @@ class Preflight:
     remembered: bool = False
 
 
-def four_bit_works(device: str = "auto", folder: Path | None = None) -> Preflight:
+def four_bit_works(device: str = "auto", folder: Path | None = None) -> FourBitTrial:
     """Whether bitsandbytes can quantise, multiply and give gradients on this torch device.
 
     Args:
@@ -52,17 +52,17 @@ def four_bit_works(device: str = "auto", folder: Path | None = None) -> Prefligh
         InputError: torch has no such device.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        return Preflight(False, "bitsandbytes is not installed", 0.0, importable=False)
+        return FourBitTrial(False, "bitsandbytes is not installed", 0.0, importable=False)
     key = installation(device)
     known = recall(folder / REMEMBERED).get(key) if folder is not None else None
     if isinstance(known, int | float):
-        return Preflight(True, "", float(known), remembered=True)
+        return FourBitTrial(True, "", float(known), remembered=True)
     began = time.monotonic()
     importable, reason = _try(device)
     seconds = round(time.monotonic() - began, 1)
     if folder is not None and not reason:
         remember(folder / REMEMBERED, key, seconds)
-    return Preflight(not reason, reason, seconds, importable)
+    return FourBitTrial(not reason, reason, seconds, importable)
 
 
 def _try(device: str) -> tuple[bool, str]:

@@ -17,6 +17,7 @@ import torch
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.machine.torch_device import compute_dtype, torch_device
+from edge_sdk.model.four_bit_layers import keep_trainable
 
 IMPORTED = "bitsandbytes was imported"  # a line of the child: whatever fails after it is a kernel
 WIDTHS = (256, 128, 192)  # in -> hidden -> out; the second weight needs a partial block of constants
@@ -64,19 +65,6 @@ def trial(name: str) -> str:
         if not distance <= TOLERANCE[dtype]:  # NaN is not within it either
             return f"{what} is {distance:.2g} away from float32, more than {TOLERANCE[dtype]:g}"
     return ""
-
-
-def keep_trainable(model: Any) -> None:
-    """Keep bitsandbytes from repacking weights for inference.
-
-    On a CPU with AVX512-BF16 its Linear4bit repacks its weight in place on the first forward in evaluation
-    mode whose input needs no gradient, and the packed product has no backward: training after one
-    evaluation would silently lose the gradient through every layer. It also fails on out_features that are
-    no multiple of 32.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _layer(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Any:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import sys
 
+import torch
+
 from edge_sdk.core.messages import Directive
 from edge_sdk.model import base_model
 from edge_sdk.system import process_memory
+from edge_sdk.system.hidden_library import hide_bitsandbytes
 from edge_sdk.text.rows import Tokenised
 from edge_sdk.training.trainer import Plan, Start, StepReport, Trainer
 
@@ -30,7 +33,13 @@ def framework_bytes(device: str = "auto", quantise: bool = True) -> int:
     trainer.train(Start(None, None, 1, 0), [ROW], plan, on_step=_go_on)
     del base, trainer
     base_model.release_memory()
-    return process_memory.context_bytes(place) if place.type == "cuda" else process_memory.resident_bytes()
+    return context_bytes(place) if place.type == "cuda" else process_memory.resident_bytes()
+
+
+def context_bytes(device: torch.device) -> int:
+    """Memory of a CUDA device in use beside what PyTorch reserved: the context, and other programs."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device))
 
 
 def _go_on(_: StepReport) -> Directive:
@@ -40,7 +49,7 @@ def _go_on(_: StepReport) -> Directive:
 def main() -> int:
     """Measure this process, run as `python -m` this module `DEVICE 4-bit|whole`; the last line is JSON."""
     if sys.argv[2] == "whole":  # nothing here needs it, and where it is broken its import may end the process
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+        hide_bitsandbytes()
     sys.stdout.write(json.dumps({"bytes": framework_bytes(sys.argv[1], sys.argv[2] == "4-bit")}) + "\n")
     return 0
 

@@ -21,6 +21,7 @@ from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.messages import Training
 from edge_sdk.core.records import decode, encode, from_json, to_json
 from edge_sdk.system import child_process
+from edge_sdk.system.hidden_library import hide_bitsandbytes
 from edge_sdk.trials.findings import recall, remember
 from edge_sdk.trials.four_bit import installation
 
@@ -76,7 +77,7 @@ def main() -> int:
     """`python -m edge_sdk.trials.step_times TRIAL`: measure; the last line is the JSON."""
     wanted = decode(Trial, sys.argv[1])
     if not wanted.quantise:  # nothing here needs it, and where it is broken its import may end the process
-        sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+        hide_bitsandbytes()
     from edge_sdk.model import base_model
     from edge_sdk.trials import step_times_child
 

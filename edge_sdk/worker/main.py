@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from edge_sdk.core.errors import EdgeError, InternalError
 from edge_sdk.core.records import from_json, to_json
+from edge_sdk.system.hidden_library import hide_bitsandbytes
 from edge_sdk.training.plan import Abandoned, Interrupted, StepAnswer, StepReport
 from edge_sdk.worker.messages import Job, Question, Setup, line, parsed, problem
 
@@ -85,7 +86,7 @@ class Endpoint:
         if kind == "prepare":
             setup = from_json(Setup, body)
             if not setup.bitsandbytes:  # PEFT would import it wherever it finds it
-                sys.modules["bitsandbytes"] = None  # type: ignore[assignment]
+                hide_bitsandbytes()
             from edge_sdk.worker.worker import (
                 Worker,  # takes seconds, in which the application can end already
             )

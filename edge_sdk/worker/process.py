@@ -24,8 +24,8 @@ from typing import IO, Any
 
 from edge_sdk.core.errors import InputError, ProtocolError, WorkerDied
 from edge_sdk.core.records import from_json, to_json
+from edge_sdk.system.child_process import Ending, ending_of
 from edge_sdk.system.out_of_memory import out_of_memory
-from edge_sdk.system.process_end import Ending, ending_of
 from edge_sdk.training.plan import StepAnswer, StepReport
 from edge_sdk.worker.messages import Finished, Job, Memory, Prepared, Question, Setup, Word, line, parsed
 from edge_sdk.worker.pipe import StderrTail

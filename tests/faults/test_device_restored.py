@@ -188,10 +188,10 @@ def test_a_worker_process_told_to_finish_hands_in_what_it_has(
     tmp_path: Path, base: Base, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real deadline of a real coordinator, on a device that is late; training is in its own process."""
-    from edge_sdk.participation import loop, worker_choice
+    from edge_sdk.participation import loop, resident_model
 
     def apart(federation: Any, options: Options, data: Path, decision: Any) -> Any:
-        return worker_choice.worker_for(federation, replace(options, isolate=True), data, decision)
+        return resident_model.worker_for(federation, replace(options, isolate=True), data, decision)
 
     monkeypatch.setattr(loop, "worker_for", apart)
     config = federation_config(tmp_path, base, steps=100_000, lease_s=1.0, max_staleness=1000)

@@ -42,7 +42,7 @@ LOSS_CHUNKS = 2
 
 # glibc's heap holds more than was allocated, because freed tensors leave holes between those that live until
 # the backward pass: a share of what comes and goes in a step, which grows with the number of blocks, since
-# each leaves holes of its own. Recomputation runs on a tight heap (`edge_sdk.training.allocator`). Fitted to
+# each leaves holes of its own. Recomputation runs on a tight heap (`edge_sdk.training.recompute`). Fitted to
 # the grid of `benchmarks.memory_model`, as is what oneDNN keeps of kernels and scratch for the shapes it has
 # met; docs/MEMORY.md has the residuals.
 HEAP_SPREAD, HEAP_SPREAD_PER_BLOCK, MOST_BLOCKS = 0.30, 0.025, 32

@@ -30,15 +30,15 @@ from edge_sdk.membership.journal import Journal
 from edge_sdk.model import base_model
 from edge_sdk.options import Options
 from edge_sdk.participation import decision as enrolment
-from edge_sdk.trials.four_bit import Preflight
+from edge_sdk.trials.four_bit import FourBitTrial
 from tests.broken_bitsandbytes import CODE, write_package
 from tests.models import build_model
 from tests.processes import CoordinatorProcess, environment, toml
 
 RECORD = '{"prompt": "turn the light on", "completion": "done"}\n'
-WORKS = Preflight(True, "", 1.5)
+WORKS = FourBitTrial(True, "", 1.5)
 LAPTOP = DeviceProfile("l", "Linux", "x86_64", "N100", 4, 4, 8 * 10**9, memory_available_bytes=5 * 10**9)
-BROKEN = Preflight(False, "bitsandbytes failed at its first kernels: no kernel", 1.5)
+BROKEN = FourBitTrial(False, "bitsandbytes failed at its first kernels: no kernel", 1.5)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import torch
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.system import child_process
-from edge_sdk.trials import four_bit as preflight
-from edge_sdk.trials import four_bit_child
+from edge_sdk.trials import four_bit, four_bit_child
 from edge_sdk.trials.four_bit import REMEMBERED, four_bit_works
 from tests.broken_bitsandbytes import CODE, REASONS, Breakage, write_package
 
@@ -53,10 +52,10 @@ def test_a_broken_bitsandbytes_is_reported_and_kills_nothing(
 
 
 def test_another_installation_is_tried_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = preflight.installation("cpu")
+    key = four_bit.installation("cpu")
     assert torch.__version__ in key
     install("", tmp_path, monkeypatch)
-    assert preflight.installation("cpu") != key
+    assert four_bit.installation("cpu") != key
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

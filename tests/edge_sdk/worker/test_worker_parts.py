@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from edge_sdk.core.errors import EdgeError, InputError, OutOfMemory, ProtocolError, subclasses
+from edge_sdk.system.child_process import ending_of
 from edge_sdk.system.out_of_memory import caught, means_out_of_memory, out_of_memory
-from edge_sdk.system.process_end import ending_of
 from edge_sdk.system.process_memory import peak_bytes, reset_peak, resident_bytes
 from edge_sdk.training import trainer
 from edge_sdk.training.plan import Abandoned, Interrupted, Plan

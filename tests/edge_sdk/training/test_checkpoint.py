@@ -16,8 +16,7 @@ from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.checkpoint import Kept, Progress
-from edge_sdk.training.continuing import may_continue, refitted
+from edge_sdk.training.checkpoint import Kept, Progress, may_continue, refitted
 from edge_sdk.training.plan import StepAnswer, identity
 from edge_sdk.training.trainer import Interrupted, Plan, Start, StepReport, Trained, Trainer
 from tests.models import build_model
