@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # of a loaded machine; nothing here takes a tenth of it
@@ -38,6 +41,16 @@ def command(
         timeout=PATIENCE_S,
         check=False,
     )
+
+
+def workers() -> set[int]:
+    """Ids of the processes that train for this one, without those that have ended."""
+    found = set()
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends at this moment, or waits to be buried
+            if "edge_sdk.worker.main" in child.cmdline():
+                found.add(child.pid)
+    return found
 
 
 class CoordinatorProcess:

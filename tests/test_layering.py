@@ -54,8 +54,6 @@ OF_THE_DEVICE = LEARNING | {"httpx"}
 HEAVY = OF_THE_DEVICE | {"psutil", "aiohttp"}
 # What the move of the files alone did not mend.
 NOT_YET = {
-    "edge_sdk.worker.process",
-    "edge_sdk.worker.training_call",
     "coordinator.rules",
 }
 # Their own file names what an application imports, and loads it when it is asked for.

@@ -1,4 +1,4 @@
-"""The process that trains: `python -m edge_sdk.worker.main`, started by `worker_process.py` alone.
+"""The process that trains: `python -m edge_sdk.worker.main`, started by `pipe` alone.
 
 Calls come in on its standard input and answers leave on its standard output, which are moved away first: what
 a library prints goes to standard error. It ends with the application: when the pipe closes, and on Linux by a
@@ -99,8 +99,6 @@ class Endpoint:
             return to_json(self._worker.train(from_json(Job, body), self._on_step(id)))
         if kind == "generate":
             return self._worker.generate(from_json(Question, body), lambda text: self._send("text", id, text))
-        if kind == "memory":
-            return to_json(self._worker.memory())
         raise InternalError(f"the worker knows no {kind}")
 
     def _on_step(self, id: int) -> Callable[[StepReport], StepAnswer]:

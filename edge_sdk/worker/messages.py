@@ -1,9 +1,9 @@
 """What an application's process and the process that trains say to each other. Neither imports torch for it.
 
-One JSON object a line, `{"kind", "id", "body"}`. To the worker: `prepare`, `train`, `generate` and `memory`,
-each answered once under its id, and `tell` with a word for the training of that id, which has no answer. From
-the worker: `reply` or `error`; before it, without waiting for anybody, `step` after every step of a training
-and `text` for the pieces of an answer.
+One JSON object a line, `{"kind", "id", "body"}`. To the worker: `prepare`, `train` and `generate`, each
+answered once under its id, and `tell` with a word for the training of that id, which has no answer. From the
+worker: `reply` or `error`; before it, without waiting for anybody, `step` after every step of a training and
+`text` for the pieces of an answer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What runs beside the model in a process of its own: it loads, trains from files into files, and answers.
 
-`worker_main.py` is the process, `worker_process.py` the application's side of it. The class needs neither.
+`main` is the process, `process` the application's side of it. The class needs neither.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
 from tests import memory_limits
 from tests.models import build_larger_llama
-from tests.processes import PATIENCE_S, CoordinatorProcess
+from tests.processes import PATIENCE_S, CoordinatorProcess, workers
 from tests.test_federation import configuration, wait_for_version
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
@@ -44,9 +44,9 @@ def test_the_work_in_hand_goes_on_in_a_smaller_way(
 
         def squeeze(event: Event) -> None:
             events.append(event)
-            worker = agent._part.model._worker
-            if event.kind == "step" and group.kills() == 0 and worker is not None:
-                group.take_in(worker.pid)  # type: ignore[union-attr, arg-type]
+            if event.kind == "step" and group.kills() == 0:
+                for pid in workers():
+                    group.take_in(pid)
 
         agent = Agent(
             coordinator.url,

@@ -20,7 +20,7 @@ from edge_sdk.system import durable
 from edge_sdk.training.plan import Interrupted, StepAnswer, StepReport
 from edge_sdk.worker.process import WorkerProcess
 from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
-from tests.edge_sdk.worker.test_worker import job_in, setup_of
+from tests.edge_sdk.worker.test_worker import job_in, prepared, setup_of
 from tests.models import build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess
 
@@ -56,9 +56,8 @@ def test_a_worker_whose_disk_is_full_trains_on_and_waits_with_the_result(tmp_pat
     reports: list[StepReport] = []
     done: list[Any] = []
     with WorkerProcess(setup_of(build_model(tmp_path / "base", "llama"))) as worker:
-        worker.prepare()
-        assert worker.pid is not None
-        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        pid = prepared(worker)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         job = job_in(tmp_path, STEPS)
 
         def note(report: StepReport) -> StepAnswer:
@@ -74,7 +73,7 @@ def test_a_worker_whose_disk_is_full_trains_on_and_waits_with_the_result(tmp_pat
         )
         assert not Path(job.outbox).exists()
         assert not Path(job.checkpoint).exists()
-        no_limit(worker.pid)
+        no_limit(pid)
         thread.join(PATIENCE_S)
         assert done[0].size_bytes == Path(job.outbox).stat().st_size
         steps = [report.step for report in reports]
@@ -82,7 +81,7 @@ def test_a_worker_whose_disk_is_full_trains_on_and_waits_with_the_result(tmp_pat
         assert any("checkpoint cannot be written (File too large)" in report.trouble for report in reports)
         assert not list(tmp_path.glob(".*.tmp"))
 
-        resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         leave = job_in(tmp_path, STEPS)
         with pytest.raises(Interrupted):  # a stop is heard while it waits
             worker.train(leave, lambda report: "interrupt" if "outbox" in report.trouble else "continue")

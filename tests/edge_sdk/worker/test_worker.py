@@ -25,10 +25,11 @@ from edge_sdk.model import base_model
 from edge_sdk.training.plan import Abandoned, Interrupted, Plan, StepAnswer, StepReport
 from edge_sdk.worker.messages import Finished, Job, Question, Setup
 from edge_sdk.worker.process import WorkerProcess
+from edge_sdk.worker.training_call import Patience
 from edge_sdk.worker.worker import Worker
 from tests import memory_limits
 from tests.models import build_larger_llama, build_model
-from tests.processes import PATIENCE_S, ROOT, environment
+from tests.processes import PATIENCE_S, ROOT, environment, workers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
@@ -102,9 +103,14 @@ def test_it_trains_from_files_into_files(worker: WorkerProcess, tmp_path: Path) 
     assert {rank for name, rank in ranks.items() if "self_attn" in name} == {2}
     assert {rank for name, rank in ranks.items() if "mlp" in name} == {5}
     assert 0 < done.memory.framework_bytes < done.memory.peak_bytes
-    assert worker.memory().resident_bytes > 0
-    if sys.platform == "linux":  # the kernel takes it before the application
-        assert Path(f"/proc/{worker.pid}/oom_score_adj").read_text().strip() == "1000"
+    assert done.memory.resident_bytes > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the score is Linux's")
+def test_the_kernel_takes_it_before_the_application(worker: WorkerProcess) -> None:
+    assert worker.generate(Question(("1 is",), 1))  # it lives
+    scores = {Path(f"/proc/{pid}/oom_score_adj").read_text().strip() for pid in workers()}
+    assert scores == {"1000"}
 
 
 def test_a_larger_adapter_file_is_cut_to_the_job(worker: WorkerProcess, tmp_path: Path) -> None:
@@ -129,10 +135,11 @@ def test_words_are_heard_between_steps(worker: WorkerProcess, tmp_path: Path) ->
     done = worker.train(job_in(tmp_path, 5000), at(4, "finish"))
     assert before
     assert 4 <= done.steps < 5000
-    teller = threading.Timer(0.3, worker.tell, ("interrupt",))
+    told = threading.Event()
+    teller = threading.Timer(0.3, told.set)
     teller.start()
     with pytest.raises(Interrupted):
-        worker.train(job_in(tmp_path, 5000), go_on)
+        worker.train(job_in(tmp_path, 5000), lambda _: "interrupt" if told.is_set() else "continue")
     # A word belongs to the training that it was said to.
     (tmp_path / "checkpoint").unlink()
     assert worker.train(job_in(tmp_path, 3), go_on).steps == 3
@@ -144,11 +151,10 @@ def test_it_answers_while_it_trains(worker: WorkerProcess, tmp_path: Path) -> No
 
     def ask() -> None:
         said.append(worker.generate(Question(("1 is",), 6), pieces.append))
-        worker.tell("finish")
 
     asker = threading.Thread(target=ask)
     asker.start()
-    done = worker.train(job_in(tmp_path, 100_000), go_on)
+    done = worker.train(job_in(tmp_path, 100_000), lambda _: "finish" if said else "continue")
     asker.join()
     assert done.steps < 100_000
     assert said == [worker.generate(Question(("1 is",), 6))]
@@ -188,12 +194,20 @@ def test_what_cannot_start_says_so(small: Setup, tmp_path: Path) -> None:
 # --- what ends it ---------------------------------------------------------------------------------
 
 
-def train_until(process: WorkerProcess, job: Job, step: int, number: signal.Signals) -> Finished:
+def prepared(process: WorkerProcess) -> int:
+    """Prepare a worker; its process id."""
+    others = workers()
+    process.prepare()
+    (pid,) = workers() - others
+    return pid
+
+
+def train_until(process: WorkerProcess, pid: int, job: Job, step: int, number: signal.Signals) -> Finished:
     """Send a signal when a step is reported."""
 
     def strike(report: StepReport) -> StepAnswer:
-        if report.step == step and process.pid:
-            os.kill(process.pid, number)
+        if report.step == step and lives(pid):
+            os.kill(pid, number)
         return "continue"
 
     return process.train(job, strike)
@@ -207,19 +221,18 @@ def test_killed_at_random_times_the_work_is_the_same_in_the_end(
     files, draw = open_files(), random.Random()
     job = job_in(tmp_path, 60)
     with WorkerProcess(small) as process:
-        process.prepare()
+        pid = prepared(process)
         with pytest.raises(OutOfMemory, match="killed by the system, probably out of memory") as killed:
-            train_until(process, job, draw.randint(1, 20), signal.SIGKILL)
+            train_until(process, pid, job, draw.randint(1, 20), signal.SIGKILL)
         assert killed.value.details["step"] >= 1
         assert "4 × 64 tokens at a time" in killed.value.details["setting"]
         with pytest.raises(OutOfMemory):  # and so does everybody who asks later
             process.generate(Question(("x",), 2))
     with WorkerProcess(small) as process:
-        process.prepare()
-        pid = process.pid
+        pid = prepared(process)
         with pytest.raises(WorkerDied, match="SIGSEGV"):
-            train_until(process, job, draw.randint(25, 40), signal.SIGSEGV)
-        assert process.pid is None
+            train_until(process, pid, job, draw.randint(25, 40), signal.SIGSEGV)
+        assert pid not in workers()
         assert pid not in [child.pid for child in psutil.Process().children()]  # no zombie
     with WorkerProcess(small) as process:
         process.prepare()
@@ -237,48 +250,54 @@ def open_files() -> int:
 def test_one_that_hangs_is_ended(small: Setup, tmp_path: Path) -> None:
     files = open_files()
     with WorkerProcess(small) as process:
-        process.prepare()
+        pid = prepared(process)
         began = time.monotonic()
         with pytest.raises(Interrupted):  # a step that does not end is not waited for
-            process.train(job_in(tmp_path, 5000), stop_process_then("interrupt", process))
+            process.train(job_in(tmp_path, 5000), stop_process_then("interrupt", pid))
         assert time.monotonic() - began < PATIENCE_S
-        assert process.pid is None
+        assert pid not in workers()
         with pytest.raises(WorkerDied, match="was ended: it was told to interrupt"):
-            process.memory()
+            process.generate(Question(("x",), 2))
     assert open_files() == files
 
 
 def test_one_that_says_nothing_while_it_loads_is_ended(small: Setup) -> None:
-    with WorkerProcess(small, patience_s=1.0) as process:
-        stopper = threading.Timer(0.2, lambda: process.pid and os.kill(process.pid, signal.SIGSTOP))
+    others = workers()
+
+    def stop() -> None:
+        for pid in workers() - others:
+            os.kill(pid, signal.SIGSTOP)
+
+    with WorkerProcess(small, patience=Patience(silence_s=1.0)) as process:
+        stopper = threading.Timer(0.2, stop)
         stopper.start()
         with pytest.raises(WorkerDied, match="it said nothing for 1 s"):
             process.prepare()
 
 
-def stop_process_then(word: StepAnswer, process: WorkerProcess) -> Any:
+def stop_process_then(word: StepAnswer, pid: int) -> Any:
     """Freeze the worker in its third step, then answer with a word that it cannot hear."""
 
     def on_step(report: StepReport) -> StepAnswer:
-        if report.step < 3 or not process.pid:
+        if report.step < 3:
             return "continue"
-        os.kill(process.pid, signal.SIGSTOP)
+        os.kill(pid, signal.SIGSTOP)
         return word
 
     return on_step
 
 
 PARENT = """
-import os, sys, threading, time
+import os, psutil, sys, threading, time
 from edge_sdk.worker.messages import Setup
 from edge_sdk.worker.process import WorkerProcess
 process = WorkerProcess(Setup(sys.argv[1], {}, 1.0))
 threading.Thread(target=process.prepare, daemon=True).start()
-while not process.pid: time.sleep(0.01)
+while not (children := psutil.Process().children()): time.sleep(0.01)
 time.sleep(1.0)
 if sys.argv[2] == "held" and os.fork() == 0:  # somebody else keeps the worker's pipe open
     os.write(1, b"held %d\\n" % os.getpid()); time.sleep(60); os._exit(0)
-os.write(1, b"worker %d\\n" % process.pid)
+os.write(1, b"worker %d\\n" % children[0].pid)
 time.sleep(60)
 """
 
@@ -330,14 +349,13 @@ def long_job(folder: Path, **changes: Any) -> Job:
 @pytest.mark.skipif(sys.platform != "linux", reason="prlimit is Linux's")
 def test_an_allocation_that_fails_leaves_the_last_good_step(large: Setup, tmp_path: Path) -> None:
     with WorkerProcess(large, NO_HEAP) as process:
-        process.prepare()
-        assert process.pid is not None
-        limit = memory_limits.address_space_bytes(process.pid) + LIMIT_BYTES
+        pid = prepared(process)
+        limit = memory_limits.address_space_bytes(pid) + LIMIT_BYTES
         reached: list[int] = []
 
         def narrow(report: StepReport) -> StepAnswer:
-            if not reached and process.pid:
-                memory_limits.limit_address_space(process.pid, limit)
+            if not reached:
+                memory_limits.limit_address_space(pid, limit)
             reached.append(report.step)
             return "continue"
 
@@ -351,17 +369,17 @@ def test_an_allocation_that_fails_leaves_the_last_good_step(large: Setup, tmp_pa
         done = process.train(smaller, lambda r: (seen.append(r.step), "continue")[1])
         assert seen[0] == max(reached) + 1
         assert (done.rank, done.steps, done.examples) == (2, 4, 32)
-        assert memory_limits.address_space_bytes(process.pid) <= limit
+        assert memory_limits.address_space_bytes(pid) <= limit
 
 
 def test_one_that_the_kernel_kills_is_outlived(large: Setup, tmp_path: Path) -> None:
     with memory_limits.cgroup(LIMIT_BYTES) as group:
         with WorkerProcess(large, NO_HEAP) as process:
-            process.prepare()
+            pid = prepared(process)
 
             def narrow(report: StepReport) -> StepAnswer:
-                if process.pid:
-                    group.take_in(process.pid)
+                if lives(pid):
+                    group.take_in(pid)
                 return "continue"
 
             with pytest.raises(OutOfMemory, match="killed by the system") as killed:
@@ -370,9 +388,7 @@ def test_one_that_the_kernel_kills_is_outlived(large: Setup, tmp_path: Path) -> 
         step = killed.value.details["step"]
         assert 1 <= step < 4
         with WorkerProcess(large, NO_HEAP) as process:
-            process.prepare()
-            assert process.pid is not None
-            group.take_in(process.pid)
+            group.take_in(prepared(process))
             smaller = long_job(tmp_path, ranks=Ranks(attention=1, mlp=3), micro_batch=1, sequence_len=128)
             seen: list[int] = []
             done = process.train(smaller, lambda r: (seen.append(r.step), "continue")[1])
