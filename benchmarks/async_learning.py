@@ -27,7 +27,8 @@ from edge_sdk.core.messages import Federation, Training
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.trainer import Plan, Start, Trainer
+from edge_sdk.training.plan import Plan, Start
+from edge_sdk.training.trainer import Trainer
 
 RANKS, RANK_CAP, SCALING = (2, 4, 8, 16), 32, 2.0
 TRAINING = Training(steps=6, batch=4, sequence_len=128, learning_rate=2e-3, learning_rate_decay=0.97)

@@ -23,7 +23,8 @@ from edge_sdk.core.messages import RuleName, Training
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.trainer import Plan, Start, StepReport, Trainer
+from edge_sdk.training.plan import Plan, Start, StepReport
+from edge_sdk.training.trainer import Trainer
 from examples import smart_home
 
 SCALING, RANK_CAP = 2.0, 32

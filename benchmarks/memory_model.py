@@ -97,7 +97,8 @@ def measure(directory: Path, setting: Setting) -> dict[str, Any]:
     from edge_sdk.model import base_model
     from edge_sdk.system import process_memory
     from edge_sdk.text.rows import Tokenised
-    from edge_sdk.training.trainer import Plan, Start, Trainer
+    from edge_sdk.training.plan import Plan, Start
+    from edge_sdk.training.trainer import Trainer
     from edge_sdk.trials.library_memory_child import framework_bytes
 
     base_model.use_threads(1)

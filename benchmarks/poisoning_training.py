@@ -28,7 +28,9 @@ from edge_sdk.core.messages import RuleName, Training
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training import trainer
+from edge_sdk.training.plan import Plan, StepReport
+from edge_sdk.training.plan import Start as TrainingStart
+from edge_sdk.training.trainer import Trainer
 from examples import smart_home
 
 SCALING, RANK_CAP = 2.0, 32
@@ -64,7 +66,7 @@ class Federation:
         base = base_model.load("tiny", device="cpu")
         self._base = base_model.describe("tiny")
         self._shapes = self._base.modules
-        self._trainer = trainer.Trainer(base, self._shapes, SCALING, progress=False)
+        self._trainer = Trainer(base, self._shapes, SCALING, progress=False)
 
     def _rows(self, records: Sequence[Mapping[str, str]]) -> list[Tokenised]:
         tokenizer = self._trainer.base.tokenizer
@@ -124,7 +126,7 @@ class Federation:
             if hostile and case.attack == "absent":
                 continue
             start = self._start(case, device, begin, (seed, version), published)
-            plan = trainer.Plan(
+            plan = Plan(
                 TRAINING.steps,
                 TRAINING.batch,
                 TRAINING.batch,
@@ -148,7 +150,7 @@ class Federation:
 
     def _start(
         self, case: Case, device: int, begin: int, at: tuple[int, int], published: Published
-    ) -> trainer.Start:
+    ) -> TrainingStart:
         """What the household begins with, as the coordinator serves it. Under `carry` all of G is held."""
         rule, rank, seed = RULES[case.rule], RANKS[device], at[0] * 10_000 + at[1] * 10 + device
         stored = {n: published.module(begin, n, s) for n, s in self._shapes.items()}
@@ -156,15 +158,15 @@ class Federation:
             held = {
                 n: rule.serve(f, live_rank(f), "balanced", n).leading(live_rank(f)) for n, f in stored.items()
             }
-            return trainer.Start(None, held, rank, seed)
+            return TrainingStart(None, held, rank, seed)
         given = {
             n: served(self._federation(case.rule), begin, n, f, min(rank, *f.shape))
             for n, f in stored.items()
         }
-        return trainer.Start(given, None, rank, seed)
+        return TrainingStart(given, None, rank, seed)
 
 
-def _go_on(_: trainer.StepReport) -> Literal["continue"]:
+def _go_on(_: StepReport) -> Literal["continue"]:
     return "continue"
 
 

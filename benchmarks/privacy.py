@@ -40,7 +40,8 @@ from edge_sdk.machine.processor import cpu_name
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.trainer import Plan, Start, Trainer
+from edge_sdk.training.plan import Plan, Start
+from edge_sdk.training.trainer import Trainer
 from examples import smart_home
 
 SCALING, RANK, RANK_CAP = 2.0, 4, 32

@@ -26,7 +26,8 @@ from edge_sdk.core.messages import RuleName
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.trainer import FRESH_ROWS, Plan, Start, StepReport, Trainer
+from edge_sdk.training.plan import Plan, Start, StepReport
+from edge_sdk.training.trainer import FRESH_ROWS, Trainer
 
 SCALING, RANK_CAP, BUFFER_SIZE = 2.0, 32, 4
 STEPS, BATCH, SEQUENCE_LEN = 10, 4, 128

@@ -114,7 +114,7 @@ def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
     """Median seconds of real steps."""
     from edge_sdk.core.lora import LoraFactors
     from edge_sdk.text.rows import Tokenised
-    from edge_sdk.training.trainer import Plan, Start
+    from edge_sdk.training.plan import Plan, Start
     from edge_sdk.trials.step_times_child import Watch
 
     draw = np.random.default_rng(0)

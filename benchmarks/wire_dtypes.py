@@ -35,7 +35,7 @@ from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.lora import Adapter, LoraFactors, max_rank
 from edge_sdk.machine.processor import cpu_name
-from edge_sdk.training.trainer import Start
+from edge_sdk.training.plan import Start
 from examples import smart_home
 
 RESIDUAL_RANKS = 4  # rank of the residual, as a multiple of the upload's

@@ -46,7 +46,8 @@ from edge_sdk.model.files import read_config, resolve
 from edge_sdk.options import cache_dir
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.trainer import Evaluation, Trainer
+from edge_sdk.training.plan import Evaluation
+from edge_sdk.training.trainer import Trainer
 from edge_sdk.trials.four_bit import four_bit_works
 from examples.instruction_clients import Choice, Client, Filter, choose, eligible, read_clients
 from examples.instruction_report import Loss, Participant, Report, markdown, show

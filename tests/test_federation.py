@@ -29,7 +29,7 @@ from edge_sdk.core.choice.model_facts import facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.messages import CARRYING, Base, RuleName, Update, UpdateReply
 from edge_sdk.core.records import to_json
-from edge_sdk.model import base_model
+from edge_sdk.model import base_model, files
 from edge_sdk.options import Event, Options
 from edge_sdk.training.adapter_places import CARRIED, AdapterPlaces
 from tests.models import Architecture, build_model
@@ -93,7 +93,7 @@ def write_data(path: Path, colour: str) -> Path:
 
 def budget_for(rank: int, base: Base, rule: RuleName) -> int:
     """Memory in which this rank fits and the next larger one does not."""
-    facts = facts_from_config(base_model.read_config(Path(base.model)), base.modules)
+    facts = facts_from_config(files.read_config(Path(base.model)), base.modules)
     carried, dtype = (cap_of(rule, base), "int8") if rule in CARRYING else (0, "float32")
     way = Setting(Ranks.uniform(rank), carried, SEQUENCE_LEN, BATCH, carried_dtype=dtype)
     return memory.estimate(facts, way, base_model.placement("cpu", True)).peak_bytes

@@ -36,8 +36,6 @@ from edge_sdk.system.heap import trim_heap
 from edge_sdk.system.hidden_library import BITSANDBYTES
 from edge_sdk.system.out_of_memory import means_out_of_memory
 
-__all__ = ["Dtype", "LoadedBase", "describe", "load", "read_config", "resolve", "target_modules"]
-
 ALL_LINEAR = "all-linear"
 
 # What transformers raises where it cannot make a model of a configuration.

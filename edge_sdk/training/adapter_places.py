@@ -21,7 +21,7 @@ from edge_sdk.core.flexlora import pad
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix, max_rank
 from edge_sdk.model.base_model import LoadedBase
 from edge_sdk.training.factor_layers import FrozenFactor, TrainedFactor
-from edge_sdk.training.fair_lock import Turns
+from edge_sdk.training.fair_lock import FairLock
 
 LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
 
@@ -33,12 +33,14 @@ class AdapterPlaces:
         base: the frozen model.
         shapes: target module -> (out, in).
         scaling: s, the same at every rank.
-        turns: whoever uses the model takes them; the places change within a turn only.
+        lock: whoever uses the model holds it; the places change only while it is held.
     """
 
-    def __init__(self, base: LoadedBase, shapes: Shapes, scaling: float, turns: Turns | None = None) -> None:
+    def __init__(
+        self, base: LoadedBase, shapes: Shapes, scaling: float, lock: FairLock | None = None
+    ) -> None:
         self._base, self._shapes, self._scaling = base, dict(shapes), scaling
-        self._turns = turns or Turns()
+        self._lock = lock or FairLock()
         self._active: list[str] = []
         with _without_peft_notices():
             from peft import get_peft_model
@@ -56,24 +58,24 @@ class AdapterPlaces:
         CARRIED is held in `carried_dtype`.
         """
         present = {name: adapter for name, adapter in adapters.items() if adapter and max_rank(adapter)}
-        with self._turns:  # an answer in hand ends first
+        with self._lock:  # an answer in hand ends first
             if self._active:
                 raise InternalError(f"the model is busy with {', '.join(self._active)}; one run at a time")
         try:
-            with self._turns:
+            with self._lock:
                 for name, adapter in present.items():
                     self._install(name, adapter, carried_dtype if name == CARRIED else "float32")
                 self._activate(list(present))
             yield
         finally:
-            with self._turns:
+            with self._lock:
                 for name in present:
                     self._remove(name)
                 self._activate([])
 
     def serve(self, adapter: Adapter | None) -> None:
         """Put `adapter` (None: the base alone) in SERVED, in place of what was there. `serving` uses it."""
-        with self._turns:
+        with self._lock:
             active = self._active
             try:
                 self._remove(SERVED)
@@ -85,7 +87,7 @@ class AdapterPlaces:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """One turn with SERVED alone; after it all is as before, for a training run in the middle too."""
-        with self._turns:
+        with self._lock:
             active = self._active
             self._activate([SERVED] if SERVED in self._peft.peft_config else [])
             try:

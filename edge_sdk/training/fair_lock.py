@@ -1,4 +1,4 @@
-"""Whose turn it is with the model: training steps and answers, one at a time, in the order of asking."""
+"""A lock granted in the order of asking: training steps and answers take turns with one model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import deque
 from types import TracebackType
 
 
-class Turns:
+class FairLock:
     """A lock granted in the order of asking; the thread that holds it may take it again inside.
 
     A plain lock promises no order: training, which asks again at once, could keep an answer waiting for many

@@ -16,7 +16,8 @@ from edge_sdk.model import base_model
 from edge_sdk.system import process_memory
 from edge_sdk.system.hidden_library import hide_bitsandbytes
 from edge_sdk.text.rows import Tokenised
-from edge_sdk.training.trainer import Plan, Start, StepReport, Trainer
+from edge_sdk.training.plan import Plan, Start, StepReport
+from edge_sdk.training.trainer import Trainer
 
 ROW = Tokenised(ids=tuple(range(5, 133)), labels=tuple(range(5, 133)))  # long enough for every kernel
 

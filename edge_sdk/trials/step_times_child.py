@@ -24,8 +24,8 @@ from edge_sdk.core.lora import LoraFactors
 from edge_sdk.model import base_model
 from edge_sdk.text.rows import Tokenised
 from edge_sdk.training.loss import summed_cross_entropy
-from edge_sdk.training.plan import StepAnswer
-from edge_sdk.training.trainer import Plan, Start, StepReport, Trainer
+from edge_sdk.training.plan import Plan, Start, StepAnswer, StepReport
+from edge_sdk.training.trainer import Trainer
 from edge_sdk.trials.cut_down_model import VOCAB, cut_down, filled
 
 HEAD_VALUES = 1 << 26  # at most so many weights of the head: 134 MB in bfloat16

@@ -212,14 +212,14 @@ def test_stop_says_what_it_waits_for(make: Callable[..., Agent]) -> None:
     agent = make()
     trainer = trainer_of(agent)
     begun, over = threading.Event(), threading.Event()
-    step = trainer._step
+    step = trainer.step
 
     def long_step(run: Any, rows: Any) -> float:
         begun.set()
         assert over.wait(PATIENCE_S)
         return step(run, rows)
 
-    trainer._step = long_step  # type: ignore[method-assign]
+    trainer.step = long_step  # type: ignore[method-assign]
     agent.start()
     agent.start()  # one thread, however often
     assert begun.wait(PATIENCE_S)

@@ -17,7 +17,8 @@ import torch
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.model import base_model, files
-from edge_sdk.model.base_model import describe, load, resolve
+from edge_sdk.model.base_model import describe, load
+from edge_sdk.model.files import resolve
 from tests.models import ARCHITECTURES, Architecture, build_model
 
 Directories = Mapping[Architecture, Path]

@@ -17,8 +17,8 @@ from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
 from edge_sdk.training.checkpoint import Kept, Progress, may_continue, refitted
-from edge_sdk.training.plan import StepAnswer, identity
-from edge_sdk.training.trainer import Interrupted, Plan, Start, StepReport, Trained, Trainer
+from edge_sdk.training.plan import Interrupted, Plan, Start, StepAnswer, StepReport, Trained, identity
+from edge_sdk.training.trainer import Trainer
 from tests.models import build_model
 
 SCALING = 2.0

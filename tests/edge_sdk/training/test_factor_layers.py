@@ -20,8 +20,8 @@ from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
 from edge_sdk.training.adapter_places import CARRIED, LOCAL
 from edge_sdk.training.factor_layers import FrozenFactor
-from edge_sdk.training.plan import identity
-from edge_sdk.training.trainer import Plan, Start, Trainer
+from edge_sdk.training.plan import Plan, Start, identity
+from edge_sdk.training.trainer import Trainer
 from tests.models import build_model
 
 DTYPES: tuple[CarriedDtype, ...] = get_args(CarriedDtype)
@@ -134,7 +134,7 @@ def rows_of(trainer: Trainer) -> Sequence[Tokenised]:
 
 def adapter_of(trainer: Trainer, rank: int, seed: int = 0) -> dict[str, LoraFactors]:
     draw, made = np.random.default_rng(seed), {}
-    for name, (out, in_) in trainer._shapes.items():
+    for name, (out, in_) in trainer.shapes.items():
         r = min(rank, out, in_)
         b, a = 0.3 * draw.standard_normal((out, r)), 0.3 * draw.standard_normal((r, in_))
         made[name] = LoraFactors(b.astype(np.float32), a.astype(np.float32))
@@ -149,8 +149,8 @@ def test_an_assignment_on_a_carried_adapter(trainer: Trainer, held: CarriedDtype
     """It starts at the loss of what the packed adapter unpacks to, learns, and leaves nothing behind."""
     rows, carried = rows_of(trainer), adapter_of(trainer, 12)
     alone = trainer.evaluate(None, rows).loss
-    with trainer._places.installed({CARRIED: carried}, held):
-        unpacked = trainer._places.factors(CARRIED)
+    with trainer.places.installed({CARRIED: carried}, held):
+        unpacked = trainer.places.factors(CARRIED)
     done = trainer.train(Start(None, carried, 4, 1, held), rows, PLAN, on_step=lambda _: "continue")
     # To the rounding of a base that may compute in bfloat16.
     assert math.isclose(done.loss_before, trainer.evaluate(unpacked, rows).loss, rel_tol=0.005)
@@ -163,17 +163,17 @@ def test_an_assignment_on_a_carried_adapter(trainer: Trainer, held: CarriedDtype
 def test_packed_factors_are_held_in_their_bytes_and_get_no_gradient(
     trainer: Trainer, held: CarriedDtype
 ) -> None:
-    places = trainer._places
+    places = trainer.places
     adapters = {LOCAL: adapter_of(trainer, 2, 1), CARRIED: adapter_of(trainer, 12)}
     with places.installed(adapters, held):
         layers = [m for m in trainer.base.model.modules() if isinstance(m, FrozenFactor)]
-        assert len(layers) == 2 * len(trainer._shapes)
-        expected = sum(held_bytes(held, min(12, *shape), *shape) for shape in trainer._shapes.values())
+        assert len(layers) == 2 * len(trainer.shapes)
+        expected = sum(held_bytes(held, min(12, *shape), *shape) for shape in trainer.shapes.values())
         assert sum(layer.held_bytes() for layer in layers) == expected
         before = [buffer.clone() for layer in layers for buffer in layer.buffers()]
-        trainer._loss_sum(rows_of(trainer)).backward()
+        trainer.loss_sum(rows_of(trainer)).backward()
         with_gradient = {n for n, p in trainer.base.model.named_parameters() if p.grad is not None}
-        assert with_gradient == {f"{m}.lora_{x}.{LOCAL}.weight" for m in trainer._shapes for x in "AB"}
+        assert with_gradient == {f"{m}.lora_{x}.{LOCAL}.weight" for m in trainer.shapes for x in "AB"}
         after = [buffer for layer in layers for buffer in layer.buffers()]
         assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))
         back = places.factors(CARRIED)

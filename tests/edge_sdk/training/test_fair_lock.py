@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 
-from edge_sdk.training.fair_lock import Turns
+from edge_sdk.training.fair_lock import FairLock
 from tests.processes import PATIENCE_S
 
 
-def wait_for_queue(turns: Turns, length: int) -> None:
+def wait_for_queue(turns: FairLock, length: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while turns.waiting < length:
         assert time.monotonic() < deadline
@@ -17,7 +17,7 @@ def wait_for_queue(turns: Turns, length: int) -> None:
 
 
 def test_turns_are_granted_in_the_order_of_asking() -> None:
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
 
     def take(number: int) -> None:
         with turns:
@@ -35,7 +35,7 @@ def test_turns_are_granted_in_the_order_of_asking() -> None:
 
 
 def test_one_that_asks_again_at_once_waits_for_the_others() -> None:
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
 
     def answer() -> None:
         with turns:
@@ -53,7 +53,7 @@ def test_one_that_asks_again_at_once_waits_for_the_others() -> None:
 
 
 def test_a_turn_within_a_turn_is_the_same_one() -> None:
-    turns, taken = Turns(), threading.Event()
+    turns, taken = FairLock(), threading.Event()
 
     def take() -> None:
         with turns:
@@ -70,7 +70,7 @@ def test_a_turn_within_a_turn_is_the_same_one() -> None:
 
 
 def test_an_error_gives_the_turn_back() -> None:
-    turns = Turns()
+    turns = FairLock()
     try:
         with turns:
             raise ValueError

@@ -12,8 +12,8 @@ import torch
 from edge_sdk.core.errors import InternalError
 from edge_sdk.training.adapter_places import LOCAL, SERVED
 from edge_sdk.training.checkpoint import read
-from edge_sdk.training.plan import StepAnswer, rest
-from edge_sdk.training.trainer import Interrupted, Start, StepReport, Trainer
+from edge_sdk.training.plan import Interrupted, Start, StepAnswer, StepReport, rest
+from edge_sdk.training.trainer import Trainer
 from tests.edge_sdk.training.test_trainer import go_on, make, plan, random_adapter, rows_of, same_bits
 from tests.models import Architecture, build_model
 from tests.processes import PATIENCE_S
@@ -68,9 +68,9 @@ def test_an_answer_in_the_middle_changes_no_bit_of_training(nf4: Trainer, rule: 
 
 
 def test_gradients_and_active_adapters_are_as_before(nf4: Trainer) -> None:
-    places = nf4._places
+    places = nf4.places
     with places.installed({LOCAL: random_adapter(nf4, 4)}):
-        nf4._loss_sum(rows_of(nf4)[:4]).backward()
+        nf4.loss_sum(rows_of(nf4)[:4]).backward()
         before = {n: (p.requires_grad, p.grad) for n, p in places.trainable().items()}
         nf4.serve(random_adapter(nf4, 2))
         with nf4.serving():
@@ -78,17 +78,17 @@ def test_gradients_and_active_adapters_are_as_before(nf4: Trainer) -> None:
             nf4.answer(PROMPT, 2)
         after = {n: (p.requires_grad, p.grad) for n, p in places.trainable().items()}
         assert all(after[n][0] and after[n][1] is before[n][1] for n in before)
-        frozen = [n for n, p in nf4._base.model.named_parameters() if f".{SERVED}." in n and p.requires_grad]
+        frozen = [n for n, p in nf4.base.model.named_parameters() if f".{SERVED}." in n and p.requires_grad]
         assert frozen == []
     nf4.serve(None)
-    assert not [n for n, _ in nf4._base.model.named_parameters() if SERVED in n]
+    assert not [n for n, _ in nf4.base.model.named_parameters() if SERVED in n]
 
 
 def test_an_answer_waits_for_one_step_and_training_for_the_answer(nf4: Trainer) -> None:
     """An answer from another thread, asked for within a step, comes between that step and the next."""
     order: list[str] = []
     thread = threading.Thread(target=lambda: order.append(ask()))
-    step = nf4._step
+    step = nf4.step
 
     def ask() -> str:
         with nf4.serving():
@@ -100,15 +100,15 @@ def test_an_answer_waits_for_one_step_and_training_for_the_answer(nf4: Trainer) 
         order.append("step")
         if not thread.ident:
             thread.start()
-            while not nf4._turns.waiting:
+            while not nf4.lock.waiting:
                 pass
         return step(run, rows)  # type: ignore[arg-type]
 
-    nf4._step = slow_step  # type: ignore[method-assign]
+    nf4.step = slow_step  # type: ignore[method-assign]
     try:
         nf4.train(Start(None, None, 2, seed=1), rows_of(nf4), plan(3), on_step=go_on)
     finally:
-        del nf4._step  # type: ignore[method-assign]
+        del nf4.step  # type: ignore[method-assign]
     thread.join(PATIENCE_S)
     assert order[:2] == ["step", "answering"]
     assert order.count("step") == 3

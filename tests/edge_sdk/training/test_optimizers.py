@@ -18,9 +18,9 @@ from edge_sdk.model import base_model
 from edge_sdk.text.rows import Tokenised
 from edge_sdk.training import checkpoint, optimizers
 from edge_sdk.training.checkpoint import Kept
-from edge_sdk.training.plan import StepAnswer
+from edge_sdk.training.plan import Interrupted, Plan, Start, StepAnswer, StepReport, Trained
 from edge_sdk.training.recompute import recomputed
-from edge_sdk.training.trainer import Interrupted, Plan, Start, StepReport, Trained, Trainer
+from edge_sdk.training.trainer import Trainer
 from tests.models import ARCHITECTURES, Architecture, build_model
 
 WIDE = Ranks.uniform(64)  # 64 × 64 values: the least that bitsandbytes keeps in 8 bits
@@ -69,7 +69,7 @@ def read(path: Path) -> Kept:
 def carried(it: Trainer, rank: int) -> dict[str, LoraFactors]:
     draw = np.random.default_rng(0)
     found = {}
-    for name, (out, in_) in it._shapes.items():
+    for name, (out, in_) in it.shapes.items():
         r = min(rank, out, in_)
         b, a = draw.standard_normal((out, r)), draw.standard_normal((r, in_))
         found[name] = LoraFactors((0.05 * b).astype(np.float32), (0.05 * a).astype(np.float32))
@@ -218,11 +218,11 @@ def test_moments_go_out_and_in_without_loss() -> None:
 @pytest.mark.parametrize("rule", ["carry", "flexlora"])
 def test_unequal_ranks_come_back_with_their_shapes(it: Trainer, rule: str) -> None:
     ranks = Ranks(attention=3, mlp=40)
-    expected = {name: min(ranks.of(name), *shape) for name, shape in it._shapes.items()}
+    expected = {name: min(ranks.of(name), *shape) for name, shape in it.shapes.items()}
     given = {name: f.leading(expected[name]) for name, f in carried(it, 40).items()}
     start = Start(None, carried(it, 6), ranks, 1) if rule == "carry" else Start(given, None, ranks, 1)
     done = train(it, start)
     assert {name: f.rank for name, f in done.adapter.items()} == expected
     assert {expected[name] for name in expected} == {3, 40}
-    assert {name: f.shape for name, f in done.adapter.items()} == it._shapes
+    assert {name: f.shape for name, f in done.adapter.items()} == it.shapes
     assert done.loss_after < done.loss_before

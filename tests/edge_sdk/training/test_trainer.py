@@ -20,8 +20,9 @@ from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import IGNORED, Tokenised, tokenise
 from edge_sdk.training import checkpoint, trainer
 from edge_sdk.training.adapter_places import CARRIED, LOCAL, AdapterPlaces
-from edge_sdk.training.plan import batch_indices, rest
-from edge_sdk.training.trainer import Abandoned, Plan, Start, StepReport, Trained, Trainer
+from edge_sdk.training.plan import Abandoned, Plan, Start, StepReport, Trained, batch_indices, rest
+from edge_sdk.training.run import Run
+from edge_sdk.training.trainer import Trainer
 from tests.models import ARCHITECTURES, Architecture, build_model
 
 SCALING = 2.0
@@ -56,7 +57,7 @@ def exact(directories: Mapping[Architecture, Path]) -> Trainer:
 
 def rows_of(it: Trainer) -> list[Tokenised]:
     records = [parse_record({"prompt": p, "completion": c}) for p, c in PAIRS]
-    return [tokenise(record, it._base.tokenizer, 64) for record in records]
+    return [tokenise(record, it.base.tokenizer, 64) for record in records]
 
 
 def plan(steps: int, **changes: Any) -> Plan:
@@ -78,7 +79,7 @@ def random_adapter(it: Trainer, rank: int, seed: int = 0, size: float = 0.05) ->
     """Factors of `rank`, or as many as a narrow module holds."""
     draw = np.random.default_rng(seed)
     adapter = {}
-    for name, (out, in_) in it._shapes.items():
+    for name, (out, in_) in it.shapes.items():
         r = min(rank, out, in_)
         b, a = size * draw.standard_normal((out, r)), size * draw.standard_normal((r, in_))
         adapter[name] = LoraFactors(b.astype(np.float32), a.astype(np.float32))
@@ -112,7 +113,7 @@ def test_training_in_nf4_learns(directories: Mapping[Architecture, Path], archit
     assert (done.steps, done.examples) == (60, 240)
     assert (done.loss_before, done.loss_after) == (reports[0].loss, reports[-1].loss)
     assert [r.step for r in reports] == list(range(1, 61))
-    assert {name: f.shape for name, f in done.adapter.items()} == dict(it._shapes)
+    assert {name: f.shape for name, f in done.adapter.items()} == dict(it.shapes)
     assert all(f.b.dtype == f.a.dtype == np.float32 for f in done.adapter.values())
     # Evaluating and asking leave nothing behind.
     assert it.evaluate(None, rows) == before
@@ -164,12 +165,12 @@ def test_a_rank_above_a_narrow_module_is_cut_to_it(nf4: Trainer) -> None:
 
 def test_gradients_reach_the_local_factors_alone(nf4: Trainer) -> None:
     carried, local = random_adapter(nf4, 6, seed=1), random_adapter(nf4, 4, seed=2)
-    with nf4._places.installed({LOCAL: local, CARRIED: carried}):
-        nf4._loss_sum(rows_of(nf4)[:4]).backward()
-        with_gradient = {n for n, p in nf4._base.model.named_parameters() if p.grad is not None}
-        expected = {f"{m}.lora_{x}.{LOCAL}.weight" for m in nf4._shapes for x in "AB"}
+    with nf4.places.installed({LOCAL: local, CARRIED: carried}):
+        nf4.loss_sum(rows_of(nf4)[:4]).backward()
+        with_gradient = {n for n, p in nf4.base.model.named_parameters() if p.grad is not None}
+        expected = {f"{m}.lora_{x}.{LOCAL}.weight" for m in nf4.shapes for x in "AB"}
         assert with_gradient == expected
-        assert all(p.grad.abs().sum() > 0 for p in nf4._places.trainable().values() if p.grad is not None)
+        assert all(p.grad.abs().sum() > 0 for p in nf4.places.trainable().values() if p.grad is not None)
 
 
 def test_carried_factors_act_and_do_not_change(exact: Trainer) -> None:
@@ -177,7 +178,7 @@ def test_carried_factors_act_and_do_not_change(exact: Trainer) -> None:
     seen: list[dict[str, LoraFactors]] = []
 
     def look(_: StepReport) -> Directive:
-        seen.append(exact._places.factors(CARRIED))
+        seen.append(exact.places.factors(CARRIED))
         return "continue"
 
     run = plan(3, batch=len(rows))
@@ -200,7 +201,7 @@ def test_fresh_rows_are_long_and_given_ones_are_kept(exact: Trainer) -> None:
     still = plan(1, learning_rate=0.0)
     fresh = exact.train(Start(None, None, 4, seed=1), rows_of(exact), still, on_step=go_on).adapter
     given = {
-        n: LoraFactors(np.zeros((o, 0), "f4"), np.zeros((0, i), "f4")) for n, (o, i) in exact._shapes.items()
+        n: LoraFactors(np.zeros((o, 0), "f4"), np.zeros((0, i), "f4")) for n, (o, i) in exact.shapes.items()
     }
     filled = exact.train(Start(given, None, 4, seed=1), rows_of(exact), still, on_step=go_on).adapter
     for name, factors in fresh.items():
@@ -218,12 +219,12 @@ def test_micro_batches_are_one_batch(exact: Trainer, monkeypatch: pytest.MonkeyP
 
     def gradients(micro_batch: int) -> tuple[float, dict[str, torch.Tensor]]:
         found: dict[str, torch.Tensor] = {}
-        with exact._places.installed({LOCAL: random_adapter(exact, 4)}):
-            run = trainer._Run(exact._places.trainable(), plan(1, micro_batch=micro_batch))
+        with exact.places.installed({LOCAL: random_adapter(exact, 4)}):
+            run = Run(exact.places.trainable(), plan(1, micro_batch=micro_batch))
             monkeypatch.setattr(
-                run, "update", lambda: found.update({n: p.grad for n, p in run._parameters.items()})
+                run, "update", lambda: found.update({n: p.grad for n, p in run.parameters.items()})
             )
-            return exact._step(run, rows), found
+            return exact.step(run, rows), found
 
     loss, whole = gradients(len(rows))
     for size in (1, 5):
@@ -239,9 +240,9 @@ def test_evaluation_is_the_mean_over_label_tokens(exact: Trainer) -> None:
     """Against a loop over single rows without padding, and whatever the batch size."""
     rows, adapter = rows_of(exact), random_adapter(exact, 4)
     total, tokens = 0.0, 0
-    with exact._places.installed({CARRIED: adapter}), torch.no_grad():
+    with exact.places.installed({CARRIED: adapter}), torch.no_grad():
         for row in rows:
-            logits = exact._base.model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
+            logits = exact.base.model(torch.tensor([row.ids])).logits[0].double().log_softmax(-1)
             for place, label in enumerate(row.labels[1:]):
                 if label != IGNORED:
                     total, tokens = total - float(logits[place, label]), tokens + 1
@@ -443,7 +444,7 @@ def test_a_rank_of_nothing_carried_is_the_base(exact: Trainer) -> None:
     rows = rows_of(exact)
     empty = {
         n: LoraFactors(np.zeros((o, 0), np.float32), np.zeros((0, i), np.float32))
-        for n, (o, i) in exact._shapes.items()
+        for n, (o, i) in exact.shapes.items()
     }
     assert exact.evaluate(empty, rows) == exact.evaluate(None, rows)
 

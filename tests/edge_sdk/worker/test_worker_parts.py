@@ -13,9 +13,8 @@ from edge_sdk.core.errors import EdgeError, InputError, OutOfMemory, ProtocolErr
 from edge_sdk.system.child_process import ending_of
 from edge_sdk.system.out_of_memory import caught, means_out_of_memory, out_of_memory
 from edge_sdk.system.process_memory import peak_bytes, reset_peak, resident_bytes
-from edge_sdk.training import trainer
 from edge_sdk.training.plan import Abandoned, Interrupted, Plan
-from edge_sdk.training.run import Keeping
+from edge_sdk.training.run import CheckpointSchedule, Run
 from edge_sdk.worker.messages import line, parsed, problem, raised
 
 
@@ -109,17 +108,17 @@ def test_a_step_that_fails_in_the_middle_of_an_update_writes_nothing() -> None:
     """Half of the parameters are of the next step then: the checkpoint before is what counts."""
     written: list[str] = []
     parameter = torch.nn.Parameter(torch.ones(2))
-    run = trainer._Run({"x.a": parameter}, Plan(3, 1, 1, 8, 1e-3))
+    run = Run({"x.a": parameter}, Plan(3, 1, 1, 8, 1e-3))
     parameter.grad = torch.ones(2)
     run.update()
     run.advance(1.0, 1, 0.1)
-    run.rescue(Keeping(lambda: written.append("whole"), 30.0))
+    run.rescue(CheckpointSchedule(lambda: written.append("whole"), 30.0))
 
     def fail() -> None:
         raise MemoryError
 
-    run._optimizer.register_step_post_hook(lambda *_: fail())
+    run.optimizer.register_step_post_hook(lambda *_: fail())
     parameter.grad = torch.ones(2)
     assert caught(run.update) == "MemoryError"
-    run.rescue(Keeping(lambda: written.append("torn"), 30.0))
+    run.rescue(CheckpointSchedule(lambda: written.append("torn"), 30.0))
     assert written == ["whole"]

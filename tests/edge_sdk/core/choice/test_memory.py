@@ -303,18 +303,18 @@ def kept_bytes(trainer: Any, at: Setting) -> int:
     """What one forward pass of a training at this setting keeps; the loss keeps its logits itself."""
     from edge_sdk.text.rows import Tokenised
     from edge_sdk.training.adapter_places import CARRIED, LOCAL
+    from edge_sdk.training.plan import Start
     from edge_sdk.training.recompute import recomputed
-    from edge_sdk.training.trainer import Start
 
     model = trainer.base.model
-    adapters = {LOCAL: trainer._starting_factors(Start(None, None, at.ranks, 0))}
+    adapters = {LOCAL: trainer.starting_factors(Start(None, None, at.ranks, 0))}
     if at.carry_rank:
-        adapters[CARRIED] = trainer._starting_factors(Start(None, None, at.carry_rank, 1))
+        adapters[CARRIED] = trainer.starting_factors(Start(None, None, at.carry_rank, 1))
     ids = [tuple((7 * r + 3 * p) % 290 + 5 for p in range(at.sequence_len)) for r in range(at.micro_batch)]
-    with trainer._places.installed(adapters, at.carried_dtype), recomputed(model, at.checkpointing):
+    with trainer.places.installed(adapters, at.carried_dtype), recomputed(model, at.checkpointing):
         there = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
         with counting(there) as kept:
-            loss = trainer._loss_sum([Tokenised(ids=row, labels=row) for row in ids])
+            loss = trainer.loss_sum([Tokenised(ids=row, labels=row) for row in ids])
         loss.backward()
     return sum(kept.values())
 
@@ -331,13 +331,13 @@ def cases() -> Iterator[Setting]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_activations_are_what_autograd_keeps(directories: Mapping[str, Path], kind: str, dtype: Any) -> None:
-    from edge_sdk.model import base_model
+    from edge_sdk.model import base_model, files
     from edge_sdk.training.trainer import Trainer
 
     directory = directories[kind]
     base = base_model.load(str(directory), device="cpu", quantise=False, dtype=dtype)
     modules = base_model.describe(str(directory)).modules
-    facts = facts_from_config(base_model.read_config(directory), modules)
+    facts = facts_from_config(files.read_config(directory), modules)
     parameters = sum(p.numel() for p in base.model.parameters())
     assert facts.linear_parameters + facts.other_parameters == pytest.approx(parameters, rel=0.02)
     trainer = Trainer(base, modules, 2.0, progress=False)
@@ -354,7 +354,8 @@ import sys
 from edge_sdk.model import base_model
 from edge_sdk.system import process_memory
 from edge_sdk.text.rows import Tokenised
-from edge_sdk.training.trainer import Plan, Start, Trainer
+from edge_sdk.training.plan import Plan, Start
+from edge_sdk.training.trainer import Trainer
 
 base_model.use_threads(1)
 
