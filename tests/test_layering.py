@@ -247,6 +247,11 @@ def test_importing_edge_sdk_loads_nothing() -> None:
     assert not loaded_by("edge_sdk") & (HEAVY | {"numpy", "safetensors", "rich", "tqdm", "coordinator"})
 
 
+@pytest.mark.parametrize("module", ["edge_sdk.cli", "edge_sdk.diagnosis.doctor"])
+def test_the_doctor_starts_without_the_libraries_that_it_may_find_missing(module: str) -> None:
+    assert not loaded_by(module) & HEAVY
+
+
 def test_the_core_needs_numpy_safetensors_and_msgspec_only() -> None:
     modules = [module for module in MODULES if of_core(module)]
     assert "edge_sdk.core.flexlora" in modules

@@ -1,16 +1,75 @@
-"""Asking the base with the newest global adapter: at a prompt, or one prompt a line from a pipe."""
+"""`edge-sdk chat`: ask the base with the newest global adapter, at a prompt or with one prompt a line."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import os
+import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from edge_sdk.commands.device_config import TOKEN_VARIABLE
+from edge_sdk.core.errors import InputError
 
 if TYPE_CHECKING:
     from edge_sdk.agent import Agent
 
 QUIT = "/quit"
 HELP = f"Ask anything; each prompt stands alone. {QUIT} or Ctrl-D leaves, Ctrl-C cuts an answer short."
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its flags."""
+    chat = commands.add_parser("chat", help="ask the base with the newest version of the adapter")
+    chat.add_argument("url", help="address of the coordinator")
+    chat.add_argument("--token", help=f"join token, where this device has not joined (or {TOKEN_VARIABLE})")
+    chat.add_argument("--name", help="how the host sees this device (default: the host name)")
+    chat.add_argument("--model", help="where the base model lies here (default: what the federation names)")
+    chat.add_argument("--state", type=Path, help="the folder that `join` uses, if you named one")
+    chat.add_argument("--threads", type=int, default=1, help="compute threads (default %(default)s)")
+    chat.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer (%(default)s)")
+    chat.add_argument("--device", default="auto", help="torch device (default: the best there is)")
+    chat.add_argument("--no-quantise", action="store_true", help="keep the base in 16 or 32 bits")
+    chat.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer until there are no more prompts."""
+    from edge_sdk.agent import Agent
+    from edge_sdk.options import Options
+
+    if options.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens {options.max_new_tokens} must be 1 or more")
+    chosen = {"name": options.name} if options.name else {}
+    agent = Agent(
+        options.url,
+        join_token=options.token or os.environ.get(TOKEN_VARIABLE),
+        options=Options(
+            **chosen,
+            model=options.model,
+            state_dir=options.state,
+            threads=options.threads,
+            device=options.device,
+            quantise=not options.no_quantise,
+        ),
+        on_event=lambda event: None,
+    )
+    chat = Chat(agent, sys.stdout, sys.stderr, options.max_new_tokens)
+    try:
+        if not sys.stdin.isatty():
+            agent.load()
+            chat.answer_lines(sys.stdin)
+            return 0
+        print(HELP, "Loading the base model …", sep="\n", file=sys.stderr)
+        agent.load()
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  `input` then has a history and edits the line
+        chat.talk(input)
+    finally:
+        agent.close()
+    return 0
 
 
 class Chat:

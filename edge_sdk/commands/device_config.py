@@ -28,6 +28,7 @@ from edge_sdk.options import Options
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PATHS = ("data", "state")
+TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"  # where the join token may be, if nothing else says it
 Record = TypeVar("Record")
 
 

@@ -13,7 +13,6 @@ from edge_sdk.core.choice.memory import human_bytes
 from edge_sdk.core.errors import EdgeError, InputError, TheirFault, Unauthorised
 from edge_sdk.core.messages import Federation
 from edge_sdk.diagnosis.check import Check, fine, not_fine, warning
-from edge_sdk.membership.identity import fingerprint
 from edge_sdk.model import files
 from edge_sdk.options import Options
 from edge_sdk.text.examples import load_examples
@@ -90,6 +89,8 @@ def model_check(options: Options, federation: Federation | None, digests: Path) 
         size = human_bytes(needed_files_bytes(directory))
         if federation is None:
             return fine("base model", f"{name}: configuration, tokeniser and weights, {size}")
+        from edge_sdk.membership.identity import fingerprint
+
         federation.base.require(fingerprint(federation, options, digests))
     except TheirFault as error:
         mend = "name the federation's base with --model, or leave --model out"

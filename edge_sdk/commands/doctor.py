@@ -1,0 +1,59 @@
+"""`edge-sdk doctor`: is this machine fit to take part?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.commands.device_config import TOKEN_VARIABLE
+from edge_sdk.core.records import to_json
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its flags."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="is this machine fit to take part?",
+        description="Checks this machine and says what mends it. Nothing is joined or downloaded.",
+        epilog="Exit code: 0 fit, warnings or not; 1 something must be mended first; 2 the command is wrong.",
+    )
+    doctor.add_argument("url", nargs="?", help="address of the coordinator (default: the machine alone)")
+    doctor.add_argument("--token", help=f"join token (or set {TOKEN_VARIABLE})")
+    doctor.add_argument("--data", type=Path, help="JSONL file with this device's own text")
+    doctor.add_argument("--model", help="base model (default: the federation's, or `tiny`)")
+    doctor.add_argument("--state", type=Path, help="folder that joining would use")
+    doctor.add_argument("--device", default="auto", help="torch device (default: the best there is)")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print each check as it is made, and the verdict: 0 if the machine is fit, otherwise 1."""
+    from edge_sdk.diagnosis import doctor
+    from edge_sdk.diagnosis.check import rendered
+    from edge_sdk.options import Options
+
+    question = doctor.Question(
+        options=Options(model=options.model, state_dir=options.state, device=options.device),
+        url=options.url,
+        token=options.token or os.environ.get(TOKEN_VARIABLE),
+        data=options.data,
+    )
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    checks = []
+    for check in doctor.examine(question):
+        checks.append(check)
+        if not options.json:
+            print(rendered(check, width, terminal and "NO_COLOR" not in os.environ), flush=True)
+    fit = doctor.fit(checks)
+    if options.json:
+        print(json.dumps({"fit": fit, "checks": [to_json(check) for check in checks]}, indent=1))
+    else:
+        print(f"\n{doctor.verdict(question, checks)}")
+    return 0 if fit else 1
