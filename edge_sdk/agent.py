@@ -6,7 +6,7 @@
     agent.start()      # trains in a thread of its own until agent.stop()
     agent.generate("turn the light on")
 
-`participation.py` has the loop. Everything that must survive a crash is in a journal, and training rests
+`participation.loop` has the loop. Everything that must survive a crash is in a journal, and training rests
 whenever the owner's conditions say so. The text stays here: only LoRA factors, example counts and losses
 leave the device.
 """

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from edge_sdk.agent import Agent
-from edge_sdk.options import Event, Options
+from edge_sdk import Agent, Event, Options
 
 
 def embedded_agent(arguments: argparse.Namespace, **more: Any) -> Agent:

@@ -44,7 +44,23 @@ def test_the_constraints_pin_every_direct_dependency() -> None:
     assert not [version for version in pins.values() if "+" in version]
 
 
+# What applications import. A name that goes, or moves behind another, breaks them.
+PUBLIC = ["Agent", "BaseMismatch", "Callbacks", "Conditions", "EdgeError", "Event", "InputError", "Options"]
+PUBLIC += ["OurFault", "OutOfMemory", "TheirFault", "Unauthorised", "Unreachable", "WorkerDied"]
+PUBLIC += ["__version__"]
+
+
+def test_the_public_names_of_the_package() -> None:
+    assert sorted(edge_sdk.__all__) == dir(edge_sdk) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_each_public_name_loads(name: str) -> None:
+    found = getattr(edge_sdk, name)
+    assert name == "__version__" or found.__name__ == name
+    assert getattr(edge_sdk, name) is found
+
+
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
-    assert dir(edge_sdk) == ["Agent", "__version__"]
     with pytest.raises(AttributeError, match="no attribute 'Agnet'"):
         _ = edge_sdk.Agnet
