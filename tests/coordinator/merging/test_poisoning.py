@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.poisoning_toy import Attack, Case, Defence, federate, merged
+from benchmarks.poisoning.toy import Attack, Case, Defence, federate, merged
 from coordinator.merging.admission import Admission
 from coordinator.merging.aggregation import Addend, Start, aggregate
 from coordinator.merging.robust import RobustName

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import coordinator_load, soak
-from benchmarks.load_client import BrokenOff, Connection, head_of
+from benchmarks.load import coordinator_load, soak
+from benchmarks.load.client import BrokenOff, Connection, head_of
 from coordinator.adapters.ladder import Rung
 from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads

@@ -1,0 +1,1 @@
+"""Buffered against synchronous federations, in virtual time."""

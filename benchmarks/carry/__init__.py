@@ -1,0 +1,1 @@
+"""What a device's memory is best spent on under the rule `carry`."""

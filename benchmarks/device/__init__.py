@@ -1,0 +1,1 @@
+"""What a device spends: memory, time, and what the agent adds to them."""

@@ -1,0 +1,1 @@
+"""A coordinator process under load: devices by the thousand, kills, heartbeats while it merges."""

@@ -1,0 +1,1 @@
+"""Hostile updates, and what defences keep of a federation."""

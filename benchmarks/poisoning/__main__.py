@@ -1,0 +1,139 @@
+"""What poisoned updates do to a federation, and what each defence keeps of it.
+
+    python -m benchmarks.poisoning --quick             # a few minutes; noise, not a result
+    python -m benchmarks.poisoning --json FILE         # an hour a seed; goes on where it was stopped
+
+A fifth of the devices is hostile: `flipped` sends −D in place of what it learnt, D; `reversed` −10·D;
+`scaled` 100·D. "without them" is the federation in which they hand in nothing: what a perfect defence would
+give. Two parts: a target whose answer is known (benchmarks/poisoning/toy.py), and the embedded base on
+smart-home commands (benchmarks/poisoning/training.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.results import Results, spread
+from benchmarks.poisoning import toy as poisoning_toy
+from benchmarks.poisoning.toy import Attack, Case, Defence
+from benchmarks.poisoning.training import HONEST_VERSIONS, Federation
+from edge_sdk.core.messages import RuleName
+from edge_sdk.machine.processor import cpu_name
+
+ATTACKS: tuple[Attack, ...] = ("scaled", "reversed", "flipped", "nobody")
+DEFENCES: dict[Defence, str] = {
+    "none": "none",
+    "bound": "the learnt bound, clipped",
+    "norm_median": "norm-median clipping",
+    "geometric_median": "geometric median",
+    "trimmed": "trimmed by norm",
+}
+TOY_RULES: tuple[RuleName, ...] = ("carry", "innovation", "flexlora")
+TRAINING_RULES: tuple[RuleName, ...] = ("carry", "flexlora")
+
+
+def cases(rule: RuleName, quick: bool) -> list[Case]:
+    """All of a rule's table, the plainest first."""
+    defences: list[Defence] = ["none", "geometric_median"] if quick else list(DEFENCES)
+    attacks: Sequence[Attack] = ("reversed",) if quick else ATTACKS
+    return [
+        Case(rule, "absent", "none"),
+        *(Case(rule, attack, defence) for attack in attacks for defence in defences),
+    ]
+
+
+def table(title: str, rule: RuleName, found: Callable[[Case], list[float]]) -> Table:
+    """What each attack (columns) does under each defence; a dash for what was not run."""
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("defence")
+    for attack in ATTACKS:
+        shown.add_column(attack, justify="right")
+
+    def cell(case: Case) -> str:
+        values = found(case)
+        return spread(values) if values else "–"
+
+    for defence, name in DEFENCES.items():
+        shown.add_row(name, *(cell(Case(rule, attack, defence)) for attack in ATTACKS))
+    shown.add_row("without them", cell(Case(rule, "absent", "none")))
+    return shown
+
+
+def toy(results: Results, seeds: Sequence[int], rules: Sequence[RuleName], quick: bool) -> list[Table]:
+    """Relative errors on the known target."""
+
+    def key(case: Case, seed: int) -> str:
+        return f"toy/{case.rule}/{case.attack}/{case.defence}/{seed}"
+
+    for case in [case for rule in rules for case in cases(rule, quick)]:
+        for seed in seeds:
+            results.get(key(case, seed), lambda c=case, s=seed: poisoning_toy.federate(c, s))
+
+    def found(case: Case) -> list[float]:
+        return [results.rows[key(case, seed)] for seed in seeds if key(case, seed) in results.rows]
+
+    return [table(f"Known target, rule {rule}: relative error", rule, found) for rule in rules]
+
+
+def training(
+    results: Results, seeds: Sequence[int], rules: Sequence[RuleName], versions: int, quick: bool
+) -> list[Table]:
+    """Held-out losses of the embedded base after `versions` versions."""
+
+    def key(case: Case, seed: int) -> str:
+        return f"training/{versions}/{case.rule}/{case.attack}/{case.defence}/{seed}"
+
+    with tempfile.TemporaryDirectory() as folder:
+        federation = Federation(Path(folder))
+        for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
+            for case in [case for rule in rules for case in cases(rule, quick)]:
+                run: Callable[[], Any] = lambda c=case, s=seed: federation.run(c, s, versions)  # noqa: E731
+                losses = results.get(key(case, seed), run)
+                print(key(case, seed), f"{losses[str(versions)]:.3f}", flush=True)
+
+    def found(case: Case) -> list[float]:
+        rows = [results.rows.get(key(case, seed)) for seed in seeds]
+        return [row[str(versions)] for row in rows if row]
+
+    return [table(f"Embedded base, rule {r}: held-out loss, version {versions}", r, found) for r in rules]
+
+
+def main() -> int:
+    """Measure, print the tables, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one rule, one seed and few versions")
+    parser.add_argument("--part", choices=("toy", "training"), help="only this part")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--versions", type=int, default=12, help="of the training (default %(default)s)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    quick = options.quick
+    cpu = cpu_name()
+    results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
+    seeds = range(1 if quick else options.seeds)
+    console.print(f"{cpu}, one thread")
+    if options.part != "training":
+        for shown in toy(results, seeds, TOY_RULES[: 1 if quick else None], quick):
+            console.print(shown)
+    if options.part != "toy":
+        versions = HONEST_VERSIONS + 1 if quick else options.versions
+        rules = TRAINING_RULES[: 1 if quick else None]
+        for shown in training(results, seeds, rules, versions, quick):
+            console.print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
