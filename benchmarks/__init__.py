@@ -1,1 +1,4 @@
-"""Speed and memory, measured: `python -m benchmarks.aggregation`. Ratios within one run, not bare seconds."""
+"""Speed, memory and learning, measured: `python -m benchmarks` lists what there is.
+
+Speeds are given as ratios within one run, not as bare seconds.
+"""

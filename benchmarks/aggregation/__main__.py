@@ -16,13 +16,12 @@ the full matrices that it asks for make it many times slower still on others.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from rich.table import Table
 
 from benchmarks.aggregation.cases import LLAMA_7B, MIXES, SMALL, Mix, Model, Shape, write_updates
 from benchmarks.aggregation.rivals import environment
+from benchmarks.common import command
 from benchmarks.common.plotting import drawing
 from edge_sdk.machine.processor import cpu_name
 
@@ -184,16 +184,16 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write the files asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("aggregation", __doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rivals", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=drawing)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model, mixes = (SMALL, MIXES[:2]) if options.quick else (LLAMA_7B, MIXES)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = command.console(150)
     with tempfile.TemporaryDirectory() as folder:
         rivals = str(environment(Path(folder))) if options.rivals else None
         dense: dict[Shape, Row] = {}
@@ -207,9 +207,7 @@ def main() -> int:
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads_per_process": 1}
     title = f"{machine['cpu']}, one core: {peak:.0f} GFLOP/s in a float64 matrix product"
     show(console, rows, title)
-    if options.json:
-        text = json.dumps({"machine": machine, "gemm_peak_gflops": peak, "rows": rows}, indent=1)
-        options.json.write_text(text + "\n")
+    command.write_json(options.json, {"machine": machine, "gemm_peak_gflops": peak, "rows": rows})
     if options.plot:
         plot(rows, options.plot, title)
     return 0

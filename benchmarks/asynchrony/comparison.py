@@ -14,7 +14,6 @@ Instructions (--data FILE). Results and what they mean: docs/PERFORMANCE.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks.asynchrony.grid import Grid, cases
 from benchmarks.asynchrony.plots import plot
@@ -38,6 +36,7 @@ from benchmarks.asynchrony.policies import (
 )
 from benchmarks.asynchrony.report import Goal, as_json, summary_table, targets_table, verdict
 from benchmarks.asynchrony.times import table as times_table
+from benchmarks.common import command
 from benchmarks.common.plotting import drawing
 from benchmarks.rules.grid import Log
 from edge_sdk.core.errors import EdgeError
@@ -110,7 +109,7 @@ def measured(options: argparse.Namespace, say: Callable[[str], None]) -> Row:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("async_vs_sync", __doc__)
     parser.add_argument("--quick", action="store_true", help="smart-home, one seed, half of it; no result")
     parser.add_argument("--seeds", type=int, default=5, help="of the comparison (default %(default)s)")
     parser.add_argument(
@@ -130,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = parse(arguments)
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 220)
+    console = command.console(220)
 
     def say(text: str) -> None:
         console.print(text, highlight=False)
@@ -161,8 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for title, values in sweeps.items()
             }
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        command.write_json(options.json, written)
     return 0
 
 

@@ -11,7 +11,6 @@ components of the global adapter frozen, in some dtype. Two parts: a synthetic t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -28,6 +27,7 @@ from rich.table import Table
 from benchmarks.carry import toy as carry_toy
 from benchmarks.carry.toy import DEVICES, Rules, Split
 from benchmarks.carry.training import RANK_CAP, Choice, Federation
+from benchmarks.common import command
 from benchmarks.common.results import Results, spread
 from edge_sdk.core.choice.carried import BYTES_PER_VALUE, CarriedDtype
 from edge_sdk.core.choice.memory import FACTOR_BYTES, MOMENT_BYTES
@@ -208,14 +208,14 @@ def training(
     return table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("carry_trade", __doc__)
     parser.add_argument("--quick", action="store_true", help="one seed and few versions; noise, not a result")
     parser.add_argument("--part", choices=("toy", "training"), help="only this part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = Console()
     cpu = cpu_name()

@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from benchmarks.common import command
 from edge_sdk.agent import Agent
 from edge_sdk.callbacks import Callbacks
 from edge_sdk.conditions import Conditions
@@ -195,13 +197,13 @@ def measure(folder: Path, model: str, runs: int, steps: int, console: Console) -
     return pairs.runs
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("client_overhead", __doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--model", default="tiny", help="`tiny`, a Hugging Face id or a directory")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     runs, steps = (3, 40) if options.quick else (10, 60)
     console = Console()
@@ -243,9 +245,8 @@ def _report(runs: list[Run], options: argparse.Namespace, machine: dict[str, Any
     }
     console.print(table)
     console.print("  ".join(f"{name} {value:.3f}" for name, value in figures.items()), highlight=False)
-    if options.json:
-        record = {**figures, "machine": machine, "model": options.model, "r": RANK, "runs": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    record = {**figures, "machine": machine, "model": options.model, "r": RANK, "runs": rows}
+    command.write_json(options.json, record)
 
 
 if __name__ == "__main__":

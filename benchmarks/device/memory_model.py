@@ -17,13 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common import command
 from benchmarks.common.plotting import drawing, headless_pyplot
 from edge_sdk.core.choice.memory import estimate, human_bytes
 from edge_sdk.core.choice.model_facts import ModelFacts, facts_from_config
@@ -156,8 +157,8 @@ def build(model: Model, folder: Path) -> Path:
     )
     from edge_sdk.model.files import resolve
 
-    command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(model.config), str(directory)]
-    subprocess.run([*command, str(resolve("tiny"))], check=True, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-W", "ignore", "-c", code, json.dumps(model.config), str(directory)]
+    subprocess.run([*words, str(resolve("tiny"))], check=True, stderr=subprocess.DEVNULL)
     (directory / "done").touch()
     return directory
 
@@ -165,9 +166,9 @@ def build(model: Model, folder: Path) -> Path:
 def run_point(directory: Path, setting: Setting) -> dict[str, Any]:
     """Run one point in a process of its own."""
     arguments = [str(directory), str(setting.ranks), str(setting.micro_batch), str(setting.sequence_len)]
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory_model", "--point", *arguments]
-    command += [str(int(setting.checkpointing))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory_model", "--point", *arguments]
+    words += [str(int(setting.checkpointing))]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -200,15 +201,15 @@ def cpu_name() -> str:
     return processor.cpu_name()
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the grid and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("memory_model", __doc__)
     parser.add_argument("--quick", action="store_true", help="two small models, under two minutes")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--plot", type=drawing, help="draw predicted against measured into this file")
     parser.add_argument("--resume", type=Path, help="folder that keeps models and finished points")
     parser.add_argument("--point", nargs=5, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.point:
         directory, rank, batch, length, recomputes = options.point
         setting = Setting(Ranks.parse(rank), 0, int(length), int(batch), recomputes == "1")
@@ -221,10 +222,9 @@ def main() -> int:
         part = [row for row in rows if row.gradient_checkpointing == again]
         print(summary(part, "recomputing" if again else "plain"))
     print(summary(rows, "all") + "; CUDA: not measured")
-    if options.json:
-        machine = {"cpu": cpu_name(), "system": platform.system(), "libc": " ".join(platform.libc_ver())}
-        record = {"machine": machine, "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    machine = {"cpu": cpu_name(), "system": platform.system(), "libc": " ".join(platform.libc_ver())}
+    record = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    command.write_json(options.json, record)
     if options.plot:
         draw(rows, options.plot)
     return 0

@@ -18,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common import command
 from benchmarks.device.memory_model import MODELS, build
 from edge_sdk.core.choice.model_facts import facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
@@ -150,9 +151,9 @@ def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
 
 def run_model(name: str, directory: Path, quick: bool) -> dict[str, Any]:
     """One model in a process of its own."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.time_model", "--model", name, str(directory)]
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.time_model", "--model", name, str(directory)]
     done = subprocess.run(
-        command + ["--quick"] * quick, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        words + ["--quick"] * quick, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -182,14 +183,14 @@ def summary(rows: list[Row], label: str) -> str:
     )
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the grid and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = command.parser("time_model", __doc__)
     parser.add_argument("--quick", action="store_true", help="two small models, fewer settings")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--models", type=Path, help="folder that keeps the models that were built")
     parser.add_argument("--model", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.model:
         name, directory = options.model
         print(json.dumps(measure(name, Path(directory), options.quick)))
@@ -211,10 +212,9 @@ def main() -> int:
         mine = [row for row in rows if row.model == name]
         print(summary(mine, f"{name} (calibrated in {found['calibrated_s']:.1f} s)"))
     print(summary(rows, "all") + "; CUDA: not measured")
-    if options.json:
-        machine = {"cpu": cpu_name(), "system": platform.system(), "threads": 1}
-        record = {"machine": machine, "rows": [asdict(row) for row in rows], "calibrations": calibrations}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    machine = {"cpu": cpu_name(), "system": platform.system(), "threads": 1}
+    record = {"machine": machine, "rows": [asdict(row) for row in rows], "calibrations": calibrations}
+    command.write_json(options.json, record)
     return 0
 
 

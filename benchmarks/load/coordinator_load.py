@@ -14,15 +14,14 @@ queue was.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import os
 import random
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import command
 from benchmarks.common.plotting import drawing
 from benchmarks.load.cases import MODEL, PAPER_DEVICES, TYPES, Template, configuration, templates
 from benchmarks.load.client import Connection, Tally, each, head_of
@@ -307,19 +307,19 @@ def show(found: dict[str, Any], console: Console) -> None:
         console.print(error, style="red", highlight=False, markup=False)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if a goal is missed or a request failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("coordinator_load", __doc__)
     parser.add_argument("--quick", action="store_true", help="fewer uploads and a shorter time")
     parser.add_argument("--dtype", choices=WIRE_DTYPES, default="float32", help="of adapters both ways")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=drawing, help="memory and throughput over time, as PNG")
     parser.add_argument("--folder", type=Path, help="where to keep the data (default: a temporary folder)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     base = QUICK if options.quick else FULL
     plan = replace(base, dtype=options.dtype)
     folder = Path(tempfile.mkdtemp(dir=options.folder))
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = command.console(120)
     try:
         found = asyncio.run(Run(plan, folder).go())
     finally:
@@ -330,8 +330,7 @@ def main() -> int:
     console.print(f"{cpu_name()}, {os.cpu_count()} cores, load {load}")
     console.print(f"{MODEL.name}; ranks {types} (attention/feed-forward), {plan.dtype}")
     show(found, console)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(options.json, found)
     if options.plot:
         draw(found, options.plot)
     good = found["ratio"] >= GOAL_RATIO and found["rss_max_bytes"] <= GOAL_RSS_BYTES

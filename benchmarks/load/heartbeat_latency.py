@@ -11,7 +11,6 @@ aggregation if the status says so before and after it. The goal is a p99 of 100 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.aggregation.cases import LLAMA_7B, SCALING, Model, update
+from benchmarks.common import command
 from edge_sdk.connection.transport import Transport
 from edge_sdk.core.adapter_file.codec import encode_chunks
 from edge_sdk.core.errors import InputError
@@ -171,12 +171,12 @@ def summary(times_s: list[float]) -> dict[str, float]:
     return {"beats": len(times_s), "p50_s": float(p50), "p99_s": float(p99), "max_s": max(times_s)}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print; 1 if the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("heartbeat_latency", __doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     layers, versions = (2, 2) if options.quick else (8, 3)
     model = Model(f"{layers} layers of LLaMA-7B", LLAMA_7B.width, LLAMA_7B.hidden, layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -191,8 +191,7 @@ def main() -> int:
             f"{state:<12}{times['beats']:>6} beats   p50 {1e3 * times['p50_s']:6.1f} ms   "
             f"p99 {1e3 * times['p99_s']:6.1f} ms   longest {1e3 * times['max_s']:6.1f} ms"
         )
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    command.write_json(options.json, found)
     return 0 if found["aggregating"]["p99_s"] <= GOAL_S else 1
 
 

@@ -13,10 +13,8 @@ reason; versions must be whole. Exit code 1 if anything is lost, or if memory wa
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -25,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.aggregation.cases import Model
+from benchmarks.common import command
 from benchmarks.load.cases import configuration, templates
 from benchmarks.load.client import BrokenOff, Connection, Tally
 from benchmarks.load.devices import Device, join
@@ -346,20 +346,19 @@ def is_good(found: dict[str, Any]) -> bool:
     return not bad and found["acknowledged"] > 0 and found["rss_max_bytes"] <= GOAL_RSS_BYTES
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run and print; 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("soak", __doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--devices", type=int, default=200)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     every_s = 60.0 if options.minutes >= 5 else 10.0
     found = soak(Plan(60.0 * options.minutes, options.devices, every_s))
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "load": load}
-    show(found, Console(width=None if sys.stdout.isatty() else 120))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    show(found, command.console(120))
+    command.write_json(options.json, found)
     return 0 if is_good(found) else 1
 
 

@@ -11,7 +11,6 @@ smart-home commands (benchmarks/poisoning/training.py).
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -20,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import command
 from benchmarks.common.results import Results, spread
 from benchmarks.poisoning import toy as poisoning_toy
 from benchmarks.poisoning.toy import Attack, Case, Defence
@@ -108,17 +107,17 @@ def training(
     return [table(f"Embedded base, rule {r}: held-out loss, version {versions}", r, found) for r in rules]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("poisoning", __doc__)
     parser.add_argument("--quick", action="store_true", help="one rule, one seed and few versions")
     parser.add_argument("--part", choices=("toy", "training"), help="only this part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--versions", type=int, default=12, help="of the training (default %(default)s)")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = command.console(150)
     quick = options.quick
     cpu = cpu_name()
     results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})

@@ -12,7 +12,6 @@ run. The noise comes from a seed here, so that a run can be repeated; the coordi
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -27,9 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import command
 from coordinator.engine import weights
 from coordinator.privacy.accountant import epsilon
 from coordinator.privacy.mechanism import Privacy, clip_factor, noised, squared_norm_bound
@@ -177,15 +176,15 @@ def table_of(rows: Mapping[tuple[float, float], Sequence[Outcome]]) -> Table:
     return table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("privacy", __doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, two versions, three lines: no result")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = command.console(150)
     results = Results(options.json)
     versions = 2 if options.quick else VERSIONS
     lines = [LINES[0], LINES[4], LINES[-1]] if options.quick else LINES

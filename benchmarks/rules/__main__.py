@@ -12,7 +12,6 @@ demonstration's households instead, which are always there. Results and what the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.carry import toy as carry_toy
+from benchmarks.common import command
 from benchmarks.common.plotting import drawing
 from benchmarks.rules import grid as rules_grid
 from benchmarks.rules import toy as rules_toy
@@ -83,7 +83,7 @@ def training(options: argparse.Namespace, console: Console) -> list[Row]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("rules", __doc__)
     parser.add_argument("--quick", action="store_true", help="one seed, few versions, smart-home; no result")
     parser.add_argument("--part", choices=("toy", "training"), help="only this part")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     options = parse(arguments)
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = command.console(200)
     result: dict[str, Any] = {"machine": {"cpu": cpu_name(), "threads": 1}}
     console.print(f"{cpu_name()}, one compute thread", highlight=False)
     try:
@@ -111,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EdgeError as error:
         print(f"rules: {error}", file=sys.stderr)
         return 2
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    command.write_json(options.json, result)
     return 0
 
 

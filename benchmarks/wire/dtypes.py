@@ -10,7 +10,6 @@ has at the end: the final version as it is downloaded in that dtype.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import statistics
@@ -23,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.carry import training as carry_training
 from benchmarks.carry.trade import WIDE
 from benchmarks.carry.training import BUFFER_SIZE, HOUSEHOLDS, SCALING, TEST_PER_INTENT, Choice, Part
+from benchmarks.common import command
 from benchmarks.common.results import Results, spread
 from benchmarks.wire.error_feedback import corrected, next_residual
 from edge_sdk.core.adapter_file import codec
@@ -176,17 +175,17 @@ def training(
     return table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("wire_dtypes", __doc__)
     parser.add_argument("--quick", action="store_true", help="one seed and few versions; noise, not a result")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rule", choices=RULES, action="append", help="only these rules")
     parser.add_argument("--wire", choices=[w.name for w in WIRES], action="append", help="only these wires")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = command.console(150)
     results = Results(options.json, {"cpu": cpu_name(), "threads": os.environ.get("OMP_NUM_THREADS", "all")})
     rules = options.rule or (["carry"] if options.quick else list(RULES))
     wires = [wire for wire in WIRES if wire.name in (options.wire or [w.name for w in WIRES])]

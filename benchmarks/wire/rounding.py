@@ -6,10 +6,9 @@ python -m benchmarks.wire_rounding --json FILE
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import command
 from benchmarks.wire.error_feedback import corrected, next_residual
 from edge_sdk.core.adapter_file.dtypes import dequantised, pack, quantised, unpack
 from edge_sdk.core.flexlora import pad
@@ -90,11 +90,11 @@ def _uploads(seed: int, rank_cap: int) -> dict[int, float]:
     return found
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("wire_rounding", __doc__)
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     console = Console()
     blocks, feedback = block_rows(), feedback_rows()
     table = Table(title=f"int8 of a rank-{RANK} change of shape {SHAPE}", title_justify="left")
@@ -109,8 +109,7 @@ def main() -> int:
     for row in feedback:
         table.add_row(row["residual"], *(f"{row[str(count)]:.3%}" for count in UPLOADS))
     console.print(table)
-    if options.json:
-        options.json.write_text(json.dumps({"blocks": blocks, "feedback": feedback}, indent=1) + "\n")
+    command.write_json(options.json, {"blocks": blocks, "feedback": feedback})
     return 0
 
 

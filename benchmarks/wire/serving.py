@@ -11,29 +11,25 @@ busy machine does not count; the least of several runs. Nothing is fsynced: thes
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.common import command
 from coordinator.adapters.ladder import Rung, file_name, write_rungs
 from coordinator.storage.blobs import Blobs
 from edge_sdk.core.adapter_file.codec import encode_chunks
 from edge_sdk.core.adapter_file.dtypes import WIRE_DTYPES, WireDtype
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Base, Federation
-from edge_sdk.machine.processor import cpu_name
 
 LADDER = (2, 4, 8, 16, 24, 32, 48, 64)
 STORED_RANK = 64
@@ -115,13 +111,13 @@ def measure(of: Federation, blobs: Blobs, current: Path, dtype: WireDtype, runs:
     return rows
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("serving", __doc__)
     parser.add_argument("--quick", action="store_true", help="one block; noise, not a result")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    options = parser.parse_args(arguments)
+    console = command.console(150)
     blocks, runs = (1, 3) if options.quick else (8, 5)
     folder = Path(tempfile.mkdtemp())
     try:
@@ -134,7 +130,7 @@ def main() -> int:
         ]
     finally:
         shutil.rmtree(folder)
-    machine = {"cpu": cpu_name(), "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+    machine = command.machine()
     title = f"{machine['cpu']}; {blocks} blocks of LLaMA-7B, stored rank {STORED_RANK}, ladder {LADDER}"
     table = Table(title=title, title_justify="left")
     for column in ("dtype", "way", "files", "MB", "CPU seconds", "against plain write"):
@@ -145,9 +141,8 @@ def main() -> int:
             row["dtype"], row["way"], str(row["files"]), f"{size:.1f}", f"{took:.3f}", f"{ratio:.2f}"
         )
     console.print(table)
-    if options.json:
-        document = {"machine": machine, "blocks": blocks, "ladder": LADDER, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {"machine": machine, "blocks": blocks, "ladder": LADDER, "rows": rows}
+    command.write_json(options.json, document)
     return 0
 
 
