@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.asynchrony.grid import Grid, cases
+from benchmarks.asynchrony.grid import SETTINGS, Grid, cases
 from benchmarks.asynchrony.plots import plot
 from benchmarks.asynchrony.policies import (
     TUNING_SEEDS,
@@ -38,7 +38,7 @@ from benchmarks.asynchrony.report import Goal, as_json, summary_table, targets_t
 from benchmarks.asynchrony.times import table as times_table
 from benchmarks.common import command
 from benchmarks.common.plotting import drawing
-from benchmarks.rules.grid import Log
+from benchmarks.common.results import LOG_HELP, Results
 from edge_sdk.core.errors import EdgeError
 from edge_sdk.machine.processor import cpu_name
 
@@ -93,14 +93,15 @@ class Comparison:
 
 def measured(options: argparse.Namespace, say: Callable[[str], None]) -> Row:
     """Run what is asked for; `goal`, `rows` and `sweeps`."""
+    results = Results(options.log, "async_vs_sync", SETTINGS)
     if options.quick:
         say(
             f"--quick: smart-home commands, {QUICK_SEEDS} seed, {QUICK_GOAL.updates} updates, no sweeps; "
             "to see that it works, no result"
         )
-        comparison = Comparison(Grid(None, Log(options.log), say), QUICK_GOAL, QUICK_SEEDS, QUICK_K)
+        comparison = Comparison(Grid(None, results, say), QUICK_GOAL, QUICK_SEEDS, QUICK_K)
         return {"goal": QUICK_GOAL, "rows": comparison.main(), "sweeps": {}}
-    comparison = Comparison(Grid(options.data, Log(options.log), say), GOAL, options.seeds)
+    comparison = Comparison(Grid(options.data, results, say), GOAL, options.seeds)
     if options.tune:
         return {"goal": GOAL, "rows": comparison.tuning(), "sweeps": {}}
     rows = comparison.main()
@@ -118,7 +119,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="clients.jsonl.xz of Natural Instructions")
     parser.add_argument("--tune", action="store_true", help="compare candidates, on clients kept for that")
     parser.add_argument("--times", action="store_true", help="no learning: when updates come, by deadline")
-    parser.add_argument("--log", type=Path, help="a JSON line for each federation; goes on where it was")
+    parser.add_argument("--log", type=Path, help=LOG_HELP)
     parser.add_argument("--plots", type=drawing, help="a folder for async_vs_sync.png")
     parser.add_argument("--json", type=Path, help="all rows, and the speed-up")
     return parser.parse_args(arguments)

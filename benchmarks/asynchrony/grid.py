@@ -1,7 +1,7 @@
-"""Federations in virtual time that are compared: policies, seeds, and a log with one JSON line for each.
+"""Federations in virtual time that are compared: policies and seeds.
 
-A row keeps its whole curve. A grid that was stopped goes on where it was. Seeds are the outer loop, so that a
-grid that is not yet done holds whole comparisons.
+A row keeps its whole curve. Seeds are the outer loop, so that the log of a grid that is not yet done holds
+whole comparisons.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.asynchrony.devices import MEDIAN_TRAIN_S, draw, median_step_s
-from benchmarks.asynchrony.learning import RANK_CAP, TRAINING, Base, RealLearner
+from benchmarks.asynchrony.learning import TRAINING, RealLearner
 from benchmarks.asynchrony.policies import TUNING_SEEDS, Way, Ways
 from benchmarks.asynchrony.report import Goal
 from benchmarks.asynchrony.simulation import Conditions, Learner, Published, VirtualDevice, VirtualFederation
 from benchmarks.common.clients import NaturalInstructions, SmartHome, Task, check_there
-from benchmarks.rules.grid import Log, dealt
+from benchmarks.common.federation import RANK_CAP, Base
+from benchmarks.common.results import Results
+from benchmarks.rules.grid import dealt
 from coordinator.engine.engine import Engine
 
 Row = dict[str, Any]
@@ -29,6 +31,7 @@ CONDITIONS = Conditions(drop_out=0.2, away_s=MEDIAN_TRAIN_S)
 EVALUATED = 8  # updates between two looks at the loss, at least
 DEVICES, TEST_ROWS = 40, 4  # held-out rows of each client
 HOUSEHOLDS = 12  # of --quick
+SETTINGS = {"conditions": asdict(CONDITIONS), "rank_cap": RANK_CAP, "devices": DEVICES}
 MOST_S = 30 * 24 * 3600.0  # virtual
 
 
@@ -56,7 +59,7 @@ class Case:
 
     @property
     def key(self) -> Row:
-        """What tells it from all others in the log."""
+        """What tells it from all others among the results."""
         return {
             "data": self.data,
             "seed": self.seed,
@@ -73,21 +76,25 @@ class Grid:
 
     Args:
         data: `clients.jsonl.xz` of Natural Instructions, or None for smart-home commands.
-        log: where rows go.
+        results: what is known already, and where rows go.
         said: is told of every row.
     """
 
-    def __init__(self, data: Path | None, log: Log, said: Callable[[str], None]) -> None:
+    def __init__(self, data: Path | None, results: Results, said: Callable[[str], None]) -> None:
         self.name = "natural-instructions" if data else "smart-home"
         if data:
             check_there(data)
         self._base = Base()
         self._source = NaturalInstructions(data, self._base.tokens) if data else None
-        self._log, self._said = log, said
+        self._results, self._said = results, said
 
     def run(self, cases: Sequence[Case]) -> list[Row]:
         """The rows of `cases`, in their order, each labelled; each is run unless the log has it."""
-        return [{**(self._log.find(case) or self._run(case)), "policy": case.label} for case in cases]
+        return [self._row(case) for case in cases]
+
+    def _row(self, case: Case) -> Row:
+        found = self._results.get(case.key, lambda: self._run(case))
+        return {**case.key, **found, "policy": case.label}
 
     def clients(self, seed: int) -> tuple[Task, ...]:
         """Whose text the devices of a seed have."""
@@ -101,8 +108,7 @@ class Grid:
         with tempfile.TemporaryDirectory() as folder:
             eta = case.way.policy.server_learning_rate
             learner = RealLearner(self._base, clients, Path(folder), eta, case.seed)
-            row = {**case.key, **followed(case, devices, learner)}
-        self._log.add(row)
+            row = followed(case, devices, learner)
         last = row["curve"][-1]
         self._said(
             f"{case.label}, seed {case.seed}: loss {last['loss']:.3f} after {last['updates']} updates, "

@@ -1,19 +1,19 @@
-"""A federation whose right answer is known: matrix regression with Adam, all devices at once.
+"""A federation whose right answer is known (benchmarks/common/regression.py), all devices at once.
 
-80 devices regress on a 64 × 64 target of rank 16, each on its own noisy copy. 120 versions merge 10 updates
-each, of staleness 0, 1 or 2. What is measured is the relative error ‖G − W‖ / ‖W‖ of the global matrix; the
-mean of all noisy copies has an error of 0.03.
+80 devices regress on a 64 × 64 target of rank 16. 120 versions merge 10 updates each, of staleness 0, 1 or 2.
+The mean of all noisy copies has an error of 0.03.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
+from benchmarks.common.regression import Adam, Problem
 from coordinator.rules import RULES, Change, Merging
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import fresh_row, live_rank, serve
@@ -23,9 +23,8 @@ from edge_sdk.training.factor_layers import FrozenFactor
 
 WIDTH, TRUE_RANK, RANK_CAP = 64, 16, 32
 DEVICES, VERSIONS, BUFFER_SIZE, MOST_STALE = 80, 120, 10, 2
-DECAY = 0.8  # from one singular value of the target to the next
-NOISE = 0.3  # of each device's copy, relative to the norm of the target
-STEPS, LEARNING_RATE = 20, 0.02
+ADAM = Adam(steps=20, learning_rate=0.02, warm_up=2)
+SETTINGS = {"adam": asdict(ADAM), "devices": DEVICES, "buffer_size": BUFFER_SIZE, "rank_cap": RANK_CAP}
 DIVERGED = 1e3  # norm of a global matrix that is lost; the target's is 1.7
 
 Fresh = Literal["random", "top", "warm", "some"]
@@ -50,16 +49,6 @@ class Rules:
     wide: float = 1.0  # factor on the rows of a random A
 
 
-def target(seed: int) -> tuple[Matrix, Matrix]:
-    """The target (64, 64) with singular values 1, 0.8, 0.64 …, and all devices' copies (80, 64, 64)."""
-    rng = np.random.default_rng(seed)
-    u, _ = np.linalg.qr(rng.standard_normal((WIDTH, TRUE_RANK)))
-    v, _ = np.linalg.qr(rng.standard_normal((WIDTH, TRUE_RANK)))
-    wanted = (u * DECAY ** np.arange(TRUE_RANK)) @ v.T
-    noise = rng.standard_normal((DEVICES, WIDTH, WIDTH)) / WIDTH
-    return wanted, wanted + NOISE * np.linalg.norm(wanted) * noise
-
-
 def federate(
     splits: Sequence[Split], rules: Rules, seed: int, versions: int = VERSIONS, most_stale: int = MOST_STALE
 ) -> float:
@@ -67,7 +56,7 @@ def federate(
 
     Updates have a staleness of 0 to `most_stale`; with 0 the federation is synchronous.
     """
-    wanted, copies = target(seed)
+    problem = Problem.drawn(WIDTH, TRUE_RANK, DEVICES, np.random.default_rng(seed))
     history = [LoraFactors.empty(WIDTH, WIDTH)]
     for version in range(versions):
         drawn = np.random.default_rng([seed, version])
@@ -78,7 +67,8 @@ def federate(
         for start, split in sorted({(begun[d], splits[d]) for d in devices}, key=str):
             group = [d for d in devices if (begun[d], splits[d]) == (start, split)]
             at = (seed, version, start)
-            changes |= zip(group, _trained(history[start], split, rules, copies[group], at), strict=True)
+            sent = _trained(history[start], split, rules, problem.copies[group], at)
+            changes |= zip(group, sent, strict=True)
         raw = {d: (1.0 + version - begun[d]) ** -0.5 for d in devices}
         weights = {d: w / sum(raw.values()) for d, w in raw.items()}
         starts = {v: history[v] for v in set(begun.values()) if history[v].rank} if rules.corrected else {}
@@ -87,7 +77,7 @@ def federate(
         history.append(RULES[rules.rule].next(merging, RANK_CAP).factors)
         if history[-1].norm() > DIVERGED:
             return float("inf")
-    return float(np.linalg.norm(history[-1].product() - wanted) / np.linalg.norm(wanted))
+    return problem.error(history[-1])
 
 
 def _trained(
@@ -108,7 +98,7 @@ def _trained(
             begun.append(rule.serve(start, split.rank, "balanced", f"{at}"))
         targets.append(copy - _held(frozen, split.dtype))
         subtracted.append(first)
-    b, a = _adam(np.stack([f.b for f in begun]), np.stack([f.a for f in begun]), np.stack(targets))
+    b, a = ADAM.fit(np.stack([f.b for f in begun]), np.stack([f.a for f in begun]), np.stack(targets))
     states = [LoraFactors(*both) for both in zip(b, a, strict=True)]
     if not rule.carries:
         return states
@@ -146,21 +136,3 @@ def _held(carried: LoraFactors, dtype: CarriedDtype) -> Matrix:
     b = FrozenFactor(torch.from_numpy(np.ascontiguousarray(carried.b)), dtype, torch.float32, components=1)
     a = FrozenFactor(torch.from_numpy(np.ascontiguousarray(carried.a)), dtype, torch.float32, components=0)
     return (b.dense(torch.float32) @ a.dense(torch.float32)).numpy().astype(np.float64)
-
-
-def _adam(b: Matrix, a: Matrix, wanted: Matrix) -> tuple[Matrix, Matrix]:
-    """STEPS steps of Adam on ½‖BA − W_k‖², every device (first axis) by itself, as `trainer` does them."""
-    values = [b.astype(np.float64), a.astype(np.float64)]
-    first, second = [np.zeros_like(v) for v in values], [np.zeros_like(v) for v in values]
-    warm_up = max(1, round(0.1 * STEPS))
-    for step in range(1, STEPS + 1):
-        left, right = values
-        residual = left @ right - wanted
-        gradients = (residual @ right.transpose(0, 2, 1), left.transpose(0, 2, 1) @ residual)
-        rate = LEARNING_RATE * min(1.0, step / warm_up)
-        for i, gradient in enumerate(gradients):
-            first[i] = 0.9 * first[i] + 0.1 * gradient
-            second[i] = 0.999 * second[i] + 0.001 * gradient**2
-            direction = (first[i] / (1 - 0.9**step)) / (np.sqrt(second[i] / (1 - 0.999**step)) + 1e-8)
-            values[i] = values[i] - rate * direction
-    return values[0].astype(np.float32), values[1].astype(np.float32)

@@ -1,7 +1,7 @@
 """What a device's memory is best spent on under the rule `carry`: rank to train, or components to carry.
 
     python -m benchmarks.carry_trade --quick             # a few minutes
-    python -m benchmarks.carry_trade --json FILE         # over an hour; goes on where it was stopped
+    python -m benchmarks.carry_trade --log FILE          # over an hour; goes on where it was stopped
 
 All lines of a table of equal memory have that of R trained ranks, at 16 bytes a value (weight, gradient, two
 moments of Adam in float32). `flexlora` and "all trained" spend it on r = R; the others train less and hold c
@@ -11,8 +11,7 @@ components of the global adapter frozen, in some dtype. Two parts: a synthetic t
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -25,10 +24,12 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.carry import toy as carry_toy
+from benchmarks.carry import training as carry_training
 from benchmarks.carry.toy import DEVICES, Rules, Split
-from benchmarks.carry.training import RANK_CAP, Choice, Federation
+from benchmarks.carry.training import Choice, Federation
 from benchmarks.common import command
-from benchmarks.common.results import Results, spread
+from benchmarks.common.federation import RANK_CAP
+from benchmarks.common.results import LOG_HELP, Results, opened, spread
 from edge_sdk.core.choice.carried import BYTES_PER_VALUE, CarriedDtype
 from edge_sdk.core.choice.memory import FACTOR_BYTES, MOMENT_BYTES
 from edge_sdk.machine.processor import cpu_name
@@ -135,13 +136,11 @@ TRAINING_STARTS = [
 def toy(results: Results, seeds: Sequence[int], versions: int, console: Console) -> list[Table]:
     """Both synthetic tables: equal memory, and starts."""
 
-    def error(splits: list[Split], rules: Rules, key: str) -> str:
-        found = [
-            results.get(
-                f"toy/{versions}/{key}/{s}", lambda s=s: carry_toy.federate(splits, rules, s, versions)
-            )
-            for s in seeds
-        ]
+    def error(splits: list[Split], rules: Rules, line: str) -> str:
+        found = []
+        for seed in seeds:
+            case = {"part": "toy", "versions": versions, "line": line, "seed": seed}
+            found.append(results.get(case, lambda s=seed: carry_toy.federate(splits, rules, s, versions)))
         return spread(found)
 
     lines = Table(title="Synthetic target, equal memory: relative error of G", title_justify="left")
@@ -186,11 +185,10 @@ def training(
     results: Results, seeds: Sequence[int], versions: int, federations: dict[str, list[Choice]]
 ) -> Table:
     """Held-out loss on the embedded base after each third of `versions`; a federation is a choice each."""
-    loaded: list[Federation] = []
+    loaded = functools.cache(Federation)  # not at all where every row is known
 
     def run(choices: list[Choice], seed: int) -> Any:
-        loaded.extend([] if loaded else [Federation()])
-        return dataclasses.asdict(loaded[0].run(choices, seed, versions, versions // 3))
+        return vars(loaded().run(choices, seed, versions, versions // 3))
 
     marks = [str(versions * part // 3) for part in (1, 2, 3)]
     table = Table(title="Embedded base, smart-home commands: held-out loss", title_justify="left")
@@ -199,8 +197,8 @@ def training(
     rows: dict[str, list[Any]] = {name: [] for name in federations}
     for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
         for name, choices in federations.items():
-            key = f"training/{versions}/{name}/{seed}"
-            rows[name].append(results.get(key, lambda c=choices, s=seed: run(c, s)))
+            case = {"part": "training", "versions": versions, "line": name, "seed": seed}
+            rows[name].append(results.get(case, lambda c=choices, s=seed: run(c, s)))
     for name, found in rows.items():
         cells = [spread([row["losses"][mark] for row in found]) for mark in marks]
         step = statistics.median(row["step_s"] for row in found)
@@ -209,19 +207,19 @@ def training(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, and write JSON if asked."""
+    """Measure what the log lacks, and print the tables."""
     parser = command.parser("carry_trade", __doc__)
     parser.add_argument("--quick", action="store_true", help="one seed and few versions; noise, not a result")
     parser.add_argument("--part", choices=("toy", "training"), help="only this part")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", "--json", type=Path, help=LOG_HELP)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = Console()
-    cpu = cpu_name()
-    results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
+    settings = {"toy": carry_toy.SETTINGS, "training": carry_training.SETTINGS}
+    results = opened(parser, options.log, "carry_trade", settings)
     seeds = range(1 if options.quick else options.seeds)
-    console.print(f"{cpu}, one thread")
+    console.print(f"{cpu_name()}, one thread")
     if options.part != "training":
         for table in toy(results, seeds, 30 if options.quick else carry_toy.VERSIONS, console):
             console.print(table)

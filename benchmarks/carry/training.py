@@ -8,29 +8,35 @@ version, follows from the seed alone, so that every choice sees the same data in
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from coordinator.rules import RULES, Change, Merging
+from benchmarks.common.federation import (
+    Base,
+    Homes,
+    Turn,
+    Update,
+    drawn,
+    fresh_factors,
+    grown,
+    half_stale,
+    merged,
+    plan_of,
+)
+from coordinator.rules import RULES
 from edge_sdk.core.choice.carried import CarriedDtype
-from edge_sdk.core.flexlora import live_rank, pad, serve, split
+from edge_sdk.core.flexlora import live_rank, serve, split
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.core.messages import RuleName, Training
-from edge_sdk.model import base_model
-from edge_sdk.text.examples import parse_record
-from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.plan import Plan, Start, StepReport
-from edge_sdk.training.trainer import Trainer
-from examples import smart_home
+from edge_sdk.training.plan import Plan, Start
 
-SCALING, RANK_CAP = 2.0, 32
 HOUSEHOLDS, BUFFER_SIZE = 6, 4
 TRAINING = Training(steps=16, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.96)
 TEST_PER_INTENT = 6
+SETTINGS = {"training": asdict(TRAINING), "households": HOUSEHOLDS, "buffer_size": BUFFER_SIZE}
 
 Fresh = Literal["random", "top", "warm", "some"]
 
@@ -65,10 +71,6 @@ class Choice:
         return text if self.steps == TRAINING.steps else f"{text} steps={self.steps}"
 
 
-Part = tuple[int, Choice, Start, Adapter]
-"""An update: the version that it started from, what its device does, what it began with and what it sent."""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """Held-out losses (mean over all intents, nats per token) after some versions; seconds of a step."""
@@ -77,97 +79,90 @@ class Outcome:
     step_s: float
 
 
+class Road:
+    """How files travel between the coordinator and a device: here they arrive as they were sent."""
+
+    def down(self, start: Start, turn: Turn) -> Start:
+        """What a device begins with, of what the coordinator serves."""
+        return start
+
+    def up(self, adapter: Adapter, turn: Turn) -> Adapter:
+        """What the coordinator receives, of what a device trained."""
+        return adapter
+
+
+STRAIGHT = Road()
+
+
 class Federation:
-    """One base, loaded once; `run` trains a federation on it."""
+    """Six households on one base, which is loaded once. A version merges four, half of them stale."""
 
     def __init__(self) -> None:
-        base = base_model.load("tiny", device="cpu")
-        self._shapes = base_model.describe("tiny").modules
-        self._trainer = Trainer(base, self._shapes, SCALING, progress=False)
+        self.base = Base()
 
-    def _rows(self, records: Sequence[Mapping[str, str]]) -> list[Tokenised]:
-        tokenizer = self._trainer.base.tokenizer
-        return [tokenise(parse_record(dict(r)), tokenizer, TRAINING.sequence_len) for r in records]
+    def homes(self, seed: int) -> Homes:
+        """Whose text a seed's federations train on."""
+        return Homes(self.base, HOUSEHOLDS, TEST_PER_INTENT, seed, TRAINING.sequence_len)
 
-    def run(self, choices: Sequence[Choice], seed: int, versions: int, every: int) -> Outcome:
-        """Train `versions` versions, household i by `choices[i]`; held-out loss after every `every`."""
-        homes = smart_home.households(HOUSEHOLDS, seed)
-        data = [self._rows(home.train) for home in homes]
-        held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
-        history: list[Adapter | None] = [None]
-        losses, steps_s = {}, []
-        for version in range(versions):
-            drawn = np.random.default_rng([seed, version])
-            updates: list[Part] = []
-            for place, home in enumerate(drawn.permutation(HOUSEHOLDS)[:BUFFER_SIZE]):
-                begin = max(0, version - place % 2)
-                choice = choices[home]
-                start = self._start(choice, history[begin], seed * 10_000 + version * 10 + int(home))
-                adapter, step_s = self._train(choice, start, data[home], begin)
-                steps_s.append(step_s)
-                updates.append((begin, choice, start, adapter))
-            history.append(self._merged(history, updates))
-            if (version + 1) % every == 0 or version + 1 == versions:
-                losses[str(version + 1)] = self._trainer.evaluate(history[-1], held_out).loss
+    def run(self, choices: Sequence[Choice], seed: int, last: int, every: int) -> Outcome:
+        """Train until version `last`, household i by `choices[i]`; held-out loss after every `every`."""
+        homes, steps_s = self.homes(seed), list[float]()
+        losses = {
+            str(number): self.base.loss(adapter, homes.test)
+            for number, adapter in self.versions(choices, homes, seed, last, steps_s)
+            if number % every == 0 or number == last
+        }
         return Outcome(losses, statistics.median(steps_s))
 
-    def _train(
-        self, choice: Choice, start: Start, rows: list[Tokenised], version: int
-    ) -> tuple[Adapter, float]:
-        """One assignment: the trained factors, and seconds of a step."""
-        rate = TRAINING.learning_rate_at(version) * choice.rate
-        # As many examples a version whatever the length of an assignment.
-        plan = Plan(choice.steps, TRAINING.batch, TRAINING.batch, TRAINING.sequence_len, rate)
-        times: list[float] = []
+    def versions(
+        self,
+        choices: Sequence[Choice],
+        homes: Homes,
+        seed: int,
+        last: int,
+        steps_s: list[float],
+        road: Road = STRAIGHT,
+    ) -> Iterator[tuple[int, Adapter]]:
+        """Each version and its number. Seconds of a step are added to `steps_s`, one for each update."""
+        history: list[Adapter] = [self.base.empty()]
 
-        def clock(_: StepReport) -> Literal["continue"]:
-            times.append(time.monotonic())
-            return "continue"
+        def train(turn: Turn) -> Update:
+            choice = choices[turn.device]
+            own_seed = seed * 10_000 + turn.version * 10 + turn.device
+            start = road.down(self._start(choice, history[turn.begin], own_seed), turn)
+            done = self.base.train(start, homes.train[turn.device], _plan(choice, turn.begin))
+            steps_s.append(done.step_s)
+            return Update(turn, _changes(choice, start, road.up(done.adapter, turn)), choice.carry_rank)
 
-        done = self._trainer.train(start, rows, plan, on_step=clock)
-        return done.adapter, float(np.median(np.diff(times)))
+        rule = RULES[choices[0].rule]
+        return grown(
+            history,
+            last,
+            lambda version: half_stale(drawn(HOUSEHOLDS, BUFFER_SIZE, seed, version), version),
+            train,
+            lambda updates: merged(rule, history, updates)[0],
+        )
 
-    def _start(self, choice: Choice, current: Adapter | None, seed: int) -> Start:
+    def _start(self, choice: Choice, whole: Adapter, seed: int) -> Start:
         """What a device begins with, as the service would hand it out."""
-        whole = current or {n: LoraFactors.empty(*shape) for n, shape in self._shapes.items()}
         if choice.rule == "flexlora":
             served = {n: serve(f, min(choice.rank, *f.shape), "balanced", n) for n, f in whole.items()}
             return Start(served, None, choice.rank, seed)
         kept = {n: min(choice.carry_rank, live_rank(f)) for n, f in whole.items()}
         carried = {n: split(f.leading(kept[n]), "balanced") for n, f in whole.items()}
-        fresh = self._fresh(choice, seed)
         if choice.fresh == "top":
-            fresh = {n: _top(f, choice.rank) for n, f in whole.items()}
+            fresh: Adapter = {n: _top(f, choice.rank) for n, f in whole.items()}
         elif choice.fresh in ("warm", "some"):
             fresh, carried = _parted(carried, choice, seed)
+        else:
+            fresh = fresh_factors(self.base.shapes, choice.rank, choice.wide, seed)
         return Start(fresh, carried, choice.rank, seed, choice.dtype)
 
-    def _fresh(self, choice: Choice, seed: int) -> Adapter:
-        """B = 0, A as `pad` draws it, times `wide`."""
-        fresh = {}
-        for name, shape in self._shapes.items():
-            drawn = pad(LoraFactors.empty(*shape), min(choice.rank, *shape), f"{seed}/{name}")
-            fresh[name] = LoraFactors(drawn.b, drawn.a * np.float32(choice.wide))
-        return fresh
 
-    def _merged(self, history: Sequence[Adapter | None], updates: Sequence[Part]) -> dict[str, LoraFactors]:
-        """The next version, with polynomial staleness weights as in the engine."""
-        now = len(history) - 1
-        raw = [(1.0 + now - begin) ** -0.5 for begin, *_ in updates]
-        weights = [w / sum(raw) for w in raw]
-        newest, merged = history[-1], {}
-        for name in self._shapes:
-            changes, starts = [], {}
-            for weight, (begin, choice, start, adapter) in zip(weights, updates, strict=True):
-                factors = _change(choice, start, adapter, name)
-                changes.append(Change(weight, factors, begin, choice.carry_rank))
-                before = history[begin]
-                if choice.rule == "carry" and before is not None and choice.carry_rank < before[name].rank:
-                    starts[begin] = before[name]
-            current = newest[name] if newest is not None else LoraFactors.empty(*self._shapes[name])
-            rule = RULES[updates[0][1].rule]
-            merged[name] = rule.next(Merging(current, changes, now, starts), RANK_CAP).factors
-        return merged
+def _plan(choice: Choice, begin: int) -> Plan:
+    """An assignment from version `begin`, of as many examples a version whatever its length."""
+    plan = plan_of(TRAINING, begin)
+    return replace(plan, steps=choice.steps, learning_rate=plan.learning_rate * choice.rate)
 
 
 def _parted(carried: Adapter, choice: Choice, seed: int) -> tuple[Adapter, Adapter]:
@@ -183,12 +178,12 @@ def _parted(carried: Adapter, choice: Choice, seed: int) -> tuple[Adapter, Adapt
     return first, rest
 
 
-def _change(choice: Choice, start: Start, adapter: Adapter, name: str) -> LoraFactors:
+def _changes(choice: Choice, start: Start, adapter: Adapter) -> Adapter:
     """What a device changed: all of its factors, or (warm) these less the components that it began with."""
     if choice.fresh not in ("warm", "some") or start.adapter is None:
-        return adapter[name]
-    before, after = start.adapter[name], adapter[name]
-    return stacked([(1.0, after), (-1.0, before)])
+        return adapter
+    begun = start.adapter
+    return {name: stacked([(1.0, after), (-1.0, begun[name])]) for name, after in adapter.items()}
 
 
 def _top(canonical: LoraFactors, rank: int) -> LoraFactors:

@@ -26,6 +26,7 @@ import numpy as np
 
 from benchmarks.common import command
 from benchmarks.common.plotting import drawing, headless_pyplot
+from benchmarks.common.results import Results
 from edge_sdk.core.choice.memory import estimate, human_bytes
 from edge_sdk.core.choice.model_facts import ModelFacts, facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
@@ -249,15 +250,12 @@ def predict(directory: Path, setting: Setting, framework_bytes: int) -> int:
 
 def run_grid(folder: Path, quick: bool) -> list[Row]:
     """All points, the finished ones from the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder / "points.jsonl", "memory_model", {"steps": STEPS})
     rows, began = [], time.monotonic()
     for model, setting in grid(quick):
-        again = int(setting.checkpointing)
-        name = f"{model.name}-{setting.ranks}-{setting.micro_batch}x{setting.sequence_len}-{again}.json"
-        kept = folder / name
-        if not kept.exists():
-            kept.write_text(json.dumps(run_point(build(model, folder), setting)))
-        found = json.loads(kept.read_text())
+        case = {"model": model.name, "ranks": str(setting.ranks), "batch": setting.micro_batch}
+        case |= {"sequence_len": setting.sequence_len, "recomputes": setting.checkpointing}
+        found = results.get(case, lambda m=model, s=setting: run_point(build(m, folder), s))
         found["predicted_bytes"] = predict(build(model, folder), setting, found["framework_bytes"])
         rows.append(
             Row(
@@ -269,7 +267,8 @@ def run_grid(folder: Path, quick: bool) -> list[Row]:
                 **found,
             )
         )
-        print(f"{time.monotonic() - began:6.0f} s  {name[:-5]}: {rows[-1].error:+.1%}", file=sys.stderr)
+        name = " ".join(str(value) for value in case.values())
+        print(f"{time.monotonic() - began:6.0f} s  {name}: {rows[-1].error:+.1%}", file=sys.stderr)
     return rows
 
 

@@ -1,7 +1,7 @@
 """What poisoned updates do to a federation, and what each defence keeps of it.
 
     python -m benchmarks.poisoning --quick             # a few minutes; noise, not a result
-    python -m benchmarks.poisoning --json FILE         # an hour a seed; goes on where it was stopped
+    python -m benchmarks.poisoning --log FILE          # an hour a seed; goes on where it was stopped
 
 A fifth of the devices is hostile: `flipped` sends −D in place of what it learnt, D; `reversed` −10·D;
 `scaled` 100·D. "without them" is the federation in which they hand in nothing: what a perfect defence would
@@ -11,10 +11,10 @@ smart-home commands (benchmarks/poisoning/training.py).
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ import torch
 from rich.table import Table
 
 from benchmarks.common import command
-from benchmarks.common.results import Results, spread
+from benchmarks.common.results import LOG_HELP, Results, opened, spread
 from benchmarks.poisoning import toy as poisoning_toy
+from benchmarks.poisoning import training as poisoning_training
 from benchmarks.poisoning.toy import Attack, Case, Defence
 from benchmarks.poisoning.training import HONEST_VERSIONS, Federation
 from edge_sdk.core.messages import RuleName
@@ -71,15 +72,16 @@ def table(title: str, rule: RuleName, found: Callable[[Case], list[float]]) -> T
 def toy(results: Results, seeds: Sequence[int], rules: Sequence[RuleName], quick: bool) -> list[Table]:
     """Relative errors on the known target."""
 
-    def key(case: Case, seed: int) -> str:
-        return f"toy/{case.rule}/{case.attack}/{case.defence}/{seed}"
+    def key(case: Case, seed: int) -> dict[str, Any]:
+        return {"part": "toy", **asdict(case), "seed": seed}
 
     for case in [case for rule in rules for case in cases(rule, quick)]:
         for seed in seeds:
             results.get(key(case, seed), lambda c=case, s=seed: poisoning_toy.federate(c, s))
 
     def found(case: Case) -> list[float]:
-        return [results.rows[key(case, seed)] for seed in seeds if key(case, seed) in results.rows]
+        errors = [results.find(key(case, seed)) for seed in seeds]
+        return [error for error in errors if error is not None]
 
     return [table(f"Known target, rule {rule}: relative error", rule, found) for rule in rules]
 
@@ -89,8 +91,8 @@ def training(
 ) -> list[Table]:
     """Held-out losses of the embedded base after `versions` versions."""
 
-    def key(case: Case, seed: int) -> str:
-        return f"training/{versions}/{case.rule}/{case.attack}/{case.defence}/{seed}"
+    def key(case: Case, seed: int) -> dict[str, Any]:
+        return {"part": "training", "versions": versions, **asdict(case), "seed": seed}
 
     with tempfile.TemporaryDirectory() as folder:
         federation = Federation(Path(folder))
@@ -98,31 +100,32 @@ def training(
             for case in [case for rule in rules for case in cases(rule, quick)]:
                 run: Callable[[], Any] = lambda c=case, s=seed: federation.run(c, s, versions)  # noqa: E731
                 losses = results.get(key(case, seed), run)
-                print(key(case, seed), f"{losses[str(versions)]:.3f}", flush=True)
+                name = f"{case.rule}/{case.attack}/{case.defence}/{seed}"
+                print(name, f"{losses[str(versions)]:.3f}", flush=True)
 
     def found(case: Case) -> list[float]:
-        rows = [results.rows.get(key(case, seed)) for seed in seeds]
+        rows = [results.find(key(case, seed)) for seed in seeds]
         return [row[str(versions)] for row in rows if row]
 
     return [table(f"Embedded base, rule {r}: held-out loss, version {versions}", r, found) for r in rules]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, and write JSON if asked."""
+    """Measure what the log lacks, and print the tables."""
     parser = command.parser("poisoning", __doc__)
     parser.add_argument("--quick", action="store_true", help="one rule, one seed and few versions")
     parser.add_argument("--part", choices=("toy", "training"), help="only this part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--versions", type=int, default=12, help="of the training (default %(default)s)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", "--json", type=Path, help=LOG_HELP)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = command.console(150)
     quick = options.quick
-    cpu = cpu_name()
-    results = Results(options.json, {"cpu": cpu, "threads": os.environ.get("OMP_NUM_THREADS", "all")})
+    settings = {"toy": poisoning_toy.SETTINGS, "training": poisoning_training.SETTINGS}
+    results = opened(parser, options.log, "poisoning", settings)
     seeds = range(1 if quick else options.seeds)
-    console.print(f"{cpu}, one thread")
+    console.print(f"{cpu_name()}, one thread")
     if options.part != "training":
         for shown in toy(results, seeds, TOY_RULES[: 1 if quick else None], quick):
             console.print(shown)

@@ -8,53 +8,54 @@ merged by the coordinator's own code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
+from benchmarks.common.federation import (
+    RANK_CAP,
+    SCALING,
+    Base,
+    Homes,
+    Turn,
+    drawn,
+    grown,
+    half_stale,
+    plan_of,
+)
+from benchmarks.common.files import Files
 from benchmarks.poisoning.toy import TIMES, Case
+from coordinator.engine.weights import polynomial
 from coordinator.merging.admission import admit, bound, measure
-from coordinator.merging.aggregation import Addend, Start, aggregate
+from coordinator.merging.aggregation import Addend, Start
 from coordinator.rules import RULES, served
-from coordinator.storage.blobs import Blobs
 from edge_sdk.core import messages
-from edge_sdk.core.adapter_file.codec import encode, open_own
 from edge_sdk.core.flexlora import combine, live_rank
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import RuleName, Training
-from edge_sdk.model import base_model
-from edge_sdk.text.examples import parse_record
-from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.plan import Plan, StepReport
 from edge_sdk.training.plan import Start as TrainingStart
-from edge_sdk.training.trainer import Trainer
-from examples import smart_home
 
-SCALING, RANK_CAP = 2.0, 32
 RANKS = (2, 4, 8, 2, 4, 2, 4, 8, 2, 4)  # of the ten households
 HOSTILE = (1, 6)
 HONEST_VERSIONS = 3  # before the attack: 15 updates, a history to learn a bound from
 BUFFER_SIZE = 5
 TRAINING = Training(steps=10, batch=4, sequence_len=64, learning_rate=6e-3, learning_rate_decay=0.96)
 TEST_PER_INTENT = 6
+SETTINGS = {"training": asdict(TRAINING), "ranks": RANKS, "hostile": HOSTILE, "buffer_size": BUFFER_SIZE}
 
 
 @dataclass
-class Published:
-    """The versions so far, as files, the norms of accepted updates, and losses by version."""
+class Past:
+    """The versions so far, and the norms of accepted updates."""
 
-    blobs: Blobs
-    starts: list[Start] = field(default_factory=lambda: [Start(0)])
+    files: Files
+    versions: list[Start] = field(default_factory=lambda: [Start(0)])
     norms: list[tuple[str, float]] = field(default_factory=list)
-    losses: dict[str, float] = field(default_factory=dict)
 
-    def module(self, version: int, name: str, shape: tuple[int, int]) -> LoraFactors:
-        """The stored factors of a version; empty for version 0."""
-        path = self.starts[version].path
-        return open_own(path, SCALING).module(name) if path else LoraFactors.empty(*shape)
+    def branch(self) -> Past:
+        """The same past, for another future."""
+        return Past(self.files, list(self.versions), list(self.norms))
 
 
 class Federation:
@@ -62,112 +63,90 @@ class Federation:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._before: dict[tuple[RuleName, int], Published] = {}
-        base = base_model.load("tiny", device="cpu")
-        self._base = base_model.describe("tiny")
-        self._shapes = self._base.modules
-        self._trainer = Trainer(base, self._shapes, SCALING, progress=False)
+        self._base = Base()
+        self._before: dict[tuple[RuleName, int], tuple[Past, float]] = {}
 
-    def _rows(self, records: Sequence[Mapping[str, str]]) -> list[Tokenised]:
-        tokenizer = self._trainer.base.tokenizer
-        return [tokenise(parse_record(dict(r)), tokenizer, TRAINING.sequence_len) for r in records]
+    def run(self, case: Case, seed: int, last: int) -> dict[str, float]:
+        """Train until version `last`; loss on held-out rows (nats a token) before the attack, and there."""
+        homes = Homes(self._base, len(RANKS), TEST_PER_INTENT, seed, TRAINING.sequence_len)
+        if (case.rule, seed) not in self._before:
+            self._before[case.rule, seed] = self._honest(case.rule, seed, homes)
+        past, loss = self._before[case.rule, seed]
+        attacked = past.branch()
+        self._grow(case, seed, last, homes, attacked)
+        return {str(HONEST_VERSIONS): loss, str(last): self._loss(attacked, homes)}
 
-    def run(self, case: Case, seed: int, versions: int) -> dict[str, float]:
-        """Train `versions` versions; held-out loss (nats a token, all intents) before the attack and last."""
-        homes = smart_home.households(len(RANKS), seed)
-        data = [self._rows(home.train) for home in homes]
-        held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
-        published = self._honest(case.rule, seed, data)
-        if not published.losses:
-            published.losses[str(HONEST_VERSIONS)] = self._loss(published, held_out)
-        attacked = Published(published.blobs, list(published.starts), list(published.norms))
-        for version in range(HONEST_VERSIONS, versions):
-            self._publish(case, (seed, version), data, attacked)
-        return published.losses | {str(versions): self._loss(attacked, held_out)}
+    def _honest(self, rule: RuleName, seed: int, homes: Homes) -> tuple[Past, float]:
+        """The versions before the attack, and the loss of the last of them."""
+        record = messages.Federation(
+            "poisoned", self._base.record, rule, (2, 4, 8), RANK_CAP, SCALING, "balanced", TRAINING
+        )
+        made = Past(Files(record, self._folder / f"{rule}-{seed}"))
+        self._grow(Case(rule, "nobody", "none"), seed, HONEST_VERSIONS, homes, made)
+        return made, self._loss(made, homes)
 
-    def _loss(self, published: Published, held_out: list[Tokenised]) -> float:
+    def _loss(self, past: Past, homes: Homes) -> float:
         """Of the newest version."""
-        path = published.starts[-1].path
-        assert path is not None
-        return self._trainer.evaluate(dict(open_own(path, SCALING).modules()), held_out).loss
+        return self._base.loss(past.files.adapter(past.versions[-1]), homes.test)
 
-    def _honest(self, rule: RuleName, seed: int, data: list[list[Tokenised]]) -> Published:
-        """The versions before the attack, trained at the first call for them."""
-        if (rule, seed) not in self._before:
-            made = Published(Blobs(self._folder / f"{rule}-{seed}"))
-            for version in range(HONEST_VERSIONS):
-                self._publish(Case(rule, "nobody", "none"), (seed, version), data, made)
-            self._before[rule, seed] = made
-        return self._before[rule, seed]
+    def _grow(self, case: Case, seed: int, last: int, homes: Homes, past: Past) -> None:
+        """Train and merge until version `last`."""
 
-    def _publish(
-        self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published
-    ) -> None:
-        """Train and merge version `at[1] + 1`."""
-        addends = self._updates(case, at, data, published)
-        current, blobs, eta = published.starts[at[1]], published.blobs, 1.0
-        outcome = aggregate(self._federation(case.rule), eta, current, addends, blobs.write, case.admission)
-        published.starts.append(Start(at[1] + 1, blobs.path(outcome.digest)))
+        def taking_part(version: int) -> list[Turn]:
+            taking = half_stale(drawn(len(RANKS), BUFFER_SIZE, seed, version), version)
+            return [turn for turn in taking if not (case.attack == "absent" and _is_hostile(turn))]
 
-    def _federation(self, rule: RuleName) -> messages.Federation:
-        return messages.Federation(
-            "poisoned", self._base, rule, (2, 4, 8), RANK_CAP, SCALING, "balanced", TRAINING
+        def train(turn: Turn) -> Addend:
+            return self._update(case, seed, turn, homes, past)
+
+        def merge(addends: list[Addend]) -> Start:
+            total = sum(addend.weight for addend in addends)
+            shares = [replace(addend, weight=addend.weight / total) for addend in addends]
+            return past.files.merge(past.versions[-1], shares, admission=case.admission)[0]
+
+        for _ in grown(past.versions, last, taking_part, train, merge):
+            pass
+
+    def _update(self, case: Case, seed: int, turn: Turn, homes: Homes, past: Past) -> Addend:
+        """What a household hands in: trained, poisoned, measured, bounded; its weight by staleness."""
+        start = self._start(case, seed, turn, past)
+        adapter = self._base.train(start, homes.train[turn.device], plan_of(TRAINING, turn.begin)).adapter
+        begun = start.adapter or self._base.empty()
+        if _is_hostile(turn):
+            adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
+        changes = {n: RULES[case.rule].change(f, begun[n]) for n, f in adapter.items()}
+        norms, choices = measure(changes.items()), case.admission
+        factor = admit(norms, bound(past.norms[-choices.history :], choices), refuse=False)
+        past.norms.append((str(turn.device), factor * norms.total))
+        return Addend(
+            str(turn.device),
+            polynomial(turn.version - turn.begin),
+            past.files.keep(adapter),
+            RANKS[turn.device],
+            past.versions[turn.begin],
+            RANK_CAP if RULES[case.rule].carries else 0,
+            factor=factor,
         )
 
-    def _updates(
-        self, case: Case, at: tuple[int, int], data: list[list[Tokenised]], published: Published
-    ) -> list[Addend]:
-        """What is handed in for one version: trained, poisoned, measured, bounded; weights by staleness."""
-        seed, version = at
-        drawn = np.random.default_rng([seed, version]).permutation(len(RANKS))[:BUFFER_SIZE]
-        found = []
-        for place, device in enumerate(int(d) for d in drawn):
-            begin, hostile = max(0, version - place % 2), device in HOSTILE and version >= HONEST_VERSIONS
-            if hostile and case.attack == "absent":
-                continue
-            start = self._start(case, device, begin, (seed, version), published)
-            plan = Plan(
-                TRAINING.steps,
-                TRAINING.batch,
-                TRAINING.batch,
-                TRAINING.sequence_len,
-                TRAINING.learning_rate_at(begin),
-            )
-            adapter = self._trainer.train(start, data[device], plan, on_step=_go_on).adapter
-            begun = start.adapter or {n: LoraFactors.empty(*s) for n, s in self._shapes.items()}
-            if hostile:
-                adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
-            changes = {n: RULES[case.rule].change(f, begun[n]) for n, f in adapter.items()}
-            norms, choices = measure(changes.items()), case.admission
-            factor = admit(norms, bound(published.norms[-choices.history :], choices), refuse=False)
-            published.norms.append((str(device), factor * norms.total))
-            path = published.blobs.path(published.blobs.write([encode(adapter, SCALING)]))
-            carried = RANK_CAP if RULES[case.rule].carries else 0
-            weight = (1.0 + version - begin) ** -0.5
-            found.append((str(device), weight, path, RANKS[device], published.starts[begin], carried, factor))
-        total = sum(weight for _, weight, *_ in found)
-        return [Addend(u, w / total, p, r, s, c, factor=f) for u, w, p, r, s, c, f in found]
-
-    def _start(
-        self, case: Case, device: int, begin: int, at: tuple[int, int], published: Published
-    ) -> TrainingStart:
+    def _start(self, case: Case, seed: int, turn: Turn, past: Past) -> TrainingStart:
         """What the household begins with, as the coordinator serves it. Under `carry` all of G is held."""
-        rule, rank, seed = RULES[case.rule], RANKS[device], at[0] * 10_000 + at[1] * 10 + device
-        stored = {n: published.module(begin, n, s) for n, s in self._shapes.items()}
+        rule, rank = RULES[case.rule], RANKS[turn.device]
+        own_seed = seed * 10_000 + turn.version * 10 + turn.device
+        stored = past.files.adapter(past.versions[turn.begin]) or self._base.empty()
         if rule.carries:
             held = {
                 n: rule.serve(f, live_rank(f), "balanced", n).leading(live_rank(f)) for n, f in stored.items()
             }
-            return TrainingStart(None, held, rank, seed)
+            return TrainingStart(None, held, rank, own_seed)
         given = {
-            n: served(self._federation(case.rule), begin, n, f, min(rank, *f.shape))
-            for n, f in stored.items()
+            n: served(past.files.federation, turn.begin, n, f, min(rank, *f.shape)) for n, f in stored.items()
         }
-        return TrainingStart(given, None, rank, seed)
+        return TrainingStart(given, None, rank, own_seed)
 
 
-def _go_on(_: StepReport) -> Literal["continue"]:
-    return "continue"
+def _is_hostile(turn: Turn) -> bool:
+    """Whether that household is one of the hostile ones, and the attack has begun."""
+    return turn.device in HOSTILE and turn.version >= HONEST_VERSIONS
 
 
 def _poisoned(rule: RuleName, adapter: Adapter, begun: Adapter, times: float) -> Adapter:

@@ -24,9 +24,11 @@ from rich.console import Console
 from benchmarks.carry import toy as carry_toy
 from benchmarks.common import command
 from benchmarks.common.plotting import drawing
+from benchmarks.common.results import LOG_HELP, Results
 from benchmarks.rules import grid as rules_grid
 from benchmarks.rules import toy as rules_toy
-from benchmarks.rules.grid import FAMILY_GRID, MAIN_GRID, Grid, Log, cases, tuning_cases
+from benchmarks.rules import training as rules_training
+from benchmarks.rules.grid import FAMILY_GRID, MAIN_GRID, Grid, cases, tuning_cases
 from benchmarks.rules.plots import plot_toy, plot_training
 from benchmarks.rules.report import differences_table, losses_table, toy_table
 from edge_sdk.core.errors import EdgeError
@@ -60,7 +62,8 @@ def toy(options: argparse.Namespace, console: Console) -> list[Row]:
 def training(options: argparse.Namespace, console: Console) -> list[Row]:
     """Measure, print and draw real training."""
     data = None if options.quick or options.data == SMART_HOME else Path(options.data)
-    grid = Grid(data, Log(options.log), lambda text: console.print(text, highlight=False))
+    results = Results(options.log, "rules", rules_training.SETTINGS)
+    grid = Grid(data, results, lambda text: console.print(text, highlight=False))
     if options.tune:
         tuned = grid.run(tuning_cases(rules_grid.MAIN, TUNED))
         for rate in TUNED:
@@ -89,7 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how many (default %(default)s)")
     parser.add_argument("--data", default=str(DATA), help=f"clients.jsonl.xz, or {SMART_HOME}")
     parser.add_argument("--tune", action="store_true", help="compare rates, on clients kept for that")
-    parser.add_argument("--log", type=Path, help="a JSON line for each federation; goes on where it was")
+    parser.add_argument("--log", type=Path, help=LOG_HELP)
     parser.add_argument("--plots", type=drawing, help="a folder for rules_toy.png and rules_training.png")
     parser.add_argument("--json", type=Path, help="all rows, and the machine")
     return parser.parse_args(arguments)

@@ -1,22 +1,20 @@
-"""Which federations are compared on real training, and their log: one JSON line for each that is done.
+"""Which federations are compared on real training.
 
-A grid that was stopped goes on where it was. Seeds are the outer loop, so that a grid that is not yet done
-holds whole comparisons.
+Seeds are the outer loop, so that the log of a grid that is not yet done holds whole comparisons.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from benchmarks.common.clients import TUNING_SEED, NaturalInstructions, SmartHome, check_there
+from benchmarks.common.results import Results
 from benchmarks.rules.training import Federation, Way
-from edge_sdk.core.errors import InputError
 
 Row = dict[str, Any]
 
@@ -63,7 +61,7 @@ class Case:
 
     @property
     def key(self) -> Row:
-        """What tells it from all others in the log."""
+        """What tells it from all others among the results."""
         return {
             "data": self.data,
             "mix": self.mix,
@@ -72,51 +70,6 @@ class Case:
             "seed": self.seed,
             "versions": self.marks[-1],
         }
-
-
-class Keyed(Protocol):
-    """What a log can find: anything with a key of its own."""
-
-    @property
-    def key(self) -> Row:
-        """What tells it from all others in the log."""
-
-
-class Log:
-    """The rows that are done, in a file if one is named."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self.rows: list[Row] = list(_read(path)) if path and path.exists() else []
-
-    def find(self, case: Keyed) -> Row | None:
-        """The row of `case`, if it is done."""
-        wanted = case.key
-        return next((row for row in self.rows if all(row.get(k) == v for k, v in wanted.items())), None)
-
-    def add(self, row: Row) -> None:
-        """Keep a row, on disk before anything else is begun."""
-        self.rows.append(row)
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def _read(path: Path) -> Iterator[Row]:
-    """The lines of a log.
-
-    Raises:
-        InputError: a line that is not a JSON object; names the line.
-    """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); take the line out to go on") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: a JSON {type(row).__name__}, not an object")
-        yield row
 
 
 def dealt(mix: str, devices: int, seed: int) -> list[int]:
@@ -131,32 +84,33 @@ class Grid:
 
     Args:
         data: `clients.jsonl.xz` of Natural Instructions, or None for smart-home commands.
-        log: where rows go.
+        results: what is known already, and where rows go.
         said: is told of every row.
     """
 
-    def __init__(self, data: Path | None, log: Log, said: Callable[[str], None]) -> None:
+    def __init__(self, data: Path | None, results: Results, said: Callable[[str], None]) -> None:
         self.name = "natural-instructions" if data else "smart-home"
         if data:
             check_there(data)
         self._federation = Federation()
-        self._source = NaturalInstructions(data, self._federation.tokens) if data else SmartHome()
-        self._log, self._said = log, said
+        self._source = NaturalInstructions(data, self._federation.base.tokens) if data else SmartHome()
+        self._results, self._said = results, said
         self._base_losses: dict[int, dict[str, float]] = {}
 
     def run(self, cases: Sequence[Case]) -> list[Row]:
         """The rows of `cases`, in their order; each is measured unless the log has it."""
-        return [self._log.find(case) or self._measured(case) for case in cases]
+        return [self._row(case) for case in cases]
+
+    def _row(self, case: Case) -> Row:
+        return {**case.key, **self._results.get(case.key, lambda: self._measured(case))}
 
     def _measured(self, case: Case) -> Row:
         clients = self._source.clients(case.seed)
         ranks = dealt(case.mix, len(clients.participants), case.seed)
-        row = {**case.key, "ranks": ranks, "begins": case.way.begins}
         if case.seed not in self._base_losses:
-            self._base_losses[case.seed] = self._federation.base_losses(clients)
-        row |= {"base": self._base_losses[case.seed]}
+            self._base_losses[case.seed] = self._federation.losses(None, clients)
+        row = {"ranks": ranks, "begins": case.way.begins, "base": self._base_losses[case.seed]}
         row |= self._federation.run(case.way, ranks, clients, case.seed, case.marks)
-        self._log.add(row)
         last = ", ".join(f"{group} {loss:.3f}" for group, loss in row["losses"][str(case.marks[-1])].items())
         self._said(f"{case.mix}, {case.way.name}, seed {case.seed}: {last} ({row['seconds']:.0f} s)")
         return row

@@ -9,31 +9,46 @@ so that the rules of a seed can be compared pair by pair.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.common.clients import Clients, Task
-from coordinator.rules import RULES, Change, Merging
+from benchmarks.common.clients import Clients
+from benchmarks.common.federation import (
+    RANK_CAP,
+    Base,
+    Turn,
+    Update,
+    grown,
+    half_stale,
+    live_parts,
+    merged,
+)
+from coordinator.rules import RULES
 from coordinator.rules.columns import serve_columns
 from edge_sdk.core.choice.carried import held_bytes
-from edge_sdk.core.flexlora import fresh_row, live_rank, split
+from edge_sdk.core.flexlora import fresh_row
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.core.messages import RuleName
-from edge_sdk.model import base_model
-from edge_sdk.text.examples import parse_record
-from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.plan import Plan, Start, StepReport
-from edge_sdk.training.trainer import FRESH_ROWS, Trainer
+from edge_sdk.training.plan import Plan, Start
+from edge_sdk.training.trainer import FRESH_ROWS
 
-SCALING, RANK_CAP, BUFFER_SIZE = 2.0, 32, 4
+BUFFER_SIZE = 4
 STEPS, BATCH, SEQUENCE_LEN = 10, 4, 128
 RATE_DECAY = 0.96  # from one version to the next
 TRAINED_BYTES, FACTOR_BYTES = 16, 4  # a trained value: weight, gradient, two moments; a value on the wire
 
+SETTINGS = {
+    "steps": STEPS,
+    "batch": BATCH,
+    "sequence_len": SEQUENCE_LEN,
+    "rate_decay": RATE_DECAY,
+    "buffer_size": BUFFER_SIZE,
+    "rank_cap": RANK_CAP,
+}
 SPARSE_VERSIONS = 2  # of 12, that devices begin before low-rank training
 
 Begins = Literal["given", "sparse", "fresh", "some"]
@@ -63,21 +78,11 @@ class Way:
         return self.begins == "sparse" and version < SPARSE_VERSIONS
 
 
-Updates = list[tuple[int, Start, Adapter]]
-"""The version that each device began from, what it began with and what it sent."""
-
-
 class Federation:
     """One base, loaded once; `run` trains a federation on it."""
 
     def __init__(self) -> None:
-        base = base_model.load("tiny", device="cpu")
-        self._shapes = base_model.describe("tiny").modules
-        self._trainer = Trainer(base, self._shapes, SCALING, progress=False)
-
-    def tokens(self, text: str) -> int:
-        """How many tokens `text` has with the base's tokenizer."""
-        return len(self._trainer.base.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        self.base = Base()
 
     def run(
         self, way: Way, ranks: Sequence[int], clients: Clients, seed: int, marks: Sequence[int]
@@ -90,105 +95,75 @@ class Federation:
             trained and carried factors; `step_s`; `energy_discarded`: share of the last merge; `seconds`.
         """
         began = time.monotonic()
-        data = [self._rows(task.train) for task in clients.participants]
-        groups = {"seen": clients.participants, **clients.unseen}
-        history: list[Adapter | None] = [None]
-        losses: dict[str, dict[str, float]] = {}
+        data = [self.base.rows(task.train, SEQUENCE_LEN) for task in clients.participants]
         sizes: list[dict[str, float]] = []
-        discarded = 0.0
-        for version in range(marks[-1]):
-            updates: Updates = []
-            for place, device in enumerate(turns(len(data), seed, version)):
-                start_version = max(0, version - place % 2)
-                own_seed = seed * 10_000_000 + version * 1_000 + device
-                whole = history[start_version] or self._empty()
-                if way.is_sparse(start_version):
-                    start, received = _columns(whole, ranks[device], own_seed)
-                else:
-                    start, received = self._start(way, ranks[device], whole, own_seed)
-                adapter, step_s = self._train(way, start, data[device], start_version)
-                updates.append((start_version, start, adapter))
-                sizes.append({**_sizes(start, received, adapter), "step_s": step_s})
-            merged, discarded = self._merged(way, history, updates)
-            history.append(merged)
-            if version + 1 in marks:
-                losses[str(version + 1)] = {g: self._loss(merged, tasks) for g, tasks in groups.items()}
+        discarded: list[float] = []
+        history: list[Adapter] = [self.base.empty()]
+
+        def train(turn: Turn) -> Update:
+            own_seed = seed * 10_000_000 + turn.version * 1_000 + turn.device
+            start, received = _start(way, ranks[turn.device], history[turn.begin], turn.begin, own_seed)
+            done = self.base.train(start, data[turn.device], _plan(way, turn.begin))
+            sizes.append({**_sizes(start, received, done.adapter), "step_s": done.step_s})
+            return Update(turn, _changes(way, start, done.adapter))
+
+        def merge(updates: list[Update]) -> Adapter:
+            newest, share = merged(RULES[way.rule], history, updates)
+            discarded.append(share)
+            return newest
+
+        def taking_part(version: int) -> list[Turn]:
+            return half_stale(turns(len(data), seed, version), version)
+
+        losses = {
+            str(number): self.losses(adapter, clients)
+            for number, adapter in grown(history, marks[-1], taking_part, train, merge)
+            if number in marks
+        }
         return {
             "losses": losses,
             "upload_bytes": fmean(s["upload"] for s in sizes),
             "download_bytes": fmean(s["download"] for s in sizes),
             "memory_bytes": max(s["memory"] for s in sizes),
             "step_s": median(s["step_s"] for s in sizes),
-            "energy_discarded": discarded,
+            "energy_discarded": discarded[-1],
             "seconds": time.monotonic() - began,
         }
 
-    def base_losses(self, clients: Clients) -> dict[str, float]:
-        """Losses of the base alone, by group of clients."""
+    def losses(self, adapter: Adapter | None, clients: Clients) -> dict[str, float]:
+        """By group of clients, with a global adapter or (None) of the base alone: means over the clients of
+        the loss per label token on their held-out rows.
+        """
         groups = {"seen": clients.participants, **clients.unseen}
-        return {group: self._loss(None, tasks) for group, tasks in groups.items()}
+        return {
+            group: fmean(self.base.loss(adapter, self.base.rows(task.test, SEQUENCE_LEN)) for task in tasks)
+            for group, tasks in groups.items()
+        }
 
-    def _rows(self, records: Sequence[Mapping[str, str]]) -> list[Tokenised]:
-        tokenizer = self._trainer.base.tokenizer
-        return [tokenise(parse_record(dict(r)), tokenizer, SEQUENCE_LEN) for r in records]
 
-    def _loss(self, adapter: Adapter | None, tasks: Sequence[Task]) -> float:
-        """Mean over tasks of the loss per label token on their held-out rows."""
-        return fmean(self._trainer.evaluate(adapter, self._rows(task.test)).loss for task in tasks)
+def _plan(way: Way, begin: int) -> Plan:
+    """An assignment from version `begin`."""
+    rate, only_b = way.rate * RATE_DECAY**begin, way.is_sparse(begin)
+    return Plan(STEPS, BATCH, BATCH, SEQUENCE_LEN, rate, only_b=only_b)
 
-    def _train(self, way: Way, start: Start, rows: list[Tokenised], version: int) -> tuple[Adapter, float]:
-        """One assignment: the trained factors, and seconds of a step."""
-        times: list[float] = []
 
-        def clock(_: StepReport) -> Literal["continue"]:
-            times.append(time.monotonic())
-            return "continue"
-
-        rate, only_b = way.rate * RATE_DECAY**version, way.is_sparse(version)
-        plan = Plan(STEPS, BATCH, BATCH, SEQUENCE_LEN, rate, only_b=only_b)
-        done = self._trainer.train(start, rows, plan, on_step=clock)
-        return done.adapter, float(np.median(np.diff(times)))
-
-    def _empty(self) -> Adapter:
-        return {name: LoraFactors.empty(*shape) for name, shape in self._shapes.items()}
-
-    def _start(self, way: Way, rank: int, whole: Adapter, seed: int) -> tuple[Start, Adapter]:
-        """What a device begins with, and what it was sent for that."""
-        if way.begins in ("given", "sparse"):
-            rule = RULES[way.rule]
-            served = {n: rule.serve(f, min(rank, *f.shape), "balanced", n) for n, f in whole.items()}
-            return Start(served, None, rank, seed), served
-        live = {n: split(f.leading(live_rank(f)), "balanced") for n, f in whole.items()}
-        if way.begins == "fresh":
-            return Start(None, live, rank, seed, "int8"), live
-        own, others = {}, {}
-        for place, (name, factors) in enumerate(live.items()):
-            order = np.random.default_rng([seed, place]).permutation(factors.rank)
-            own[name] = _filled(_picked(factors, order[:rank]), rank, f"{seed}/{name}")
-            others[name] = _picked(factors, order[rank:])
-        return Start(own, others, rank, seed, "int8"), live
-
-    def _merged(self, way: Way, history: Sequence[Adapter | None], updates: Updates) -> tuple[Adapter, float]:
-        """The next version, with polynomial staleness weights as in the engine; share of energy discarded."""
-        now, rule = len(history) - 1, RULES[way.rule]
-        raw = [(1.0 + now - start) ** -0.5 for start, _, _ in updates]
-        weights = [w / sum(raw) for w in raw]
-        merged, energy, discarded = {}, 0.0, 0.0
-        for name, shape in self._shapes.items():
-            own = {v: a[name] for v, a in enumerate(history) if a is not None and v >= now - 1}
-            changes = [
-                Change(weight, _change(way, start, sent, name), version, carry_rank=min(shape))
-                for weight, (version, start, sent) in zip(weights, updates, strict=True)
-            ]
-            needed = {
-                c.version for c in changes if rule.needs_start(c.factors.rank, c.carry_rank, min(shape))
-            }
-            starts = {v: own[v] for v in needed if v in own}
-            current = own.get(now, LoraFactors.empty(*shape))
-            done = rule.next(Merging(current, changes, now, starts), RANK_CAP)
-            merged[name] = done.factors
-            energy, discarded = energy + done.energy, discarded + done.discarded_energy
-        return merged, discarded / energy
+def _start(way: Way, rank: int, whole: Adapter, begin: int, seed: int) -> tuple[Start, Adapter]:
+    """What a device begins with at version `begin`, and what it was sent for that."""
+    if way.is_sparse(begin):
+        return _columns(whole, rank, seed)
+    if way.begins in ("given", "sparse"):
+        rule = RULES[way.rule]
+        served = {n: rule.serve(f, min(rank, *f.shape), "balanced", n) for n, f in whole.items()}
+        return Start(served, None, rank, seed), served
+    live = live_parts(whole)
+    if way.begins == "fresh":
+        return Start(None, live, rank, seed, "int8"), live
+    own, others = {}, {}
+    for place, (name, factors) in enumerate(live.items()):
+        order = np.random.default_rng([seed, place]).permutation(factors.rank)
+        own[name] = _filled(_picked(factors, order[:rank]), rank, f"{seed}/{name}")
+        others[name] = _picked(factors, order[rank:])
+    return Start(own, others, rank, seed, "int8"), live
 
 
 def _columns(whole: Adapter, rank: int, seed: int) -> tuple[Start, Adapter]:
@@ -197,12 +172,12 @@ def _columns(whole: Adapter, rank: int, seed: int) -> tuple[Start, Adapter]:
     return Start(served, None, rank, seed), served
 
 
-def _change(way: Way, start: Start, sent: Adapter, name: str) -> LoraFactors:
+def _changes(way: Way, start: Start, sent: Adapter) -> Adapter:
     """What a device sends; with `some`, less the components that it began with."""
     if way.begins != "some" or start.adapter is None:
-        return sent[name]
-    before, after = start.adapter[name], sent[name]
-    return stacked([(1.0, after), (-1.0, before)])
+        return sent
+    begun = start.adapter
+    return {name: stacked([(1.0, after), (-1.0, begun[name])]) for name, after in sent.items()}
 
 
 def turns(devices: int, seed: int, version: int) -> list[int]:

@@ -1,7 +1,7 @@
 """What the dtypes of the wire cost in bytes and in learning; and what error feedback is worth.
 
     python -m benchmarks.wire_dtypes --quick             # a few minutes
-    python -m benchmarks.wire_dtypes --json FILE         # over an hour; goes on where it was stopped
+    python -m benchmarks.wire_dtypes --log FILE          # over an hour; goes on where it was stopped
 
 Every row is a federation on the embedded base (benchmarks/carry/training.py): the same seeds, data and
 order, and every download and every upload goes through the bytes of a file. The last column is what a device
@@ -11,7 +11,7 @@ has at the end: the final version as it is downloaded in that dtype.
 from __future__ import annotations
 
 import dataclasses
-import os
+import functools
 import statistics
 import sys
 import tempfile
@@ -20,22 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
 
-from benchmarks.carry import training as carry_training
+from benchmarks.carry import training
 from benchmarks.carry.trade import WIDE
-from benchmarks.carry.training import BUFFER_SIZE, HOUSEHOLDS, SCALING, TEST_PER_INTENT, Choice, Part
+from benchmarks.carry.training import HOUSEHOLDS, Choice
 from benchmarks.common import command
-from benchmarks.common.results import Results, spread
+from benchmarks.common.federation import RANK_CAP, SCALING, Turn
+from benchmarks.common.results import LOG_HELP, Results, opened, spread
 from benchmarks.wire.error_feedback import corrected, next_residual
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.adapter_file.dtypes import WireDtype
-from edge_sdk.core.lora import Adapter, LoraFactors, max_rank
+from edge_sdk.core.lora import Adapter, max_rank
 from edge_sdk.machine.processor import cpu_name
 from edge_sdk.training.plan import Start
-from examples import smart_home
 
 RESIDUAL_RANKS = 4  # rank of the residual, as a multiple of the upload's
 
@@ -57,7 +56,7 @@ WIRES = (
     Wire("int8, error feedback", "int8", "int8", feedback=True),
 )
 RULES = {
-    "carry": Choice("carry", 4, carry_training.RANK_CAP, "int8", wide=WIDE),
+    "carry": Choice("carry", 4, RANK_CAP, "int8", wide=WIDE),
     "flexlora": Choice("flexlora", 4),
 }
 
@@ -72,75 +71,67 @@ class Measured:
     upload_bytes: float
 
 
-class WireFederation(carry_training.Federation):
-    """A federation whose files take the way over the wire."""
+class Files(training.Road):
+    """Every download and every upload goes through the bytes of a file.
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._file = folder / "adapter.safetensors"
+    Args:
+        wire: how files travel.
+        folder: where the file lies while it does.
+    """
 
-    def federate(self, choice: Choice, wire: Wire, seed: int, versions: int) -> Measured:
-        """Train `versions` versions, and measure after each third of them."""
-        homes = smart_home.households(HOUSEHOLDS, seed)
-        data = [self._rows(home.train) for home in homes]
-        held_out = self._rows(smart_home.test_set(smart_home.INTENTS, TEST_PER_INTENT, seed))
-        history: list[Adapter | None] = [None]
-        residuals: dict[int, Adapter] = {}
-        losses, down, up = {}, [], []
-        for version in range(versions):
-            drawn = np.random.default_rng([seed, version])
-            updates: list[Part] = []
-            for place, home in enumerate(int(h) for h in drawn.permutation(HOUSEHOLDS)[:BUFFER_SIZE]):
-                begin = max(0, version - place % 2)
-                start = self._start(choice, history[begin], seed * 10_000 + version * 10 + home)
-                if begin:
-                    start, size = self._downloaded(start, wire.download)
-                    down.append(size)
-                adapter, _ = self._train(choice, start, data[home], begin)
-                adapter, size = self._uploaded(adapter, wire, home, residuals)
-                up.append(size)
-                updates.append((begin, choice, start, adapter))
-            history.append(self._merged(history, updates))
-            if (version + 1) % (versions // 3) == 0:
-                losses[str(version + 1)] = self._trainer.evaluate(history[-1], held_out).loss
-        newest = history[-1]
-        assert newest is not None
-        downloaded, _ = self._over(newest, wire.download)
-        final = self._trainer.evaluate(downloaded, held_out).loss
-        return Measured(losses, final, statistics.mean(down), statistics.mean(up))
+    def __init__(self, wire: Wire, folder: Path) -> None:
+        self._wire, self._file = wire, folder / "adapter.safetensors"
+        self._residuals: dict[int, Adapter] = {}
+        self.down_bytes: list[int] = []
+        self.up_bytes: list[int] = []
 
-    def _downloaded(self, start: Start, dtype: WireDtype) -> tuple[Start, int]:
-        """What a device begins with, where the coordinator's file has this dtype; bytes of the file."""
-        if start.carried is not None:
-            carried, size = self._over(start.carried, dtype)
-            return dataclasses.replace(start, carried=carried), size
-        assert start.adapter is not None
-        adapter, size = self._over(start.adapter, dtype)
-        return dataclasses.replace(start, adapter=adapter), size
+    def down(self, start: Start, turn: Turn) -> Start:
+        """What a device begins with, where the coordinator's file has the wire's dtype."""
+        if not turn.begin:  # version 0 has no file
+            return start
+        sent = start.adapter if start.carried is None else start.carried
+        assert sent is not None
+        received, size = self.over(sent, self._wire.download)
+        self.down_bytes.append(size)
+        if start.carried is None:
+            return dataclasses.replace(start, adapter=received)
+        return dataclasses.replace(start, carried=received)
 
-    def _uploaded(
-        self, trained: Adapter, wire: Wire, home: int, residuals: dict[int, Adapter]
-    ) -> tuple[Adapter, int]:
-        """What the coordinator receives of a trained adapter; bytes of the file."""
-        before = residuals.get(home, {})
-        sent = {n: corrected(f, before.get(n)) for n, f in trained.items()} if wire.feedback else trained
-        received, size = self._over(sent, wire.upload)
-        if wire.feedback:
-            cap = RESIDUAL_RANKS * max_rank(trained)
-            residuals[home] = {
-                n: next_residual(f, before.get(n), received[n], cap) for n, f in trained.items()
+    def up(self, adapter: Adapter, turn: Turn) -> Adapter:
+        """What the coordinator receives of a trained adapter."""
+        feedback, before = self._wire.feedback, self._residuals.get(turn.device, {})
+        sent = {n: corrected(f, before.get(n)) for n, f in adapter.items()} if feedback else adapter
+        received, size = self.over(sent, self._wire.upload)
+        self.up_bytes.append(size)
+        if feedback:
+            cap = RESIDUAL_RANKS * max_rank(adapter)
+            self._residuals[turn.device] = {
+                n: next_residual(f, before.get(n), received[n], cap) for n, f in adapter.items()
             }
-        return received, size
+        return received
 
-    def _over(self, adapter: Adapter, dtype: WireDtype) -> tuple[dict[str, LoraFactors], int]:
+    def over(self, adapter: Adapter, dtype: WireDtype) -> tuple[Adapter, int]:
         """An adapter as the other side reads it; bytes of the file."""
         self._file.write_bytes(codec.encode(adapter, SCALING, dtype))
         return dict(codec.open_own(self._file, SCALING).modules()), self._file.stat().st_size
 
 
-def training(
-    results: Results, rows: Sequence[tuple[str, Wire]], seeds: Sequence[int], versions: int
-) -> Table:
+def federate(
+    federation: training.Federation, folder: Path, choice: Choice, wire: Wire, seed: int, last: int
+) -> Measured:
+    """Train until version `last`, and measure after each third of that."""
+    homes, road, losses = federation.homes(seed), Files(wire, folder), {}
+    newest = federation.base.empty()
+    choices = [choice] * HOUSEHOLDS
+    for number, newest in federation.versions(choices, homes, seed, last, [], road):
+        if number % (last // 3) == 0:
+            losses[str(number)] = federation.base.loss(newest, homes.test)
+    downloaded, _ = road.over(newest, wire.download)
+    final = federation.base.loss(downloaded, homes.test)
+    return Measured(losses, final, statistics.mean(road.down_bytes), statistics.mean(road.up_bytes))
+
+
+def measure(results: Results, rows: Sequence[tuple[str, Wire]], seeds: Sequence[int], versions: int) -> Table:
     """One row a rule and wire."""
     marks = [str(versions * part // 3) for part in (1, 2, 3)]
     table = Table(title="Embedded base, smart-home commands: held-out loss", title_justify="left")
@@ -157,16 +148,15 @@ def training(
         table.add_column(column, justify="left" if column in ("rule", "wire") else "right")
     found: dict[tuple[str, Wire], list[dict[str, Any]]] = {row: [] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        loaded: list[WireFederation] = []
+        loaded = functools.cache(training.Federation)  # not at all where every row is known
 
         def run(rule: str, wire: Wire, seed: int) -> Any:
-            loaded.extend([] if loaded else [WireFederation(Path(folder))])
-            return dataclasses.asdict(loaded[0].federate(RULES[rule], wire, seed, versions))
+            return vars(federate(loaded(), Path(folder), RULES[rule], wire, seed, versions))
 
         for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
             for (rule, wire), measured in found.items():
-                key = f"training/{versions}/{rule}/{wire.name}/{seed}"
-                measured.append(results.get(key, lambda r=rule, w=wire, s=seed: run(r, w, s)))
+                case = {"versions": versions, "rule": rule, "wire": wire.name, "seed": seed}
+                measured.append(results.get(case, lambda r=rule, w=wire, s=seed: run(r, w, s)))
     for (rule, wire), measured in found.items():
         sizes = (statistics.mean(row[key] for row in measured) for key in ("download_bytes", "upload_bytes"))
         cells = [spread([row["losses"][mark] for row in measured]) for mark in marks]
@@ -176,22 +166,22 @@ def training(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print the table, and write JSON if asked."""
+    """Measure what the log lacks, and print the table."""
     parser = command.parser("wire_dtypes", __doc__)
     parser.add_argument("--quick", action="store_true", help="one seed and few versions; noise, not a result")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rule", choices=RULES, action="append", help="only these rules")
     parser.add_argument("--wire", choices=[w.name for w in WIRES], action="append", help="only these wires")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--log", "--json", type=Path, help=LOG_HELP)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     console = command.console(150)
-    results = Results(options.json, {"cpu": cpu_name(), "threads": os.environ.get("OMP_NUM_THREADS", "all")})
+    results = opened(parser, options.log, "wire_dtypes", training.SETTINGS)
     rules = options.rule or (["carry"] if options.quick else list(RULES))
     wires = [wire for wire in WIRES if wire.name in (options.wire or [w.name for w in WIRES])]
     seeds, versions = range(1 if options.quick else options.seeds), 3 if options.quick else 12
     console.print(f"{cpu_name()}, one thread")
-    console.print(training(results, [(r, w) for r in rules for w in wires], seeds, versions))
+    console.print(measure(results, [(r, w) for r in rules for w in wires], seeds, versions))
     return 0
 
 

@@ -15,12 +15,13 @@ from benchmarks.asynchrony import plots as async_plots
 from benchmarks.asynchrony import report as async_report
 from benchmarks.asynchrony.comparison import SWEEPS
 from benchmarks.asynchrony.grid import Case, Grid, cases, drawn
-from benchmarks.asynchrony.learning import Base, RealLearner
+from benchmarks.asynchrony.learning import RealLearner
 from benchmarks.asynchrony.policies import Way, candidates, compared
 from benchmarks.asynchrony.report import BASELINES, BUFFERED, FINISH, OVER, OVER_FINISH, SYNCHRONOUS
 from benchmarks.asynchrony.simulation import Work
 from benchmarks.common.clients import SmartHome
-from benchmarks.rules.grid import Log
+from benchmarks.common.federation import Base
+from benchmarks.common.results import Results
 from coordinator.engine.events import Buffered, Merge
 
 # --- what is reported ---
@@ -148,9 +149,13 @@ def test_a_grid_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ways = compared()
     wanted = cases("smart-home", ways, [0], goal)
     path = tmp_path / "log.jsonl"
-    first = Grid(None, Log(path), lambda _: None).run(wanted)
+
+    def grid() -> Grid:
+        return Grid(None, Results(path, "async_vs_sync", {}), lambda _: None)
+
+    first = grid().run(wanted)
     assert runs == list(ways)
-    again = Grid(None, Log(path), lambda _: None).run([*wanted, *cases("smart-home", ways, [1], goal)])
+    again = grid().run([*wanted, *cases("smart-home", ways, [1], goal)])
     assert runs == [*ways, *ways]
     assert again[: len(ways)] == first
     assert [row["seed"] for row in again] == [0] * len(ways) + [1] * len(ways)

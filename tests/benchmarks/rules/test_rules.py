@@ -13,11 +13,12 @@ import pytest
 
 from benchmarks.common import clients as rules_clients
 from benchmarks.common.clients import Clients, SmartHome, Task
+from benchmarks.common.results import Results
 from benchmarks.rules import __main__ as rules
 from benchmarks.rules import grid as rules_grid
 from benchmarks.rules import toy as rules_toy
 from benchmarks.rules import training as rules_training
-from benchmarks.rules.grid import MIXES, Case, Log, dealt
+from benchmarks.rules.grid import MIXES, Case, dealt
 from benchmarks.rules.report import (
     BASELINE,
     Pairing,
@@ -28,7 +29,6 @@ from benchmarks.rules.report import (
     toy_table,
 )
 from benchmarks.rules.training import BUFFER_SIZE, Way, turns
-from edge_sdk.core.errors import InputError
 from examples import smart_home
 from examples.instruction_clients import Client
 
@@ -144,17 +144,11 @@ def test_a_seed_that_lacks_its_pair_does_not_count() -> None:
 
 def test_the_log_finds_what_is_done_and_nothing_else(tmp_path: Path) -> None:
     case = Case("smart-home", "all 2", Way("carry", "fresh", 1e-3), 0, (1, 2))
-    Log(tmp_path / "log").add({**case.key, "losses": {}})
-    log = Log(tmp_path / "log")
-    assert log.find(case) == {**case.key, "losses": {}}
-    assert log.find(Case("smart-home", "all 2", Way("carry", "some", 1e-3), 0, (1, 2))) is None
-    assert log.find(Case("smart-home", "all 2", Way("carry", "fresh", 1e-3), 0, (1, 3))) is None
-
-
-def test_a_damaged_log_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text('{"mix": "all 2"}\n{"mix": "al', encoding="utf-8")
-    with pytest.raises(InputError, match="log:2: not JSON"):
-        Log(tmp_path / "log")
+    Results(tmp_path / "log", "rules", {}).get(case.key, lambda: {"losses": {}})
+    log = Results(tmp_path / "log", "rules", {})
+    assert log.find(case.key) == {"losses": {}}
+    assert log.find(Case("smart-home", "all 2", Way("carry", "some", 1e-3), 0, (1, 2)).key) is None
+    assert log.find(Case("smart-home", "all 2", Way("carry", "fresh", 1e-3), 0, (1, 3)).key) is None
 
 
 def test_without_the_data_it_says_what_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
