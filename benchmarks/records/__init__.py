@@ -1,1 +1,1 @@
-"""How fast records become JSON and come back: `python -m benchmarks.records`."""
+"""How fast records become JSON and come back."""

@@ -10,18 +10,17 @@ one, the least of several runs, the two ways by turns.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.common import command
 from benchmarks.records import naive
 from edge_sdk.core.messages import (
     Ask,
@@ -127,22 +126,20 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = command.parser("records", __doc__)
     parser.add_argument("--quick", action="store_true", help="short runs; noise, not a result")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    options = parser.parse_args(arguments)
+    console = command.console(110)
     least_s, runs = (0.02, 2) if options.quick else (0.1, 5)
     rows = [
         measure(name, record, least_s, runs)
         for name, record in track(RECORDS.items(), "measuring", console=console, transient=True)
     ]
     console.print(table_of(rows, cpu_name()))
-    if options.json:
-        document = {"machine": {"cpu": cpu_name()}, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    command.write_json(options.json, {"machine": {"cpu": cpu_name()}, "rows": rows})
     return 0
 
 
