@@ -1,28 +1,21 @@
-"""What the coordinator must remember, in SQLite. The one place that knows the schema.
+"""What the coordinator must remember: every question to the database and every change of it, in SQL.
 
-Write-ahead log with full synchronous commits: when a call that writes returns, the row is on disk. Blobs come
-first and rows second (see blobs.py), so that a row never names bytes that are not there. Nothing above this
-module knows that it is SQLite; another database goes behind the same methods.
+When a call that writes returns, the row is on disk. Blobs come first and rows second (see blobs.py), so a row
+never names bytes that are not there. The tables are in `schema.py`, the connections in `database.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sqlite3
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coordinator.storage.disk import blaming, disk_error
-from coordinator.storage.failpoints import Point, reach
-from coordinator.storage.group_commit import GroupCommit
+from coordinator.storage.database import Contradiction, Database
 from coordinator.storage.rows import Device, StoredUpdate, Version
-from coordinator.storage.schema import MIGRATIONS, migrate, schema_of
-from edge_sdk.core.errors import DiskFull, InputError, ProtocolError, StaleUpdate
+from edge_sdk.core.errors import ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import decode, encode
 
@@ -37,13 +30,6 @@ def _version(*values: Any) -> Version:
     return replace(Version(*values), collected=bool(values[-1]))
 
 
-def _require_whole(db: sqlite3.Connection, path: Path) -> None:
-    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-    if found != "ok":
-        reason = " ".join(str(found).split())
-        raise InputError(f"{path} is damaged ({reason}); restore the folder from a backup")
-
-
 # What nobody may need any more, in SQL: see needed_versions and needed_digests.
 _NEEDED = """(version > (SELECT MAX(version) FROM versions) - ?
     OR version IN (SELECT version FROM assignments WHERE open = 1)
@@ -52,89 +38,33 @@ _DIGESTS_OF_VERSIONS = "SELECT digest FROM versions WHERE collected = 0"
 _DIGESTS_OF_UPDATES = "SELECT digest FROM updates WHERE merged_version IS NULL AND rejected IS NULL"
 
 
-class _Reader:
-    """A connection that sees what is committed, for one query at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA query_only = ON")
-
-    def rows(self, query: str, values: Sequence[Any]) -> list[Any]:
-        with self._lock:
-            return self._db.execute(query, values).fetchall()
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-
 class Store:
-    """One SQLite file. Methods are short, may be called from any thread, and commit before they return.
+    """The rows of a federation. Methods are short, may be called from any thread, and commit at the end.
 
-    `upgrade`: bring an older schema up to date; only who holds the folder's lock may.
+    `path` and `upgrade`: as for `Database`.
 
     Raises (every method):
         DiskFull, InternalError: the disk is full, read-only or fails; nothing of the transaction is there.
+        Contradiction: a rule of the schema would be broken.
     """
 
     def __init__(self, path: Path, upgrade: bool = True) -> None:
-        self._path, self._home = path, threading.get_ident()
-        try:
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            if upgrade:
-                _require_whole(self._db, path)
-                migrate(self._db, path)
-            elif (have := schema_of(self._db, path)) < len(MIGRATIONS):
-                raise InputError(
-                    f"{path}: schema {have} is older than this program's {len(MIGRATIONS)}; the next "
-                    "`edge-coordinator serve` on this folder brings it up to date"
-                )
-            self._own_reader, self._reader = _Reader(path), _Reader(path)
-        except (sqlite3.DatabaseError, OSError) as error:
-            if isinstance(disk_error(path.name, error, path.parent), DiskFull):
-                raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
-            raise InputError(f"{path}: not a usable coordinator database ({error})") from error
-        self._commits = GroupCommit(self._db)
-
-    @contextmanager
-    def _transaction(self, written: Point, committed: Point) -> Iterator[sqlite3.Connection]:
-        """All or nothing, on disk at the end."""
-        with self._blaming():
-            with self._commits.transaction() as db:
-                yield db
-                reach(written)
-            reach(committed)
-
-    def _rows(self, query: str, *values: Any) -> list[Any]:
-        """What is committed. The thread that made the store, an event loop's, waits for nobody."""
-        reader = self._own_reader if threading.get_ident() == self._home else self._reader
-        with self._blaming():
-            return reader.rows(query, values)
-
-    def _blaming(self) -> AbstractContextManager[None]:
-        """Name the database where its disk fails; a broken rule of the schema is another matter."""
-        return blaming(self._path.name, self._path.parent)
+        self.db = Database(path, upgrade)
 
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
-        self._own_reader.close()
-        self._reader.close()
-        self._commits.close()
+        self.db.close()
 
     # --- federation ---
 
     def meta(self, key: str) -> str | None:
         """A value of the federation's own, or None."""
-        rows = self._rows("SELECT value FROM meta WHERE key = ?", key)
+        rows = self.db.rows("SELECT value FROM meta WHERE key = ?", key)
         return str(rows[0][0]) if rows else None
 
     def set_meta(self, key: str, value: str) -> None:
         """Set or replace such a value."""
-        with self._transaction("meta-written", "meta-committed") as db:
+        with self.db.transaction("meta-written", "meta-committed") as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     # --- devices ---
@@ -143,7 +73,7 @@ class Store:
         self, id: str, name: str, credential_hash: str, profile: Mapping[str, str], now: float
     ) -> None:
         """Enrol a device. Only the hash of its credential is kept."""
-        with self._transaction("device-written", "device-committed") as db:
+        with self.db.transaction("device-written", "device-committed") as db:
             db.execute(
                 "INSERT INTO devices(id, name, credential_hash, profile, joined_at) VALUES (?, ?, ?, ?, ?)",
                 (id, name, credential_hash, json.dumps(dict(profile)), now),
@@ -151,15 +81,15 @@ class Store:
 
     def credentials(self) -> dict[str, str]:
         """Hash of a credential -> the device that holds it, unless revoked."""
-        return dict(self._rows("SELECT credential_hash, id FROM devices WHERE revoked = 0"))
+        return dict(self.db.rows("SELECT credential_hash, id FROM devices WHERE revoked = 0"))
 
     def data_version(self) -> int:
         """A number that changes when another process has written here."""
-        return self._commits.data_version()
+        return self.db.data_version()
 
     def devices(self) -> list[Device]:
         """All devices in order of joining, with what they contributed."""
-        rows = self._rows(
+        rows = self.db.rows(
             "SELECT id, name, rank, merged, CAST(staleness_sum AS REAL) / MAX(1, merged), refused "
             "FROM devices ORDER BY joined_at"
         )
@@ -169,7 +99,7 @@ class Store:
 
     def add_assignment(self, device: str, assignment: Assignment, now: float) -> None:
         """Remember a lease; it replaces any that the device held. Twice is the same as once."""
-        with self._transaction("assignment-written", "assignment-committed") as db:
+        with self.db.transaction("assignment-written", "assignment-committed") as db:
             if db.execute("SELECT 1 FROM assignments WHERE id = ?", (assignment.id,)).fetchone():
                 return  # the device asked twice at once
             db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
@@ -188,12 +118,12 @@ class Store:
 
     def assignment(self, id: str, device: str) -> Assignment | None:
         """An assignment of this device, open or not."""
-        rows = self._rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
+        rows = self.db.rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
         return decode(Assignment, rows[0][0]) if rows else None
 
     def open_assignments(self) -> list[tuple[str, Assignment, float]]:
         """(device, assignment, when it was granted) of every lease that is neither delivered nor expired."""
-        rows = self._rows("SELECT device, record, granted_at FROM assignments WHERE open = 1")
+        rows = self.db.rows("SELECT device, record, granted_at FROM assignments WHERE open = 1")
         return [(str(device), decode(Assignment, record), at) for device, record, at in rows]
 
     def paces_s(self, newest: int) -> dict[str, tuple[float, ...]]:
@@ -201,7 +131,7 @@ class Store:
 
         By clock times: where the clock was put back in between, nothing is known.
         """
-        rows = self._rows(
+        rows = self.db.rows(
             "SELECT device, pace_s FROM (SELECT u.device AS device, u.received_at AS at, "
             "(u.received_at - a.granted_at) / MAX(1, json_extract(u.record, '$.steps')) AS pace_s, "
             "ROW_NUMBER() OVER (PARTITION BY u.device ORDER BY u.received_at DESC) AS age "
@@ -216,13 +146,13 @@ class Store:
 
     def refuse(self, device: str, assignment: str) -> None:
         """Count a refused adapter, and end its assignment: the device gets other work."""
-        with self._transaction("refusal-written", "refusal-committed") as db:
+        with self.db.transaction("refusal-written", "refusal-committed") as db:
             db.execute("UPDATE devices SET refused = refused + 1 WHERE id = ?", (device,))
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (assignment,))
 
     def close_assignments(self, ids: Iterable[str]) -> None:
         """Leases that expired. Their updates may still come."""
-        with self._transaction("expiry-written", "expiry-committed") as db:
+        with self.db.transaction("expiry-written", "expiry-committed") as db:
             db.executemany("UPDATE assignments SET open = 0 WHERE id = ?", ((id,) for id in ids))
 
     # --- updates ---
@@ -238,7 +168,7 @@ class Store:
             StaleUpdate: another update of this device, from this version or a newer one, came first; or the
                 version that it was trained from was collected.
         """
-        with self._transaction("update-written", "update-committed") as db:
+        with self.db.transaction("update-written", "update-committed") as db:
             known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
             if known:
                 if known[0] != stored.update.digest:
@@ -277,23 +207,23 @@ class Store:
 
     def update_digest(self, assignment: str) -> str | None:
         """Digest of the update that was acknowledged for an assignment, if one was."""
-        rows = self._rows("SELECT digest FROM updates WHERE assignment = ?", assignment)
+        rows = self.db.rows("SELECT digest FROM updates WHERE assignment = ?", assignment)
         return str(rows[0][0]) if rows else None
 
     def rejection(self, assignment: str) -> str | None:
         """Why the update of an assignment is in no version and never will be; None if nothing says so."""
-        rows = self._rows("SELECT rejected FROM updates WHERE assignment = ?", assignment)
+        rows = self.db.rows("SELECT rejected FROM updates WHERE assignment = ?", assignment)
         return rows[0][0] if rows else None
 
     def update_bytes(self, assignment: str) -> int:
         """Size of the adapter that was acknowledged for an assignment; 0 if none was."""
         query = "SELECT json_extract(record, '$.size_bytes') FROM updates WHERE assignment = ?"
-        rows = self._rows(query, assignment)
+        rows = self.db.rows(query, assignment)
         return int(rows[0][0]) if rows else 0
 
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
-        rows = self._rows(
+        rows = self.db.rows(
             "SELECT assignment, device, version, record, factor, norm FROM updates "
             "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY received_at"
         )
@@ -304,7 +234,7 @@ class Store:
 
     def recent_norms(self, count: int) -> list[tuple[str, float]]:
         """(device, norm as merged) of the newest `count` updates that were accepted, newest first."""
-        return self._rows(
+        return self.db.rows(
             "SELECT device, norm FROM updates WHERE norm IS NOT NULL AND rejected IS NULL "
             "ORDER BY received_at DESC LIMIT ?",
             count,
@@ -312,7 +242,7 @@ class Store:
 
     def clip(self, shorter: StoredUpdate) -> None:
         """Merge less of an update's change than was stored with it."""
-        with self._transaction("clip-written", "clip-committed") as db:
+        with self.db.transaction("clip-written", "clip-committed") as db:
             db.execute(
                 "UPDATE updates SET factor = ?, norm = ? WHERE assignment = ? AND merged_version IS NULL",
                 (shorter.factor, shorter.norm, shorter.id),
@@ -320,18 +250,18 @@ class Store:
 
     def clipped(self) -> int:
         """How many updates are or were merged by less than the whole."""
-        ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE factor < 1.0")
+        ((count,),) = self.db.rows("SELECT COUNT(*) FROM updates WHERE factor < 1.0")
         return int(count)
 
     def last_contributions(self) -> dict[str, int]:
         """Device -> newest version that an update of it was trained from; rejected ones aside."""
         return dict(
-            self._rows("SELECT device, MAX(version) FROM updates WHERE rejected IS NULL GROUP BY device")
+            self.db.rows("SELECT device, MAX(version) FROM updates WHERE rejected IS NULL GROUP BY device")
         )
 
     def reject_updates(self, reasons: Mapping[str, str]) -> None:
         """Leave acknowledged updates out for good: id -> reason (a blob that rotted on disk, say)."""
-        with self._transaction("rejection-written", "rejection-committed") as db:
+        with self.db.transaction("rejection-written", "rejection-committed") as db:
             for id, reason in reasons.items():
                 db.execute(
                     "UPDATE updates SET rejected = ? WHERE assignment = ? AND merged_version IS NULL",
@@ -346,7 +276,7 @@ class Store:
         What a version costs in privacy follows from its row and its updates', so that it is known as long as
         the version is. Under privacy no device may have two updates in it.
         """
-        with self._transaction("version-written", "version-committed") as db:
+        with self.db.transaction("version-written", "version-committed") as db:
             db.execute(
                 f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES ({_VERSION_MARKS})",
                 dataclasses.astuple(version),
@@ -358,9 +288,7 @@ class Store:
                     (version.version, weight, tau, id),
                 )
                 if changed.rowcount != 1:
-                    raise sqlite3.IntegrityError(
-                        f"update {id} is merged already; version {version.version} dropped"
-                    )
+                    raise Contradiction(f"update {id} is merged already; version {version.version} dropped")
                 db.execute(
                     "UPDATE devices SET merged = merged + 1, staleness_sum = staleness_sum + ? "
                     "WHERE id = (SELECT device FROM updates WHERE assignment = ?)",
@@ -368,23 +296,23 @@ class Store:
                 )
             twice = "SELECT device FROM updates WHERE merged_version = ? GROUP BY device HAVING COUNT(*) > 1"
             if version.noise_multiplier and (row := db.execute(twice, (version.version,)).fetchone()):
-                raise sqlite3.IntegrityError(
+                raise Contradiction(
                     f"device {row[0]} has two updates in private version {version.version}; it is dropped"
                 )
 
     def versions(self, newest: int) -> list[Version]:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
-        rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
+        rows = self.db.rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [_version(*row) for row in rows]
 
     def merged_updates(self, version: int) -> int:
         """How many updates a version was made of."""
-        ((count,),) = self._rows("SELECT COUNT(*) FROM updates WHERE merged_version = ?", version)
+        ((count,),) = self.db.rows("SELECT COUNT(*) FROM updates WHERE merged_version = ?", version)
         return int(count)
 
     def version(self, number: int) -> Version | None:
         """A published version."""
-        rows = self._rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
+        rows = self.db.rows(f"SELECT {_VERSION_COLUMNS} FROM versions WHERE version = ?", number)
         return _version(*rows[0]) if rows else None
 
     def start(self, number: int) -> str:
@@ -400,7 +328,7 @@ class Store:
         The `newest`; those that a device with an open assignment starts from, and those that an update which
         is in no version yet was trained from.
         """
-        rows = self._rows(
+        rows = self.db.rows(
             f"SELECT {_VERSION_COLUMNS} FROM versions WHERE {_NEEDED} ORDER BY version DESC", newest
         )
         return [_version(*row) for row in rows]
@@ -408,11 +336,11 @@ class Store:
     def started_versions(self) -> set[int]:
         """The newest version, and those that devices with an open assignment start from; 0 may be one."""
         newest = "SELECT COALESCE(MAX(version), 0) FROM versions"
-        return {v for (v,) in self._rows(f"SELECT version FROM assignments WHERE open = 1 UNION {newest}")}
+        return {v for (v,) in self.db.rows(f"SELECT version FROM assignments WHERE open = 1 UNION {newest}")}
 
     def collect_versions(self, newest: int) -> list[int]:
         """Say of all versions but `needed_versions` that their files are gone; of which that is new."""
-        with self._transaction("collected-written", "collected-committed") as db:
+        with self.db.transaction("collected-written", "collected-committed") as db:
             gone = f"collected = 0 AND NOT {_NEEDED}"
             query = f"UPDATE versions SET collected = 1 WHERE {gone} RETURNING version"
             rows = db.execute(query, (newest,)).fetchall()
@@ -420,16 +348,16 @@ class Store:
 
     def needed_digests(self) -> set[str]:
         """Of all blobs that a row needs: versions that are not collected, updates that are in none yet."""
-        return {digest for (digest,) in self._rows(f"{_DIGESTS_OF_VERSIONS} UNION {_DIGESTS_OF_UPDATES}")}
+        return {digest for (digest,) in self.db.rows(f"{_DIGESTS_OF_VERSIONS} UNION {_DIGESTS_OF_UPDATES}")}
 
     def is_needed(self, digest: str) -> bool:
         """Whether a blob is one of those."""
         query = f"{_DIGESTS_OF_VERSIONS} AND digest = ? UNION {_DIGESTS_OF_UPDATES} AND digest = ?"
-        return bool(self._rows(query, digest, digest))
+        return bool(self.db.rows(query, digest, digest))
 
     def may_come(self, assignment: str, oldest: int) -> bool:
         """Whether its update is not here but may come: it is open, or from version `oldest` or later."""
-        rows = self._rows(
+        rows = self.db.rows(
             "SELECT 1 FROM assignments WHERE id = ? AND (open = 1 OR version >= ?) "
             "AND NOT EXISTS (SELECT 1 FROM updates WHERE assignment = assignments.id)",
             assignment,
@@ -441,7 +369,7 @@ class Store:
 
     def entered(self) -> dict[str, dict[float, int]]:
         """Device -> noise multiplier -> versions published with that which hold an update of the device."""
-        rows = self._rows(
+        rows = self.db.rows(
             "SELECT u.device, v.noise_multiplier, COUNT(*) FROM updates u "
             "JOIN versions v ON v.version = u.merged_version GROUP BY u.device, v.noise_multiplier"
         )
@@ -452,5 +380,5 @@ class Store:
 
     def versions_with_noise(self, noised: bool) -> int:
         """How many versions were published with differential privacy, or without."""
-        ((count,),) = self._rows("SELECT COUNT(*) FROM versions WHERE (noise_multiplier > 0) = ?", noised)
+        ((count,),) = self.db.rows("SELECT COUNT(*) FROM versions WHERE (noise_multiplier > 0) = ?", noised)
         return int(count)

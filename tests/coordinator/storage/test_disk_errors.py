@@ -72,12 +72,18 @@ def test_what_no_disk_is_to_blame_for_stays_what_it_is() -> None:
         raise KeyError
 
 
+def at_most(store: Store, pages: int) -> None:
+    """A limit of the connection that writes."""
+    with store.db.transaction("meta-written", "meta-committed") as db:
+        db.execute(f"PRAGMA max_page_count = {pages}")
+
+
 def test_a_full_database_goes_on_once_there_is_room(tmp_path: Path) -> None:
     """SQLITE_FULL from SQLite itself, for one transaction and for several in one commit."""
     store = Store(tmp_path / "coordinator.sqlite")
     join(store)
-    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
-    store._db.execute(f"PRAGMA max_page_count = {pages}")
+    ((pages,),) = store.db.rows("PRAGMA page_count")
+    at_most(store, pages)
     for _ in range(2):
         with pytest.raises(DiskFull, match=r"no room to write coordinator\.sqlite \(.* full"):
             join(store, 100_000)
@@ -96,7 +102,7 @@ def test_a_full_database_goes_on_once_there_is_room(tmp_path: Path) -> None:
         thread.join(60.0)
     assert [type(error) for error in errors] == [DiskFull] * 8
     assert len(store.devices()) == 1
-    store._db.execute("PRAGMA max_page_count = 1000000")
+    at_most(store, 1_000_000)
     join(store, 100_000)
     assert len(store.devices()) == 2
     store.close()

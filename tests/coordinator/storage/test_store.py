@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.storage.database import Contradiction
 from coordinator.storage.rows import StoredUpdate, Version
-from coordinator.storage.store import MIGRATIONS, Store
+from coordinator.storage.schema import MIGRATIONS
+from coordinator.storage.store import Store
 from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import to_json
@@ -120,7 +122,7 @@ def test_an_update_is_in_one_version_only_and_the_second_is_dropped_whole(store:
     for id, device in (("a", "d"), ("b", "e")):
         deliver(store, id, device)
     store.publish(version(1), [("a", 1.0, 0)])
-    with pytest.raises(sqlite3.IntegrityError, match="update a is merged already"):
+    with pytest.raises(Contradiction, match="update a is merged already"):
         store.publish(version(2), [("b", 0.5, 0), ("a", 0.5, 0)])
     assert store.versions(5) == [version(1)]
     assert [stored.id for stored in store.unmerged()] == ["b"]
@@ -154,7 +156,7 @@ def test_a_version_is_published_once(store: Store) -> None:
     for id, device in (("a", "d"), ("b", "e")):
         deliver(store, id, device)
     store.publish(version(1), [("a", 1.0, 0)])
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(Contradiction):
         store.publish(version(1), [("b", 1.0, 0)])
     assert [stored.id for stored in store.unmerged()] == ["b"]
 
@@ -166,7 +168,7 @@ def test_a_rejected_update_is_in_no_version_and_holds_its_device_up_no_longer(st
     store.reject_updates({"b": "its blob is gone"})
     assert [stored.id for stored in store.unmerged()] == ["a"]
     assert store.last_contributions() == {"d": 0}
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(Contradiction):
         store.publish(version(1), [("b", 1.0, 0)])
 
 
@@ -236,15 +238,16 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
 
 
 def test_a_failure_in_a_transaction_leaves_nothing(store: Store) -> None:
-    with pytest.raises(sqlite3.IntegrityError):
+    with pytest.raises(Contradiction):
         store.add_assignment("nobody", assignment("a"), 2.0)
     assert store.assignment("a", "nobody") is None
     store.add_assignment("d", assignment("a"), 2.0)
 
 
 def test_commits_are_durable(store: Store) -> None:
-    assert store._rows("PRAGMA journal_mode") == [("wal",)]
-    assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert store.db.rows("PRAGMA journal_mode") == [("wal",)]
+    with store.db.transaction("meta-written", "meta-committed") as db:
+        assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
 
 
 def test_a_newer_schema_is_refused(path: Path, store: Store) -> None:
@@ -282,7 +285,7 @@ def test_what_a_device_entered_is_counted_from_the_versions(store: Store) -> Non
 
 def test_a_private_version_takes_one_update_of_a_device(store: Store) -> None:
     merged = [(deliver(store, id, "d", number).id, 0.5, 0) for number, id in enumerate("ab")]
-    with pytest.raises(sqlite3.IntegrityError, match="device d has two updates in private version 1"):
+    with pytest.raises(Contradiction, match="device d has two updates in private version 1"):
         store.publish(replace(version(1), noise_multiplier=1.0), merged)
     assert store.version(1) is None
     assert len(store.unmerged()) == 2
