@@ -24,24 +24,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 from coordinator.engine.policy import Policy
 from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant, mechanism
 from coordinator.privacy.mechanism import Privacy
 from coordinator.rules import RULES, SumRule
+from edge_sdk.core import toml_file
 from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import Base, Federation, RuleName, Training
-from edge_sdk.core.records import decode, from_json
-
-Record = TypeVar("Record")
+from edge_sdk.core.records import decode
 
 # Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
 NEW_DTYPE: WireDtype = "int8"
@@ -75,6 +71,19 @@ class FederationSettings:
 
 
 @dataclass(frozen=True)
+class _File:
+    """The file, table by table."""
+
+    base: str = "tiny"  # or the path of a base.json
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    training: Training = field(default_factory=Training)
+    policy: Policy = field(default_factory=Policy)
+    admission: Admission = field(default_factory=Admission)
+    privacy: Privacy | None = None
+    storage: Storage = field(default_factory=Storage)
+
+
+@dataclass(frozen=True)
 class Settings:
     """A checked configuration."""
 
@@ -84,7 +93,7 @@ class Settings:
     policy: Policy
     admission: Admission
     privacy: Privacy | None = None
-    storage: Storage = dataclasses.field(default_factory=Storage)
+    storage: Storage = field(default_factory=Storage)
 
     def build(self, id: str, stored: Federation | None = None) -> Federation:
         """The federation that these settings describe; what they leave open is as in `stored`."""
@@ -102,24 +111,14 @@ def load_settings(path: Path | None) -> Settings:
         InputError: the file cannot be read, or a key is unknown or has an unusable value; names file and key.
     """
     where = str(path) if path else "defaults"
-    table = _read_toml(path) if path else {}
-    known = {"base", "federation", "training", "policy", "admission", "privacy", "storage"}
-    _refuse_unknown(table, known, where)
-    base_name = table.get("base", "tiny")
-    if not isinstance(base_name, str):
-        raise InputError(f'{where}: base must be "tiny" or the path of a base.json')
+    file = toml_file.load(_File, path) if path else _File()
     try:
-        settings = Settings(
-            load_base(base_name, path.parent if path else Path.cwd()),
-            _section(FederationSettings, table, "federation", where),
-            _section(Training, table, "training", where),
-            _section(Policy, table, "policy", where),
-            _section(Admission, table, "admission", where),
-            _section(Privacy, table, "privacy", where) if "privacy" in table else None,
-            _section(Storage, table, "storage", where),
-        )
+        base = load_base(file.base, path.parent if path else Path.cwd())
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    settings = Settings(
+        base, file.federation, file.training, file.policy, file.admission, file.privacy, file.storage
+    )
     _check(settings, where)
     _check_privacy(settings, where)
     return settings
@@ -132,40 +131,13 @@ def load_base(name: str, folder: Path) -> Base:
         return decode(Base, text)
     path = folder / name
     try:
-        return decode(Base, path.read_text())
+        return decode(Base, path.read_bytes())
     except OSError as error:
         raise InputError(
             f"base {path}: {error.strerror}; make it with `edge-sdk base MODEL -o FILE`"
         ) from error
     except (ValueError, ProtocolError) as error:
         raise InputError(f"base {path}: not a base record ({error}); make it with `edge-sdk base`") from error
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not TOML ({error})") from error
-
-
-def _section(kind: type[Record], table: Mapping[str, Any], name: str, where: str) -> Record:
-    """Decode one table of the file, refusing keys that it does not know."""
-    section = table.get(name, {})
-    if not isinstance(section, Mapping):
-        raise InputError(f"[{name}] must be a table")
-    _refuse_unknown(section, {f.name for f in dataclasses.fields(kind)}, f"[{name}]")  # type: ignore[arg-type]
-    try:
-        return from_json(kind, section, where=name)
-    except ProtocolError as error:
-        raise InputError(str(error)) from error
-
-
-def _refuse_unknown(table: Mapping[str, Any], known: set[str], where: str) -> None:
-    unknown = sorted(set(table) - known)
-    if unknown:
-        raise InputError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
 
 
 def _check(settings: Settings, where: str) -> None:
@@ -207,11 +179,9 @@ def _check_training(training: Training, rule: RuleName, where: str) -> None:
             f"{where}: training.sparse_versions is {training.sparse_versions}; it must be 0 or more, and 0 "
             f"under any rule but flexlora, not {rule}"
         )
-    for field in dataclasses.fields(training):
-        if field.name != "sparse_versions" and not getattr(training, field.name) > 0:
-            raise InputError(
-                f"{where}: training.{field.name} is {getattr(training, field.name)}; it must be above 0"
-            )
+    for name, value in dataclasses.asdict(training).items():
+        if name != "sparse_versions" and not value > 0:
+            raise InputError(f"{where}: training.{name} is {value}; it must be above 0")
 
 
 def _check_privacy(settings: Settings, where: str) -> None:

@@ -21,18 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a wing imports itself and those before it, never one after it.
 DEVICE = ("core", "conditions", "system", "text", "options", "callbacks", "machine", "connection", "model")
 DEVICE += ("training", "trials", "worker", "membership", "participation", "agent", "diagnosis", "commands")
-CORE = (
-    "errors",
-    "records",
-    "lora",
-    "profile",
-    "adapter_file",
-    "svd",
-    "flexlora",
-    "messages",
-    "routes",
-    "choice",
-)
+CORE = ("errors", "records", "toml_file", "lora", "profile", "adapter_file", "svd", "flexlora")
+CORE += ("messages", "routes", "choice")
 COORDINATOR = ("engine", "storage", "rules", "privacy", "merging", "adapters", "settings", "upkeep")
 COORDINATOR += ("service", "web")
 HOUSE = {

@@ -13,17 +13,15 @@ The flags have the same names and win over the file.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edge_sdk.conditions import Conditions
+from edge_sdk.core import toml_file
 from edge_sdk.core.choice.setting import Ranks
-from edge_sdk.core.errors import InputError, ProtocolError
+from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import load_profile
-from edge_sdk.core.records import from_json
 from edge_sdk.options import Options
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -96,33 +94,11 @@ def load_device_config(path: Path) -> DeviceConfig:
     Raises:
         InputError: no such file, not TOML, an unknown key, or a value that cannot be; names file and key.
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not a TOML file: {error}") from error
-    _refuse_unknown(table, DeviceConfig, "", path)
-    if isinstance(table.get("conditions"), Mapping):
-        _refuse_unknown(table["conditions"], Conditions, "conditions.", path)
-    try:
-        config = from_json(DeviceConfig, table, "key")
-    except ProtocolError as error:
-        raise InputError(f"{path}: {str(error).replace('key.', 'key ', 1)}") from error
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    config = toml_file.load(DeviceConfig, path)
     paths: dict[str, Any] = {
         name: str(path.parent / value) for name in PATHS if (value := getattr(config, name))
     }
     return dataclasses.replace(config, **paths)
-
-
-def _refuse_unknown(table: Mapping[str, Any], record: type[Any], prefix: str, path: Path) -> None:
-    known = [f.name for f in dataclasses.fields(record)]
-    for key in table:
-        if key not in known:
-            keys = ", ".join(prefix + name for name in known)
-            raise InputError(f"{path}: unknown key {prefix + key!r}; the keys are {keys}")
 
 
 def parse_bytes(text: str) -> int:

@@ -7,15 +7,14 @@ leaves out what only a running machine can know (free memory, free disk, battery
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from edge_sdk.core.errors import InputError, ProtocolError
-from edge_sdk.core.records import from_json
+from edge_sdk.core import toml_file
+from edge_sdk.core.errors import InputError
 
 PROFILE_PACKAGE = "edge_sdk.profiles"  # the top-level folder `profiles/`, as pyproject.toml maps it
 
@@ -160,30 +159,7 @@ def from_toml(text: str, source: str) -> DeviceProfile:
     Raises:
         InputError: not TOML, an unknown or missing key, or a value of the wrong type; names file and key.
     """
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{source}: not a TOML file: {error}") from error
-    _refuse_unknown(values, DeviceProfile, "", source)
-    tables = values.get("accelerators")
-    for index, table in enumerate(tables if isinstance(tables, list) else []):
-        if isinstance(table, dict):
-            _refuse_unknown(table, Accelerator, f"accelerators[{index}].", source)
-    try:
-        return from_json(DeviceProfile, values, "key")
-    except ProtocolError as error:
-        raise InputError(f"{source}: {str(error).replace('key.', 'key ', 1)}") from error
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _refuse_unknown(values: Mapping[str, Any], record: type[Any], prefix: str, source: str) -> None:
-    """A misspelt key in a file that a person wrote must not be ignored in silence."""
-    known = [field.name for field in fields(record)]
-    for key in values:
-        if key not in known:
-            options = ", ".join(prefix + name for name in known)
-            raise InputError(f"{source}: unknown key {prefix + key!r}; the keys are {options}")
+    return toml_file.parse(DeviceProfile, text, source)
 
 
 def known_profiles() -> tuple[str, ...]:
@@ -206,10 +182,4 @@ def load_profile(name_or_path: str) -> DeviceProfile:
     if path.suffix != ".toml" and len(path.parts) < 2:
         known = ", ".join(known_profiles())
         raise InputError(f"no profile is called {name_or_path!r}; give a .toml file or one of: {known}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: byte {error.start} is wrong") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the profile: {error.strerror}") from error
-    return from_toml(text, str(path))
+    return toml_file.load(DeviceProfile, path)

@@ -133,21 +133,24 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        needed = _needed(hint)
-        for at, inner, part in _parts(needed, value):
+        for at, inner, part in parts(hint, value):
             _converted(inner, part, where + at)
-        raise ProtocolError(where + _complaint(needed, value, error)) from error
+        raise ProtocolError(where + _complaint(needed(hint), value, error)) from error
 
 
-def _needed(hint: Any) -> Any:
+def needed(hint: Any) -> Any:
     """X of `X | None`."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(argument for argument in typing.get_args(hint) if argument is not type(None))
     return hint
 
 
-def _parts(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
-    """Place, type and value of each part; nothing where the whole is of the wrong kind or length."""
+def parts(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
+    """Place, type and value of each part of what should be a `hint`: of a field `.name`, of an item `[i]`.
+
+    Nothing where the whole is of the wrong kind or length.
+    """
+    hint = needed(hint)
     arguments = typing.get_args(hint)
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)

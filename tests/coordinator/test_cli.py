@@ -37,7 +37,10 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
     ("setting", "reason"),
     [
         ("[storage]\nkeep_versions = 0", "storage.keep_versions is 0; it must be 1 or more"),
-        ("[storage]\nkeep_version = 3", "[storage]: unknown key 'keep_version'; known are keep_versions"),
+        (
+            "[storage]\nkeep_version = 3",
+            "unknown key 'storage.keep_version'; the keys are storage.keep_versions; did you mean",
+        ),
         ("[policy]\nbuffer_size = 0", "policy.buffer_size is 0; it must be above 0"),
         ("[policy]\nquorum = 9", "policy.quorum is 9, above policy.buffer_size 4"),
         ("[policy]\ntimeout_s = -1", "policy.timeout_s is -1"),
@@ -58,9 +61,9 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
             "policy.concurrency is 5, but a round gives work to 6 devices",
         ),
         ("[policy]\nmode = 'hurried'", "policy.mode: 'hurried' is not one of 'buffered', 'synchronous'"),
-        ("[policy]\nbufer_size = 4", "[policy]: unknown key 'bufer_size'"),
+        ("[policy]\nbufer_size = 4", "unknown key 'policy.bufer_size'"),
         ("[policies]\nbuffer_size = 4", "unknown key 'policies'"),
-        ("policy = 4", "[policy] must be a table"),
+        ("policy = 4", "key policy: expected a table, got int"),
         ("[federation]\nladder = [2, 17]\nrank_cap = 32", "larger than any module"),
         ("[federation]\nladder = [4, 2]", "federation.ladder must be rising"),
         ("[federation]\nladder = []", "federation.ladder must be rising"),
@@ -80,7 +83,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
         ("[training]\nsparse_versions = 2", "0 under any rule but flexlora, not carry"),
         ("[training]\nsteps = 0", "training.steps is 0"),
         ("[training]\nlearning_rate = '2e-3'", "training.learning_rate: expected float, got str"),
-        ("[policy", "not TOML"),
+        ("[policy", "not a TOML file"),
     ],
 )
 def test_a_bad_setting_is_named(

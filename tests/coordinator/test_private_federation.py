@@ -295,7 +295,7 @@ def test_settings_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
     for text, said in (
         ("[privacy]\nnoise_multiplier = 1.0", "privacy.clip_norm is missing"),
         ("[privacy]\nnoise_multiplier = 0\nclip_norm = 1.0", "privacy.noise_multiplier is 0.0"),
-        ("[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0\nseed = 3", "unknown key 'seed'"),
+        ("[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0\nseed = 3", "unknown key 'privacy.seed'"),
         (
             "[admission]\nrobust = 'trimmed'\n[privacy]\nnoise_multiplier = 1\nclip_norm = 1.0",
             r"\[admission\] goes by the updates of other devices",

@@ -285,7 +285,7 @@ def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
         ("thread = 2\n", "unknown key 'thread'; the keys are url, data,"),
         ("[conditions]\nmains = true\n", "unknown key 'conditions.mains'"),
         ("[conditions]\non_mains = 1\n", "key conditions.on_mains: expected bool, got int"),
-        ("conditions = 3\n", "key conditions: expected an object, got int"),
+        ("conditions = 3\n", "key conditions: expected a table, got int"),
         ("threads = '2'\n", "key threads: expected int, got str"),
         ("[conditions]\ncpu_below = 0\n", "cpu_below 0 must be"),
         ("threads\n", "not a TOML file"),
