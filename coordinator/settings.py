@@ -29,14 +29,14 @@ from pathlib import Path
 
 from coordinator.engine.policy import Policy
 from coordinator.merging.admission import Admission
-from coordinator.privacy import accountant, mechanism
+from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
-from coordinator.rules import RULES, SumRule
+from coordinator.rules.named import RULES, rule_named
 from edge_sdk.core import toml_file
 from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
-from edge_sdk.core.messages import Base, Federation, RuleName, Training
+from edge_sdk.core.messages import Base, Federation, Training
 from edge_sdk.core.records import decode
 
 # Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
@@ -58,7 +58,7 @@ class Storage:
 class FederationSettings:
     """What the host chooses of a Federation record."""
 
-    rule: RuleName = "carry"
+    rule: str = "carry"
     ladder: tuple[int, ...] = (2, 4, 8, 16)
     rank_cap: int = 32
     scaling: float = 2.0
@@ -95,11 +95,19 @@ class Settings:
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
 
+    @property
+    def carries(self) -> bool:
+        """Whether devices hold the global adapter frozen under the chosen rule."""
+        return rule_named(self.federation.rule).carries
+
     def build(self, id: str, stored: Federation | None = None) -> Federation:
         """The federation that these settings describe; what they leave open is as in `stored`."""
         chosen = {f.name: getattr(self.federation, f.name) for f in dataclasses.fields(self.federation)}
         for name in ("download_dtype", "upload_dtype"):
             chosen[name] = chosen[name] or (getattr(stored, name) if stored else NEW_DTYPE)
+        # A folder from before the record said so; whether it is still true is compared by what it comes to.
+        unsaid = stored is not None and stored.holds_global is None and stored.carries == self.carries
+        chosen["holds_global"] = None if unsaid else self.carries
         lease_s = self.policy.lease_s
         return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 
@@ -116,6 +124,10 @@ def load_settings(path: Path | None) -> Settings:
         base = load_base(file.base, path.parent if path else Path.cwd())
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
+    try:
+        rule_named(file.federation.rule)
+    except InputError as error:
+        raise InputError(f"{where}: federation.{error}") from error
     settings = Settings(
         base, file.federation, file.training, file.policy, file.admission, file.privacy, file.storage
     )
@@ -168,16 +180,16 @@ def _check(settings: Settings, where: str) -> None:
     _check_training(training, chosen.rule, where)
 
 
-def _check_training(training: Training, rule: RuleName, where: str) -> None:
+def _check_training(training: Training, rule: str, where: str) -> None:
     """Signs and sizes of what devices do, and what a rule makes of it."""
     if training.learning_rate_decay > 1:
         raise InputError(
             f"{where}: training.learning_rate_decay is {training.learning_rate_decay}; at most 1"
         )
-    if training.sparse_versions < 0 or (training.sparse_versions and rule != "flexlora"):
+    if training.sparse_versions < 0 or (training.sparse_versions and not rule_named(rule).warms_up):
         raise InputError(
             f"{where}: training.sparse_versions is {training.sparse_versions}; it must be 0 or more, and 0 "
-            f"under any rule but flexlora, not {rule}"
+            f"under any rule but {' or '.join(_those('warms_up'))}, not {rule}"
         )
     for name, value in dataclasses.asdict(training).items():
         if name != "sparse_versions" and not value > 0:
@@ -195,31 +207,30 @@ def _check_privacy(settings: Settings, where: str) -> None:
             "out: privacy.clip_norm is the bound"
         )
     accountant.library()
-    if rule not in mechanism.RULES:
+    if not rule_named(rule).adds_changes:
+        names = " or ".join(map(repr, _those("adds_changes")))
         raise InputError(
-            f"{where}: [privacy] needs federation.rule {' or '.join(map(repr, mechanism.RULES))}, not "
-            f"{rule!r}: its devices send whole states, and what one of them adds has no useful bound"
+            f"{where}: [privacy] needs federation.rule {names}, not {rule!r}: what one of "
+            "its devices adds to a version has no useful bound"
         )
+
+
+def _those(able: str) -> list[str]:
+    """The known rules that have an ability, which is the name of an attribute."""
+    return [name for name, rule in RULES.items() if getattr(rule, able)]
 
 
 def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:
     """What a rule can do with ranks."""
-    if chosen.rule == "fedit" and (len(chosen.ladder) > 1 or chosen.mixed_ranks):
-        raise InputError(
-            f"{where}: rule fedit averages factors of one rank; give federation.ladder one rank and no "
-            "mixed_ranks, or choose another rule"
-        )
-    if chosen.rule == "flora" and chosen.rank_cap < widest:
-        raise InputError(
-            f"{where}: rule flora never truncates; set federation.rank_cap to {widest}, the most that a "
-            "module of this base can hold, or choose carry"
-        )
+    rule = rule_named(chosen.rule)
+    if wrong := rule.objection(chosen.ladder, bool(chosen.mixed_ranks), chosen.rank_cap, widest):
+        raise InputError(f"{where}: {wrong}")
 
 
 def _check_admission(settings: Settings, where: str) -> None:
     """Robust rules want a merge that sums products."""
     robust, rule = settings.admission.robust, settings.federation.rule
-    if robust != "none" and not isinstance(RULES[rule], SumRule):
+    if robust != "none" and not rule_named(rule).sums_products:
         raise InputError(
             f'{where}: admission.robust is "{robust}", but rule {rule} averages factors, of which distances '
             'between products say nothing; set it to "none" or choose another rule'

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,7 @@ from edge_sdk.core.choice import memory
 from edge_sdk.core.choice.model_facts import facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import EdgeError
-from edge_sdk.core.messages import CARRYING, RuleName, Status, Training
+from edge_sdk.core.messages import CARRYING, OWN_RULES, Status, Training
 from edge_sdk.core.profile import load_profile
 from edge_sdk.model import base_model
 from edge_sdk.model.files import read_config, resolve
@@ -246,7 +246,7 @@ def main() -> int:
     """Run the demonstration: 0 if it learnt, 1 if it did not, 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--rule", choices=get_args(RuleName), default="carry")
+    parser.add_argument("--rule", choices=OWN_RULES, default="carry")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--versions", type=int, default=60, help="stop after this many (default %(default)s)")
     parser.add_argument(

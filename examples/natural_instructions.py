@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import time
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from edge_sdk.core.choice.model_facts import facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.lora import Adapter
-from edge_sdk.core.messages import CARRYING, Base, RuleName, Status, Training
+from edge_sdk.core.messages import CARRYING, OWN_RULES, Base, Status, Training
 from edge_sdk.machine.processor import cpu_name
 from edge_sdk.model import base_model
 from edge_sdk.model.files import read_config, resolve
@@ -74,11 +73,11 @@ class Settings:
     devices: int
     versions: int
     minutes: float
-    rule: RuleName
+    rule: str
     seed: int
 
 
-def budget_bytes(base: Base, rule: RuleName, rank: int) -> int:
+def budget_bytes(base: Base, rule: str, rank: int) -> int:
     """A memory budget that carries `rank` and not the next of the ladder: a quarter of the way to that.
 
     The frameworks are left out. What is carried is reckoned in 4 bits, which the next rank would take too.
@@ -96,7 +95,7 @@ def budget_bytes(base: Base, rule: RuleName, rank: int) -> int:
     return peak(rank) + (peak(larger) - peak(rank)) // 4
 
 
-def federation_toml(rule: RuleName) -> str:
+def federation_toml(rule: str) -> str:
     """The coordinator's configuration."""
     sections = {
         "federation": {"rule": rule, "ladder": list(LADDER), "rank_cap": RANK_CAP, "scaling": SCALING}
@@ -293,7 +292,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, bool]:
     parser.add_argument("--data", type=Path, required=True, help="clients.jsonl.xz of Natural Instructions")
     parser.add_argument("--devices", type=int, default=8, help="device processes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the clients (default %(default)s)")
-    parser.add_argument("--rule", choices=typing.get_args(RuleName), default="carry")
+    parser.add_argument("--rule", choices=OWN_RULES, default="carry")
     parser.add_argument("--versions", type=int, default=20, help="stop at this one (default %(default)s)")
     parser.add_argument("--minutes", type=float, default=8.0, help="or after this long (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/natural_instructions"))

@@ -27,7 +27,7 @@ from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.choice import memory
 from edge_sdk.core.choice.model_facts import facts_from_config
 from edge_sdk.core.choice.setting import Ranks, Setting
-from edge_sdk.core.messages import CARRYING, Base, RuleName, Update, UpdateReply
+from edge_sdk.core.messages import CARRYING, Base, Update, UpdateReply
 from edge_sdk.core.records import to_json
 from edge_sdk.model import base_model, files
 from edge_sdk.options import Event, Options
@@ -37,7 +37,7 @@ from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
 
 LADDER = (2, 8)
 CAP = 12
-RANKS: dict[RuleName, tuple[int, int]] = {"fedit": (8, 8)}  # which averages factors of one rank
+RANKS: dict[str, tuple[int, int]] = {"fedit": (8, 8)}  # which averages factors of one rank
 BATCH, SEQUENCE_LEN = 2, 48
 IDS = torch.tensor([[1, 30, 40, 50, 60, 70, 80, 2]])
 
@@ -51,7 +51,7 @@ pytestmark = [
 def configuration(
     folder: Path,
     base: Base,
-    rule: RuleName,
+    rule: str,
     training: dict[str, object],
     policy: dict[str, object],
     wire: WireDtype = "int8",
@@ -74,7 +74,7 @@ def configuration(
     return toml(sections, record)
 
 
-def cap_of(rule: RuleName, base: Base) -> int:
+def cap_of(rule: str, base: Base) -> int:
     """FLoRA truncates nothing."""
     return max(min(shape) for shape in base.modules.values()) if rule == "flora" else CAP
 
@@ -91,7 +91,7 @@ def write_data(path: Path, colour: str) -> Path:
     return path
 
 
-def budget_for(rank: int, base: Base, rule: RuleName) -> int:
+def budget_for(rank: int, base: Base, rule: str) -> int:
     """Memory in which this rank fits and the next larger one does not."""
     facts = facts_from_config(files.read_config(Path(base.model)), base.modules)
     carried, dtype = (cap_of(rule, base), "int8") if rule in CARRYING else (0, "float32")
@@ -136,7 +136,7 @@ def exported_logits(directory: Path, adapter: Path) -> torch.Tensor:
     ],
 )
 def test_a_round_from_training_to_loading(
-    tmp_path: Path, architecture: Architecture, rule: RuleName, wire: WireDtype
+    tmp_path: Path, architecture: Architecture, rule: str, wire: WireDtype
 ) -> None:
     directory = build_model(tmp_path / "base", architecture)
     base = base_model.describe(str(directory))

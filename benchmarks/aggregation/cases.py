@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coordinator.merging.aggregation import Addend
+from coordinator.merging.sources import Addend
 from edge_sdk.core.adapter_file.codec import encode_chunks
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Base, Federation, Training

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from benchmarks.aggregation import rivals as aggregation_rivals
 from benchmarks.aggregation.cases import KEPT, LLAMA_7B, SMALL, Shape, federation, updates
-from coordinator.merging.aggregation import Addend, Start, aggregate
+from coordinator.merging.aggregation import aggregate
+from coordinator.merging.sources import Addend, StartVersion
 from coordinator.storage.blobs import Blobs
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors
@@ -135,7 +136,7 @@ def version(folder: Path) -> dict[str, Any]:
     addends = [Addend(p.stem, 1 / len(ranks), p, rank) for p, rank in zip(paths, ranks, strict=True)]
     with tempfile.TemporaryDirectory(dir=folder) as blobs:
         began, processor = time.perf_counter(), time.process_time()
-        aggregate(federation(model), 1.0, Start(0), addends, Blobs(Path(blobs)).write)
+        aggregate(federation(model), 1.0, StartVersion(0), addends, Blobs(Path(blobs)).write)
         wall, processor = time.perf_counter() - began, time.process_time() - processor
     return {"seconds": wall, "processor_s": processor, "peak_rss_bytes": rss_bytes()}
 

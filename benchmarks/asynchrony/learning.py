@@ -19,8 +19,7 @@ from benchmarks.common.clients import Task
 from benchmarks.common.federation import RANK_CAP, SCALING, Base, live_parts, plan_of
 from benchmarks.common.files import Files
 from coordinator.engine.events import Merge
-from coordinator.merging.aggregation import Addend
-from coordinator.merging.aggregation import Start as Merging
+from coordinator.merging.sources import Addend, StartVersion
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Federation, Training
 from edge_sdk.training.plan import Start
@@ -65,7 +64,7 @@ class RealLearner:
             training=TRAINING,
         )
         self._files = Files(federation, folder)
-        self._versions: dict[int, Merging] = {0: Merging(0)}
+        self._versions: dict[int, StartVersion] = {0: StartVersion(0)}
         self._updates: dict[str, Update] = {}
         self._turns = [0] * len(clients)
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from benchmarks.common.regression import Adam, Problem
-from coordinator.rules import RULES, Change, Merging
+from coordinator.rules.named import RULES
+from coordinator.rules.rule import Change, Merging
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import fresh_row, live_rank, serve
 from edge_sdk.core.lora import LoraFactors, Matrix, stacked
-from edge_sdk.core.messages import RuleName
 from edge_sdk.training.factor_layers import FrozenFactor
 
 WIDTH, TRUE_RANK, RANK_CAP = 64, 16, 32
@@ -43,7 +43,7 @@ class Split:
 class Rules:
     """How the federation merges, and how factors to train begin under `carry`. See `carry_training`."""
 
-    rule: RuleName = "carry"
+    rule: str = "carry"
     corrected: bool = True
     fresh: Fresh = "random"
     wide: float = 1.0  # factor on the rows of a random A

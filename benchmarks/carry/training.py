@@ -26,11 +26,11 @@ from benchmarks.common.federation import (
     merged,
     plan_of,
 )
-from coordinator.rules import RULES
+from coordinator.rules.named import RULES
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import live_rank, serve, split
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
-from edge_sdk.core.messages import RuleName, Training
+from edge_sdk.core.messages import Training
 from edge_sdk.training.plan import Plan, Start
 
 HOUSEHOLDS, BUFFER_SIZE = 6, 4
@@ -50,7 +50,7 @@ class Choice:
     are trained themselves, and the others carried. `some`: likewise, but a random subset of them.
     """
 
-    rule: RuleName
+    rule: str
     rank: int
     carry_rank: int = 0
     dtype: CarriedDtype = "float32"

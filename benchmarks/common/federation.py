@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from coordinator.engine.weights import polynomial
-from coordinator.rules import Change, Merging, Rule
+from coordinator.rules.rule import Change, Merging, Rule
 from edge_sdk.core.flexlora import live_rank, pad, split
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Training

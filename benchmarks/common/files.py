@@ -7,7 +7,9 @@ from pathlib import Path
 
 from benchmarks.common.federation import SCALING
 from coordinator.merging.admission import Admission
-from coordinator.merging.aggregation import Addend, Start, aggregate
+from coordinator.merging.aggregation import aggregate
+from coordinator.merging.sources import Addend, StartVersion
+from coordinator.merging.weighing import weighing
 from coordinator.storage.blobs import Blobs
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.adapter_file.dtypes import WireDtype
@@ -32,12 +34,23 @@ class Files:
         return self._blobs.path(self._blobs.write([codec.encode(adapter, SCALING, dtype)]))
 
     def merge(
-        self, current: Start, addends: Sequence[Addend], eta: float = 1.0, admission: Admission | None = None
-    ) -> tuple[Start, int]:
+        self,
+        current: StartVersion,
+        addends: Sequence[Addend],
+        eta: float = 1.0,
+        admission: Admission | None = None,
+    ) -> tuple[StartVersion, int]:
         """The version after `current`, and its live rank."""
-        outcome = aggregate(self.federation, eta, current, addends, self._blobs.write, admission)
-        return Start(current.version + 1, self._blobs.path(outcome.digest)), outcome.rank
+        outcome = aggregate(
+            self.federation,
+            eta,
+            current,
+            addends,
+            self._blobs.write,
+            weighing(admission or Admission(), None),
+        )
+        return StartVersion(current.version + 1, self._blobs.path(outcome.digest)), outcome.rank
 
-    def adapter(self, version: Start) -> Adapter | None:
+    def adapter(self, version: StartVersion) -> Adapter | None:
         """The global adapter of a version; None for version 0."""
         return dict(codec.open_own(version.path, SCALING).modules()) if version.path else None

@@ -27,7 +27,6 @@ from benchmarks.poisoning import toy as poisoning_toy
 from benchmarks.poisoning import training as poisoning_training
 from benchmarks.poisoning.toy import Attack, Case, Defence
 from benchmarks.poisoning.training import HONEST_VERSIONS, Federation
-from edge_sdk.core.messages import RuleName
 from edge_sdk.machine.processor import cpu_name
 
 ATTACKS: tuple[Attack, ...] = ("scaled", "reversed", "flipped", "nobody")
@@ -38,11 +37,11 @@ DEFENCES: dict[Defence, str] = {
     "geometric_median": "geometric median",
     "trimmed": "trimmed by norm",
 }
-TOY_RULES: tuple[RuleName, ...] = ("carry", "innovation", "flexlora")
-TRAINING_RULES: tuple[RuleName, ...] = ("carry", "flexlora")
+TOY_RULES: tuple[str, ...] = ("carry", "innovation", "flexlora")
+TRAINING_RULES: tuple[str, ...] = ("carry", "flexlora")
 
 
-def cases(rule: RuleName, quick: bool) -> list[Case]:
+def cases(rule: str, quick: bool) -> list[Case]:
     """All of a rule's table, the plainest first."""
     defences: list[Defence] = ["none", "geometric_median"] if quick else list(DEFENCES)
     attacks: Sequence[Attack] = ("reversed",) if quick else ATTACKS
@@ -52,7 +51,7 @@ def cases(rule: RuleName, quick: bool) -> list[Case]:
     ]
 
 
-def table(title: str, rule: RuleName, found: Callable[[Case], list[float]]) -> Table:
+def table(title: str, rule: str, found: Callable[[Case], list[float]]) -> Table:
     """What each attack (columns) does under each defence; a dash for what was not run."""
     shown = Table(title=title, title_justify="left")
     shown.add_column("defence")
@@ -69,7 +68,7 @@ def table(title: str, rule: RuleName, found: Callable[[Case], list[float]]) -> T
     return shown
 
 
-def toy(results: Results, seeds: Sequence[int], rules: Sequence[RuleName], quick: bool) -> list[Table]:
+def toy(results: Results, seeds: Sequence[int], rules: Sequence[str], quick: bool) -> list[Table]:
     """Relative errors on the known target."""
 
     def key(case: Case, seed: int) -> dict[str, Any]:
@@ -87,7 +86,7 @@ def toy(results: Results, seeds: Sequence[int], rules: Sequence[RuleName], quick
 
 
 def training(
-    results: Results, seeds: Sequence[int], rules: Sequence[RuleName], versions: int, quick: bool
+    results: Results, seeds: Sequence[int], rules: Sequence[str], versions: int, quick: bool
 ) -> list[Table]:
     """Held-out losses of the embedded base after `versions` versions."""
 

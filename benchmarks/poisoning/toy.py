@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.common.regression import Adam, Problem
 from coordinator.merging.admission import Admission, admit, bound, measure
 from coordinator.merging.robust import RobustName, gram, reweight
-from coordinator.rules import RULES, Change, Merging, SumRule
+from coordinator.rules.named import RULES
+from coordinator.rules.rule import Change, Merging, SumRule
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
-from edge_sdk.core.messages import RuleName
 
 WIDTH, TRUE_RANK, RANK, RANK_CAP = 32, 6, 6, 12
 DEVICES, HOSTILE, BUFFER_SIZE, VERSIONS = 20, 4, 10, 30
@@ -35,7 +35,7 @@ Defence = Literal["none", "bound", "norm_median", "geometric_median", "trimmed"]
 class Case:
     """A merge rule, what the hostile devices send, and what is done about it."""
 
-    rule: RuleName
+    rule: str
     attack: Attack
     defence: Defence
 

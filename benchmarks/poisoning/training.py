@@ -28,12 +28,12 @@ from benchmarks.common.files import Files
 from benchmarks.poisoning.toy import TIMES, Case
 from coordinator.engine.weights import polynomial
 from coordinator.merging.admission import admit, bound, measure
-from coordinator.merging.aggregation import Addend, Start
-from coordinator.rules import RULES, served
+from coordinator.merging.sources import Addend, StartVersion
+from coordinator.rules.named import RULES, served
 from edge_sdk.core import messages
 from edge_sdk.core.flexlora import combine, live_rank
 from edge_sdk.core.lora import Adapter, LoraFactors
-from edge_sdk.core.messages import RuleName, Training
+from edge_sdk.core.messages import Training
 from edge_sdk.training.plan import Start as TrainingStart
 
 RANKS = (2, 4, 8, 2, 4, 2, 4, 8, 2, 4)  # of the ten households
@@ -50,7 +50,7 @@ class Past:
     """The versions so far, and the norms of accepted updates."""
 
     files: Files
-    versions: list[Start] = field(default_factory=lambda: [Start(0)])
+    versions: list[StartVersion] = field(default_factory=lambda: [StartVersion(0)])
     norms: list[tuple[str, float]] = field(default_factory=list)
 
     def branch(self) -> Past:
@@ -64,7 +64,7 @@ class Federation:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._base = Base()
-        self._before: dict[tuple[RuleName, int], tuple[Past, float]] = {}
+        self._before: dict[tuple[str, int], tuple[Past, float]] = {}
 
     def run(self, case: Case, seed: int, last: int) -> dict[str, float]:
         """Train until version `last`; loss on held-out rows (nats a token) before the attack, and there."""
@@ -76,7 +76,7 @@ class Federation:
         self._grow(case, seed, last, homes, attacked)
         return {str(HONEST_VERSIONS): loss, str(last): self._loss(attacked, homes)}
 
-    def _honest(self, rule: RuleName, seed: int, homes: Homes) -> tuple[Past, float]:
+    def _honest(self, rule: str, seed: int, homes: Homes) -> tuple[Past, float]:
         """The versions before the attack, and the loss of the last of them."""
         record = messages.Federation(
             "poisoned", self._base.record, rule, (2, 4, 8), RANK_CAP, SCALING, "balanced", TRAINING
@@ -99,7 +99,7 @@ class Federation:
         def train(turn: Turn) -> Addend:
             return self._update(case, seed, turn, homes, past)
 
-        def merge(addends: list[Addend]) -> Start:
+        def merge(addends: list[Addend]) -> StartVersion:
             total = sum(addend.weight for addend in addends)
             shares = [replace(addend, weight=addend.weight / total) for addend in addends]
             return past.files.merge(past.versions[-1], shares, admission=case.admission)[0]
@@ -149,7 +149,7 @@ def _is_hostile(turn: Turn) -> bool:
     return turn.device in HOSTILE and turn.version >= HONEST_VERSIONS
 
 
-def _poisoned(rule: RuleName, adapter: Adapter, begun: Adapter, times: float) -> Adapter:
+def _poisoned(rule: str, adapter: Adapter, begun: Adapter, times: float) -> Adapter:
     """`times` the change, in an adapter of the rank that was assigned: all that a hostile device may send."""
     if RULES[rule].carries:
         return {n: LoraFactors(np.float32(times) * f.b, f.a) for n, f in adapter.items()}

@@ -11,8 +11,7 @@ from typing import Any
 
 from benchmarks.carry import toy as carry_toy
 from benchmarks.carry.toy import DEVICES, RANK_CAP, WIDTH, Rules, Split
-from coordinator.rules import RULES
-from edge_sdk.core.messages import RuleName
+from coordinator.rules.named import RULES
 from edge_sdk.training.trainer import FRESH_ROWS
 
 Row = dict[str, Any]
@@ -43,7 +42,7 @@ def applies(way: str, mix: str) -> bool:
     return way != "fedit" or len(set(MIXES[mix])) == 1
 
 
-def splits(rule: RuleName, ranks: Sequence[int]) -> list[Split]:
+def splits(rule: str, ranks: Sequence[int]) -> list[Split]:
     """What each device trains and carries: all of the global adapter in int8 where the rule carries."""
     if not RULES[rule].carries:
         return [Split(rank) for rank in ranks]

@@ -27,12 +27,11 @@ from benchmarks.common.federation import (
     live_parts,
     merged,
 )
-from coordinator.rules import RULES
 from coordinator.rules.columns import serve_columns
+from coordinator.rules.named import RULES
 from edge_sdk.core.choice.carried import held_bytes
 from edge_sdk.core.flexlora import fresh_row
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
-from edge_sdk.core.messages import RuleName
 from edge_sdk.training.plan import Plan, Start
 from edge_sdk.training.trainer import FRESH_ROWS
 
@@ -64,7 +63,7 @@ class Way:
     random are trained themselves, the others are frozen in int8.
     """
 
-    rule: RuleName
+    rule: str
     begins: Begins
     rate: float
 

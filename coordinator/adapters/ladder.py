@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from coordinator.rules import served
+from coordinator.rules.named import served
 from edge_sdk.core.adapter_file.codec import header_bytes, open_own, packed_module
 from edge_sdk.core.adapter_file.dtypes import WIRE_DTYPES, WireDtype
 from edge_sdk.core.choice.carried import splits

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coordinator.merging.admission import Admission, admit, bound, measure
 from coordinator.merging.parallel import cores
-from coordinator.rules import RULES, SumRule, served
+from coordinator.rules.named import rule_named, served
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.disk import blaming
 from coordinator.storage.rows import StoredUpdate
@@ -30,7 +30,7 @@ class Uploads:
         self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
-        self._admission = admission
+        self._rule, self._admission = rule_named(federation.rule), admission
         # More at a time would hold more in memory, and hand the interpreter around.
         self._checks = threading.Semaphore(cores())
 
@@ -41,6 +41,22 @@ class Uploads:
         """
         federation = self._federation
         return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
+
+    def require_fits(self, assignment: Assignment, size_bytes: int) -> None:
+        """Raise TooLarge for more bytes than the rank of an assignment needs."""
+        cap = self.cap(assignment)
+        if size_bytes > cap:
+            raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
+
+    def append(self, assignment: Assignment, offset: int, pieces: Sequence[bytes]) -> int:
+        """Store pieces of an upload at `offset`, where what is stored of it must end; the new end.
+
+        Raises:
+            OffsetConflict: bytes are missing before `offset`, or there already.
+            TooLarge: the upload would be larger than its rank needs; nothing is written.
+            DiskFull, InternalError: some may be stored; `stored_bytes` says how much.
+        """
+        return self._blobs.append(assignment.id, offset, pieces, self.cap(assignment))
 
     def stored_bytes(self, id: str) -> int:
         """How much of an upload is here. A device that heard no acknowledgement needs not send it again."""
@@ -115,7 +131,7 @@ class Uploads:
 
     def _changes(self, file: codec.AdapterFile, version: int) -> Iterator[tuple[str, LoraFactors]]:
         """What the device changed, module by module."""
-        federation, rule = self._federation, RULES[self._federation.rule]
+        federation, rule = self._federation, self._rule
         stored = None if rule.carries else self._store.version(version)
         start = codec.open_own(self._blobs.path(stored.digest), federation.scaling) if stored else None
         for name, factors in file.modules():
@@ -137,7 +153,7 @@ class Uploads:
         that are longer than both.
         """
         refuses = self._admission is not None and self._admission.over_norm == "refuse"
-        return refuses or not isinstance(RULES[self._federation.rule], SumRule)
+        return refuses or not self._rule.sums_products
 
     def keep(self, stored: StoredUpdate) -> bool:
         """Acknowledge a checked update: once this returns it is on disk. False if it was before."""

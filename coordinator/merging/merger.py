@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from coordinator.engine.events import Merge
-from coordinator.merging import aggregation
 from coordinator.merging.admission import Admission, bound
+from coordinator.merging.aggregation import Outcome, aggregate
+from coordinator.merging.sources import Addend, StartVersion, faults
+from coordinator.merging.weighing import weighing
 from coordinator.privacy.mechanism import Noise
-from coordinator.rules import RULES, SumRule
+from coordinator.rules.named import rule_named
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate, Version
 from coordinator.storage.store import Store
@@ -22,7 +24,10 @@ from edge_sdk.core.svd.decompose import decompose
 
 
 class Merger:
-    """Does what the engine's Merge says. For a worker thread."""
+    """Does what the engine's Merge says. For a worker thread.
+
+    `eta`: the server's learning rate. `noise`: None without differential privacy. `by` decomposes sums.
+    """
 
     def __init__(
         self,
@@ -30,13 +35,16 @@ class Merger:
         store: Store,
         blobs: Blobs,
         admission: Admission | None = None,
+        eta: float = 1.0,
+        noise: Noise | None = None,
         by: Decompose = decompose,
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
+        self._rule = rule_named(federation.rule)
         self._admission = admission or Admission()
-        self._by = by
+        self._eta, self._noise, self._by = eta, noise, by
 
-    def merge(self, effect: Merge, eta: float, noise: Noise | None = None) -> Version:
+    def merge(self, effect: Merge) -> Version:
         """Aggregate and publish; after this returns the version is durable.
 
         Raises:
@@ -45,22 +53,22 @@ class Merger:
         """
         records = {stored.id: stored for stored in self._store.unmerged()}
         limit = None
-        if noise is None:  # a bound learnt from other devices' updates would say something of these
+        if self._noise is None:  # a bound learnt from other devices' updates would say something of these
             limit = bound(self._store.recent_norms(self._admission.history), self._admission)
         addends = [
             self._addend(self._clipped(records[b.update], limit), weight) for b, weight, _ in effect.weights
         ]
-        base = aggregation.Start(effect.version - 1, self._version(effect.version - 1))
+        base = StartVersion(effect.version - 1, self._version(effect.version - 1))
         self._check(addends, base)
-        how = noise or self._admission
+        how = weighing(self._admission, self._noise)
         with self._blobs.keeping() as write:  # until its row is there
-            outcome = aggregation.aggregate(self._federation, eta, base, addends, write, how, self._by)
-            version = _version(effect.version, outcome, noise)
+            outcome = aggregate(self._federation, self._eta, base, addends, write, how, self._by)
+            version = _version(effect.version, outcome, self._noise)
             merged = zip(effect.weights, outcome.weights, strict=True)
             self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])
         return version
 
-    def _check(self, addends: Sequence[aggregation.Addend], base: aggregation.Start) -> None:
+    def _check(self, addends: Sequence[Addend], base: StartVersion) -> None:
         """Read every file once for its digest: a flipped bit in a value would be merged like any other value.
 
         What an update holds was checked when it came in; so an intact file needs no second look.
@@ -73,7 +81,7 @@ class Merger:
                 )
         changed = [addend for addend in addends if not self._blobs.is_intact(addend.path.name)]
         if changed:
-            found = aggregation.faults(self._federation, changed)
+            found = faults(self._federation, changed)
             plain = "its file is not what was acknowledged"
             raise BadUpdates.of({a.update: found.get(a.update, plain) for a in changed})
 
@@ -83,15 +91,13 @@ class Merger:
         The first updates of a federation are let in without one; by the time that they are merged they may be
         enough to learn it from.
         """
-        if limit is None or stored.norm is None or stored.norm <= limit:
-            return stored
-        if not isinstance(RULES[self._federation.rule], SumRule):
+        if limit is None or stored.norm is None or stored.norm <= limit or not self._rule.sums_products:
             return stored
         shorter = replace(stored, factor=stored.factor * limit / stored.norm, norm=limit)
         self._store.clip(shorter)
         return shorter
 
-    def _addend(self, stored: StoredUpdate, weight: float) -> aggregation.Addend:
+    def _addend(self, stored: StoredUpdate, weight: float) -> Addend:
         """An update on disk; with what it was trained from where the rule cannot do without."""
         assignment = self._store.assignment(stored.id, stored.device)
         if assignment is None:
@@ -99,20 +105,18 @@ class Merger:
         path, rank = self._blobs.path(stored.update.digest), stored.update.rank
         version = self._store.version(stored.version)
         live = version.rank if version else 0
-        rule = RULES[self._federation.rule]
         measured = stored.factor < 1.0 or self._admission.robust != "none"
-        needed = rule.needs_start(rank, assignment.carry_rank, live) or (measured and not rule.carries)
-        start = aggregation.Start(
-            stored.version, self._version(stored.version) if needed and live > 0 else None
-        )
-        return aggregation.Addend(stored.id, weight, path, rank, start, assignment.carry_rank, stored.factor)
+        needed = self._rule.needs_start(rank, assignment.carry_rank, live)
+        needed = needed or (measured and not self._rule.carries)
+        start = StartVersion(stored.version, self._version(stored.version) if needed and live > 0 else None)
+        return Addend(stored.id, weight, path, rank, start, assignment.carry_rank, stored.factor)
 
     def _version(self, number: int) -> Path | None:
         stored = self._store.version(number)
         return self._blobs.path(stored.digest) if stored else None
 
 
-def _version(number: int, outcome: aggregation.Outcome, noise: Noise | None) -> Version:
+def _version(number: int, outcome: Outcome, noise: Noise | None) -> Version:
     """The row of a version that was just written."""
     return Version(
         number,

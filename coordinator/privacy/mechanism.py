@@ -25,18 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.privacy.gaussian_noise import Normals, system_normals
-from coordinator.rules import Merged
+from coordinator.rules.rule import Merging, NewFactors, Ranks, Rule, SumRule
 from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.flexlora import live_rank, with_fixed_signs
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.messages import RuleName
 from edge_sdk.core.svd.stack import Stack
 
 Dense = npt.NDArray[np.float64]
-
-# Rules whose uploads are changes from a start that all know. Elsewhere a state is averaged, and what one
-# device adds to the sum is the whole adapter, not what it learnt: no bound of use.
-RULES: tuple[RuleName, ...] = ("carry", "innovation")
 
 # By so much less than C is a change clipped: what rounding in float64 may add to it until it is in the sum.
 # The correction for a partly carried tail needs no margin: D − PDQ with P = U_t U_tᵀ and Q = V_t V_tᵀ
@@ -86,6 +81,24 @@ class Noise:
     normals: Normals
 
 
+class NoisedSum(Rule):
+    """A rule's sum with noise in every entry: what is stored of it is all that the cap allows."""
+
+    dense = True
+
+    def __init__(self, rule: SumRule, noise: Noise) -> None:
+        self._rule, self._noise = rule, noise
+
+    def merge(self, merging: Merging, rank: int) -> NewFactors:
+        """The best approximation of the noised sum."""
+        std = merging.eta * self._noise.std
+        return noised(self._rule.addends(merging), std, rank, self._noise.normals)
+
+    def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
+        """Noise has every direction."""
+        return min(rank_cap, *shape)
+
+
 def squared_norm_bound(change: LoraFactors) -> float:
     """Never less than ‖BA‖²_F of one module, from Gram matrices in float64.
 
@@ -112,7 +125,9 @@ def clip_factor(squared_norm: float, clip_norm: float) -> float:
     return 1.0 if norm <= limit else limit / norm
 
 
-def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, normals: Normals) -> Merged:
+def noised(
+    addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, normals: Normals
+) -> NewFactors:
     """The best rank-`rank` approximation of `Σ w_k b_k a_k + N`, of one module.
 
     Args:
@@ -130,7 +145,7 @@ def noised(addends: Sequence[tuple[float, LoraFactors]], std: float, rank: int, 
     u, s, vt = leading_components(total, rank)
     energy, kept = float(np.vdot(total, total)), float(np.sum(s**2))
     factors = LoraFactors((u * s).astype(np.float32), vt.astype(np.float32))
-    return Merged(factors, live_rank(factors), energy, max(0.0, energy - kept))
+    return NewFactors(factors, live_rank(factors), energy, max(0.0, energy - kept))
 
 
 def noised_sum(addends: Sequence[tuple[float, LoraFactors]], std: float, normals: Normals) -> Dense:

@@ -12,13 +12,18 @@ from edge_sdk.core.lora import LoraFactors
 
 
 class Carry(SumRule):
-    """G ← G + η Σ w_k B̃_k A_k, where the factors are fresh ones: docs/DESIGN.md, section 4.
+    """G ← G + η Σ w_k B̃_k A_k, where the factors are fresh ones.
 
     What a device trained is what it changed; nothing is subtracted where it carried all of G. Where it did
     not, what it learnt a second time is taken out; see `relearnt`.
+
+    In FRLoRA (ICLR 2025) and FedMomentum (arXiv:2603.08014), too, fresh factors are trained on top of a
+    global update that is held or merged. Not found there: the frozen part beside a 4-bit base in int8 or NF4,
+    less than all of it carried, and updates of unequal versions.
     """
 
     carries = True
+    adds_changes = True
 
     def needs_start(self, rank: int, carry_rank: int, live: int) -> bool:
         """Only where there was something that the device did not see."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from coordinator.rules.rule import Change, Merged, Merging, Ranks, Rule
+from coordinator.rules.rule import Change, Merging, NewFactors, Ranks, Rule
 from edge_sdk.core.flexlora import Split, pad
 from edge_sdk.core.lora import LoraFactors
 
@@ -19,11 +19,20 @@ class FedIt(Rule):
     module that came back at a lower rank, from a device out of memory, counts as filled up with zeros.
     """
 
+    def objection(self, ladder: Sequence[int], mixed: bool, rank_cap: int, widest: int) -> str:
+        """All devices must have one rank."""
+        if len(ladder) == 1 and not mixed:
+            return ""
+        return (
+            "rule fedit averages factors of one rank; give federation.ladder one rank and no mixed_ranks, or "
+            "choose another rule"
+        )
+
     def weights(self, changes: Sequence[Change]) -> list[float]:
         """The engine's."""
         return [change.weight for change in changes]
 
-    def merge(self, merging: Merging, rank: int) -> Merged:
+    def merge(self, merging: Merging, rank: int) -> NewFactors:
         """Average B and A apart. Nothing is decomposed, so that components keep their places."""
         eta, shares = merging.eta, self.weights(merging.changes)
         parts = [(eta * w, change.factors) for w, change in zip(shares, merging.changes, strict=True)]
@@ -34,7 +43,7 @@ class FedIt(Rule):
             b[:, : factors.rank] += weight * factors.b
             a[: factors.rank] += weight * factors.a
         mean = LoraFactors(b.astype(np.float32), a.astype(np.float32))
-        return Merged(mean, rank, mean.norm() ** 2)
+        return NewFactors(mean, rank, mean.norm() ** 2)
 
     def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
         """That of the widest, which the cap never is below: see `settings`."""

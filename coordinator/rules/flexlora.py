@@ -12,9 +12,12 @@ class FlexLora(SumRule):
     """G ← Σ w_k B̃_k A_k (Bai et al., NeurIPS 2024, arXiv:2402.11505, section 3.2).
 
     Devices train their truncation of the global adapter itself, and their states are averaged: a device of
-    rank 8 pulls the other components of everybody towards zero. With η < 1 the old global adapter keeps the
+    rank 8 pulls the other components of everybody towards zero (raFLoRA, arXiv:2602.13486, proves that the
+    average collapses to the smallest shared rank). With η < 1 the old global adapter keeps the
     share 1 − η, which the paper has not.
     """
+
+    warms_up = True
 
     def addends(self, merging: Merging) -> Addends:
         """The states, and with η ≠ 1 what stays of the old."""

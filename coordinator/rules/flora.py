@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coordinator.rules.carry import Carry
 from coordinator.rules.rule import Ranks
 
@@ -14,6 +16,19 @@ class Flora(Carry):
     stack is kept in canonical form, the same product, and stops growing where it fills the module. That is
     its price: after some versions every device downloads and holds a factorised full-size update.
     """
+
+    adds_changes = (
+        False  # it does; but noise has every direction, and a stack of that fills the module at once
+    )
+
+    def objection(self, ladder: Sequence[int], mixed: bool, rank_cap: int, widest: int) -> str:
+        """The cap must be as wide as the modules."""
+        if rank_cap >= widest:
+            return ""
+        return (
+            f"rule flora never truncates; set federation.rank_cap to {widest}, the most that a module of "
+            "this base can hold, or choose carry"
+        )
 
     def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
         """All of the stack; the cap is for rules that truncate."""

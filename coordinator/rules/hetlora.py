@@ -18,6 +18,10 @@ class HetLora(FedIt):
     here a device's rank follows from its memory.
     """
 
+    def objection(self, ladder: Sequence[int], mixed: bool, rank_cap: int, widest: int) -> str:
+        """Ranks may be unequal."""
+        return ""
+
     def weights(self, changes: Sequence[Change]) -> list[float]:
         """By the norm of the product; the engine's where all products are zero."""
         norms = [change.weight * change.factors.norm() for change in changes]

@@ -10,7 +10,7 @@ from edge_sdk.core.lora import LoraFactors
 
 
 class Innovation(SumRule):
-    """G ← G + η Σ w_k D_k,  D_k = B̃_k A_k − T_{r_k}(G_v): docs/DESIGN.md, section 4.
+    """G ← G + η Σ w_k D_k,  D_k = B̃_k A_k − T_{r_k}(G_v).
 
     T_r keeps the r largest components, which is what a device of rank r was served and then trained. With
     equal versions, η = 1 and every r_k at least the rank of G this is the published average.
@@ -18,7 +18,12 @@ class Innovation(SumRule):
     What is subtracted of one version shares its factors: Σ_k w_k T_{r_k}(G_v) = U diag(S_i c_i) Vᵀ, where c_i
     is the weight of all devices that were given component i. So the stack grows by one block for each
     distinct version, however many devices; for the current version that block is G's own.
+
+    FedHL (arXiv:2505.18494), which aggregates on the basis of the full-rank global model, reads like it from
+    its abstract; its formula was not compared.
     """
+
+    adds_changes = True
 
     def needs_start(self, rank: int, carry_rank: int, live: int) -> bool:
         """Always: a state says nothing of the change without its start."""

@@ -58,7 +58,7 @@ class Merging:
 
 
 @dataclass(frozen=True)
-class Merged:
+class NewFactors:
     """The next global factors of one module, their live rank, and ‖·‖² of the sum and of what was dropped."""
 
     factors: LoraFactors
@@ -80,8 +80,34 @@ class Ranks:
 class Rule(ABC):
     """A merge rule. Stateless: the same merging gives the same factors."""
 
-    carries = False
-    """Devices hold the global adapter frozen and train fresh factors on top; else they train a part of it."""
+    carries: bool = False
+    """Devices hold the global adapter frozen and train fresh factors on top; otherwise a part of it."""
+
+    sums_products: bool = False
+    """The result is a weighted sum of products, so an update can be merged by less than its whole change.
+
+    Between two pairs of factors that are averaged lie products that are longer than both.
+    """
+
+    adds_changes: bool = False
+    """What an update adds to that sum is what its device changed, so clipping bounds it, as privacy needs."""
+
+    warms_up: bool = False
+    """Devices may begin with sparse columns (`[training] sparse_versions`)."""
+
+    dense: bool = False
+    """A merge holds one module as a dense matrix, so modules are merged one at a time."""
+
+    def objection(self, ladder: Sequence[int], mixed: bool, rank_cap: int, widest: int) -> str:
+        """Why a federation with these ranks cannot be under this rule, with the mend; "" where it can.
+
+        Args:
+            ladder: ranks that a device may train, rising.
+            mixed: whether ranks may differ between attention and feed-forward layers.
+            rank_cap: the rank of the global adapter.
+            widest: the most that any module of the base can hold.
+        """
+        return ""
 
     def needs_start(self, rank: int, carry_rank: int, live: int) -> bool:
         """Whether an update must be merged together with the version that it was trained from.
@@ -94,7 +120,7 @@ class Rule(ABC):
         return False
 
     @abstractmethod
-    def merge(self, merging: Merging, rank: int) -> Merged:
+    def merge(self, merging: Merging, rank: int) -> NewFactors:
         """The next global factors, of rank `rank`, which is what `stored_rank` said."""
 
     @abstractmethod
@@ -110,7 +136,18 @@ class Rule(ABC):
         """
         return factors if self.carries or not begun.rank else stacked([(1.0, factors), (-1.0, begun)])
 
-    def next(self, merging: Merging, rank_cap: int) -> Merged:
+    def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
+        """The same update with `factor` of its change; `begun` as for `change`.
+
+        A rule that sums no products merges it whole: the host has such updates refused.
+        """
+        return change
+
+    def shorter_rank(self, rank: int, begun: int) -> int:
+        """The rank of that, from those of the factors and of `begun`."""
+        return rank
+
+    def next(self, merging: Merging, rank_cap: int) -> NewFactors:
         """The next global factors of a module that is in memory."""
         shape = merging.changes[0].factors.shape
         return self.merge(merging, self.stored_rank(merging.ranks(), shape, rank_cap, merging.eta))
@@ -126,16 +163,11 @@ class SumRule(Rule):
     What is stored is canonical: `b = U·S` with falling S, `a = Vᵀ`.
     """
 
+    sums_products = True
+
     def shorter(self, change: Change, factor: float, begun: LoraFactors) -> Change:
-        """The same update with `factor` of its change; `begun` as for `change`.
-
-        A rule that sums changes weighs it less. The weights then no longer sum to 1: nobody else counts more.
-        """
+        """It weighs less where changes are summed. Weights no longer sum to 1: nobody else counts more."""
         return replace(change, weight=factor * change.weight)
-
-    def shorter_rank(self, rank: int, begun: int) -> int:
-        """The rank of that, from those of the factors and of `begun`."""
-        return rank
 
     @abstractmethod
     def addends(self, merging: Merging) -> Addends:
@@ -149,8 +181,8 @@ class SumRule(Rule):
         """As many as the stack holds, at most the cap."""
         return min(rank_cap, self.stacked_rank(ranks, eta), *shape)
 
-    def merge(self, merging: Merging, rank: int) -> Merged:
+    def merge(self, merging: Merging, rank: int) -> NewFactors:
         """The best approximation of the sum with `rank` components."""
         combined = combine(self.addends(merging), rank, merging.by)
         live = live_rank(combined.factors)
-        return Merged(combined.factors, live, combined.energy, combined.discarded_energy)
+        return NewFactors(combined.factors, live, combined.energy, combined.discarded_energy)

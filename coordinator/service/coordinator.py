@@ -1,4 +1,4 @@
-"""The coordinator proper: the pure engine joined to its store, its blobs and the aggregation thread.
+"""The coordinator proper: what devices ask of it, answered by the pure engine and kept in the store.
 
 Knows nothing of HTTP. Every method that acknowledges something returns only after it is on disk.
 """
@@ -11,7 +11,7 @@ import hmac
 import logging
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -21,25 +21,18 @@ from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.engine import events
 from coordinator.engine.engine import Engine
-from coordinator.engine.state import Ration
 from coordinator.merging.merger import Merger
 from coordinator.privacy import ledger
+from coordinator.service.background import Background
 from coordinator.service.caches import Assignments, Credentials
-from coordinator.service.fault_log import Trouble
-from coordinator.service.opening import buffered, recalled
-from coordinator.service.process_limits import THREADS, trim_heap
+from coordinator.service.fault_log import FaultLog
+from coordinator.service.opening import buffered, open_folder, recalled
+from coordinator.service.process_limits import THREADS
 from coordinator.service.status import Overview, SharedAnswer
 from coordinator.settings import Settings
-from coordinator.storage.blobs import Blobs
-from coordinator.storage.store import DATABASE, Store
-from coordinator.upkeep.collection import Collector
-from coordinator.upkeep.data_folder import join_token, require_sound
 from edge_sdk.core.errors import (
     AdapterError,
-    BadUpdates,
-    InputError,
     NotFound,
-    OurFault,
     ProtocolError,
     TooLarge,
     Unauthorised,
@@ -49,7 +42,6 @@ from edge_sdk.core.messages import (
     PROTOCOL_VERSION,
     Ask,
     Assignment,
-    Federation,
     Heartbeat,
     HeartbeatReply,
     JoinReply,
@@ -58,67 +50,38 @@ from edge_sdk.core.messages import (
     Update,
     UpdateReply,
 )
-from edge_sdk.core.records import decode, encode, to_json
+from edge_sdk.core.records import encode
 from edge_sdk.core.svd.decompose import decompose
 
 log = logging.getLogger("coordinator")
 Answer = TypeVar("Answer")
-TICK_S = 0.5
 
 
 class Coordinator:
     """One federation on one data folder. Create it in the event loop that will use it."""
 
     def __init__(self, folder: Path, settings: Settings, by: Decompose = decompose) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.blobs = Blobs(folder)
-        except OSError as error:
-            raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
-        self.store = Store(folder / DATABASE)
-        self.federation = self._fixed_federation(settings, folder)
+        opened = open_folder(folder, settings)
+        self.federation, self.store, self.join_token = opened.federation, opened.store, opened.join_token
         self.privacy = settings.privacy
-        ledger.open_ledger(self.store, settings.privacy, folder)
-        self.collector = Collector(
-            self.store, self.blobs, settings.storage.keep_versions, settings.policy.staleness_limit
-        )
-        require_sound(folder, self.store, self.blobs, self.collector.newest)
-        self.collector.tidy()
-        self.join_token = join_token(folder)
+        self.faults = FaultLog()
         steps = self.federation.training.steps
-        self.engine = Engine(settings.policy, ration=self._restored_ration(), steps=steps)
+        self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
-        self.trouble = Trouble()
         self._seen: dict[str, float] = {}
         self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._collecting: asyncio.Task[None] | None = None
-        self._expired: list[str] = []  # assignments whose end is not on disk yet
         self._restore()
         learnt = None if self.privacy else settings.admission
-        self.uploads = Uploads(self.federation, self.store, self.blobs, learnt)
-        self.serving = Serving(self.federation, self.store, self.blobs, self.collector.newest)
+        self.uploads = Uploads(self.federation, self.store, opened.blobs, learnt)
+        self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
         self._status = SharedAnswer(self._status_text)
         self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
-        self.merger = Merger(self.federation, self.store, self.blobs, settings.admission, by)
+        noise = self.privacy.noise(settings.policy.buffer_size) if self.privacy else None
+        eta = settings.policy.server_learning_rate
+        merger = Merger(self.federation, self.store, opened.blobs, settings.admission, eta, noise, by)
+        self._background = Background(self.store, merger, opened.collector, self.faults, self._apply)
 
     # --- life ---
-
-    def _fixed_federation(self, settings: Settings, folder: Path) -> Federation:
-        """The federation of this folder; settings that contradict it are refused by name."""
-        stored = self.store.meta("federation")
-        if stored is None:
-            made = settings.build(secrets.token_hex(8))
-            self.store.set_meta("federation", encode(made).decode())
-            return made
-        federation = decode(Federation, stored)
-        wanted = to_json(settings.build(federation.id, federation))
-        for key, value in to_json(federation).items():
-            if wanted[key] != value:
-                raise InputError(
-                    f"{folder} holds a federation with another {key}; restore that or use another folder"
-                )
-        return federation
 
     def _restore(self) -> None:
         """Tell the engine what is on disk."""
@@ -126,61 +89,25 @@ class Coordinator:
         done = self.engine.handle(recalled(self.store, now, time.time()), now)
         self._leave_out(effect for effect in done.effects if isinstance(effect, events.Decline))
 
-    def _restored_ration(self) -> Ration | None:
-        """How often each device may still take part; updates beyond a lowered budget are left out."""
-        if self.privacy is None:
-            return None
-        ration = ledger.ration(self.store, self.privacy)
-        over = ledger.over_ration(self.store, ration)
-        for id in over:
-            log.warning("update %s is left out: its device has no privacy budget left", id)
-        self.store.reject_updates(dict.fromkeys(over, "its device had no privacy budget left"))
-        return ration
-
     @staticmethod
     def now() -> float:
         """The engine's clock: seconds that never go backwards."""
         return time.monotonic()
 
     async def run(self) -> None:
-        """Tick until cancelled, whatever fails: deadlines must come."""
-        self._collect_soon()
-        while True:
-            try:
-                self._apply(events.Tick())
-                await self._note_expired()
-                await asyncio.to_thread(self._credentials.refresh)
-            except OurFault as error:
-                self.trouble.log("tick", error)
-            except Exception:
-                log.exception("a tick failed; the next comes in %.1f s", TICK_S)
-            await asyncio.sleep(TICK_S)
+        """Keep the federation going until cancelled."""
+        await self._background.run(every_tick=self._credentials.refresh)
 
     async def close(self) -> None:
         """Wait for a running merge and close the store."""
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
         self.store.close()
 
     def _apply(self, event: events.Event[Answer]) -> Answer:
-        """Give the engine an event, do what it says, and return its answer to the caller."""
+        """Give the engine an event, begin what it wants done, and return its answer."""
         done = self.engine.handle(event, self.now())
-        for effect in done.effects:
-            if isinstance(effect, events.Merge):
-                task = asyncio.create_task(self._merge(effect))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-            elif isinstance(effect, events.Expired):
-                log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
-                self._expired.append(effect.lease.assignment)
-            elif isinstance(effect, events.Published):
-                self._collect_soon()
+        self._background.take_up(done.effects)
         return done.answer
-
-    async def _note_expired(self) -> None:
-        """Close the leases that ran out, all in one commit; what fails is noted with the next."""
-        if expired := list(self._expired):
-            await asyncio.to_thread(self.store.close_assignments, expired)
-            del self._expired[: len(expired)]
 
     def _leave_out(self, declined: Iterable[events.Decline]) -> None:
         """Keep stored updates that the engine declined out of all versions."""
@@ -268,9 +195,15 @@ class Coordinator:
 
     # --- uploads ---
 
-    def bytes_arrived(self, device: str, id: str, size_bytes: int) -> None:
-        """A piece of an upload is stored: the device is alive, however slow its link is."""
-        self._apply(events.BytesArrived(device, id, size_bytes))
+    async def append(self, device: str, assignment: Assignment, at: int, pieces: Sequence[bytes]) -> int:
+        """Store pieces of an upload at an offset; the new end. The device is alive, however slow its link is.
+
+        Raises:
+            OffsetConflict, TooLarge, DiskFull, InternalError: as `Uploads.append`.
+        """
+        end = await asyncio.to_thread(self.uploads.append, assignment, at, pieces)
+        self._apply(events.BytesArrived(device, assignment.id, end - at))
+        return end
 
     async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once.
@@ -319,58 +252,6 @@ class Coordinator:
     def require_version(self, version: int, rank: int) -> None:
         """Raise NotFound for a version or rank that is not served."""
         self.serving.require(version, rank, self.engine.state.version)
-
-    async def _merge(self, effect: events.Merge) -> None:
-        """Do a merge off the event loop, publish it, and tell the engine how it went, whatever happened."""
-        started = time.monotonic()
-        try:
-            outcome = await asyncio.to_thread(self._merged, effect)
-        except OurFault as error:
-            log.error("version %d: %s; its updates are kept for the next try", effect.version, error)
-            outcome = events.MergeFailed()
-        except Exception:
-            log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
-            outcome = events.MergeFailed()
-        if isinstance(outcome, events.Merged):
-            took_s, count = time.monotonic() - started, len(effect.weights)
-            log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
-        self._apply(outcome)
-
-    def _merged(self, effect: events.Merge) -> events.Merged | events.MergeFailed:
-        """A merge in a worker thread. Updates that turn out to be damaged are left out for good."""
-        policy = self.engine.policy
-        try:
-            noise = self.privacy.noise(policy.buffer_size) if self.privacy else None
-            version = self.merger.merge(effect, policy.server_learning_rate, noise)
-        except BadUpdates as error:
-            for update, reason in error.reasons.items():
-                log.error("update %s: %s; it is left out", update, reason)
-            self.store.reject_updates(error.reasons)
-            return events.MergeFailed(tuple(error.reasons))
-        except Exception:
-            # The disk may have said no to a commit that it had done.
-            if (there := self.store.version(effect.version)) is None:
-                raise
-            version = there
-        finally:
-            trim_heap()
-        return events.Merged(version.version, version.rank)
-
-    def _collect_soon(self) -> None:
-        """Remove files that nobody needs any more, off the event loop, unless that is under way."""
-        if self._collecting is None or self._collecting.done():
-            self._collecting = asyncio.create_task(self._collect())
-            self._tasks.add(self._collecting)
-            self._collecting.add_done_callback(self._tasks.discard)
-
-    async def _collect(self) -> None:
-        try:
-            found = await asyncio.to_thread(self.collector.run)
-        except OurFault as error:
-            self.trouble.log("collection", error)
-        else:
-            if found.files:
-                log.info("collected %s", found)
 
     # --- views ---
 

@@ -12,7 +12,7 @@ log = logging.getLogger("coordinator")
 AGAIN_S = 60.0
 
 
-class Trouble:
+class FaultLog:
     """What was said when. `clock`: seconds that never go backwards."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

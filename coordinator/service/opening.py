@@ -1,12 +1,104 @@
-"""What the engine is told after a start: everything that it must know follows from the rows on disk."""
+"""A data folder taken up at a start: what it holds, and what the engine is told of it."""
 
 from __future__ import annotations
 
+import logging
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
 from coordinator.engine import pacing
 from coordinator.engine.events import Buffered, Lease, Restarted
+from coordinator.engine.state import Ration
+from coordinator.privacy import ledger
+from coordinator.privacy.mechanism import Privacy
+from coordinator.rules.named import rule_named
+from coordinator.settings import Settings
+from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
-from coordinator.storage.store import Store
-from edge_sdk.core.messages import Assignment
+from coordinator.storage.store import DATABASE, Store
+from coordinator.upkeep.collection import Collector
+from coordinator.upkeep.data_folder import join_token, require_sound
+from edge_sdk.core.errors import InputError
+from edge_sdk.core.messages import Assignment, Federation
+from edge_sdk.core.records import decode, encode, to_json
+
+log = logging.getLogger("coordinator")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A data folder that a coordinator can go on from."""
+
+    federation: Federation
+    store: Store
+    blobs: Blobs
+    collector: Collector
+    join_token: str
+    ration: Ration | None  # None without differential privacy
+
+
+def open_folder(folder: Path, settings: Settings) -> Opened:
+    """Open or begin the federation of a data folder, check it, and clear away what a kill left half done.
+
+    Raises:
+        InputError: the folder cannot be used, is damaged, or holds another federation than the settings
+            describe; one line that says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        blobs = Blobs(folder)
+    except OSError as error:
+        raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
+    store = Store(folder / DATABASE)
+    federation = _fixed_federation(store, settings, folder)
+    ledger.open_ledger(store, settings.privacy, folder)
+    collector = Collector(store, blobs, settings.storage.keep_versions, settings.policy.staleness_limit)
+    require_sound(folder, store, blobs, collector.newest)
+    collector.tidy()
+    token = join_token(folder)
+    return Opened(federation, store, blobs, collector, token, _restored_ration(store, settings.privacy))
+
+
+def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federation:
+    """The federation of this folder; settings that contradict it are refused by name."""
+    stored = store.meta("federation")
+    if stored is None:
+        made = settings.build(secrets.token_hex(8))
+        store.set_meta("federation", encode(made).decode())
+        return made
+    federation = decode(Federation, stored)
+    wanted = to_json(settings.build(federation.id, federation))
+    for key, value in to_json(federation).items():
+        if key == "holds_global" and wanted[key] != value:
+            raise InputError(
+                f"{folder}: rule {federation.rule} {_holding(rule_named(federation.rule).carries)}, but this "
+                f"federation began with one of that name which {_holding(federation.carries)}; restore that"
+            )
+        if wanted[key] != value:
+            raise InputError(
+                f"{folder} holds a federation with another {key}; restore that or use another folder"
+            )
+    return federation
+
+
+def _holding(carries: bool) -> str:
+    return "holds the global adapter frozen" if carries else "trains a part of the global adapter"
+
+
+def _restored_ration(store: Store, privacy: Privacy | None) -> Ration | None:
+    """How often each device may still take part; updates beyond a lowered budget are left out."""
+    if privacy is None:
+        return None
+    ration = ledger.ration(store, privacy)
+    over = ledger.over_ration(store, ration)
+    for id in over:
+        log.warning("update %s is left out: its device has no privacy budget left", id)
+    store.reject_updates(dict.fromkeys(over, "its device had no privacy budget left"))
+    return ration
+
+
+# --- what the engine is told: everything that it must know follows from the rows on disk ---
 
 
 def recalled(store: Store, now: float, clock_time: float) -> Restarted:

@@ -47,13 +47,6 @@ def give_memory_back() -> None:
             mallopt(option, value)
 
 
-def trim_heap() -> None:
-    """Return at once what was freed; some milliseconds. A merge leaves as much behind as its updates took."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 def take_turns_often() -> None:
     """Let the event loop have the interpreter soon, whatever worker threads do.
 

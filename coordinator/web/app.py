@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,7 +76,7 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
         return _problem(error)
     except OurFault as error:
         resource = request.match_info.route.resource
-        request.app[COORDINATOR].trouble.log(
+        request.app[COORDINATOR].faults.log(
             f"{request.method} {resource.canonical if resource else request.path}", error
         )
         return _problem(error)
@@ -193,17 +193,10 @@ async def upload(request: web.Request) -> web.Response:
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
-    offset, cap = int(text), coordinator.uploads.cap(assignment)
-    if (request.content_length or 0) > cap:
-        raise TooLarge(f"the upload exceeds the {cap} bytes that its rank needs")
-
-    async def append(at: int, pieces: Sequence[bytes]) -> int:
-        end = await asyncio.to_thread(coordinator.blobs.append, id, at, pieces, cap)
-        coordinator.bytes_arrived(device, id, end - at)
-        return end
-
+    coordinator.uploads.require_fits(assignment, request.content_length or 0)
+    append = partial(coordinator.append, device, assignment)
     async with request.app[INTAKE].place(request.transport) as place:
-        offset = await receive(request.content, offset, append, place)
+        offset = await receive(request.content, int(text), append, place)
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 

@@ -7,11 +7,11 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from edge_sdk.commands.device_config import DeviceConfig
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.messages import RuleName, Training
+from edge_sdk.core.messages import OWN_RULES, Training
 from edge_sdk.core.records import to_json
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_to(commands: Any) -> None:
     model.add_argument("--memory-budget", help="e.g. 6GB (default: half of what is free)")
     model.add_argument("--ladder", help="ranks to choose from (default 2,4,8,16,32)")
     model.add_argument("--rank", help="this rank alone: a number, or attention=30,mlp=200")
-    model.add_argument("--rule", choices=get_args(RuleName), help="of the federation (default flexlora)")
+    model.add_argument("--rule", choices=OWN_RULES, help="of the federation (default flexlora)")
     model.add_argument("--rank-cap", type=int, help="rank of the global adapter that `carry` carries (32)")
     model.add_argument("--steps", type=int, help="of an assignment (default 20)")
     model.add_argument("--batch", type=int, help="examples in a step (default 8)")

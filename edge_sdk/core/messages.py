@@ -34,9 +34,11 @@ UPLOAD_OFFSET = "Upload-Offset"  # of tus 1.0, with its meaning: bytes stored so
 OFFSET_CONTENT_TYPE = "application/offset+octet-stream"
 PROBLEM_CONTENT_TYPE = "application/problem+json"
 
-RuleName = Literal["flexlora", "innovation", "carry", "fedit", "hetlora", "flora"]
-CARRYING: frozenset[RuleName] = frozenset({"carry", "flora"})
-"""Rules under which a device holds the global adapter frozen and trains fresh factors on top of it."""
+OWN_RULES = ("flexlora", "innovation", "carry", "fedit", "hetlora", "flora")
+"""The merge rules that come with this project. A host may use others: devices need none of a rule's code."""
+
+CARRYING = frozenset({"carry", "flora"})
+"""Those of them under which a device holds the global adapter frozen and trains fresh factors on top."""
 
 Directive = Literal["continue", "finish", "abandon"]
 
@@ -85,7 +87,7 @@ class Federation:
 
     id: str
     base: Base
-    rule: RuleName
+    rule: str
     ladder: tuple[int, ...]  # ranks that a device may train, rising
     rank_cap: int  # rank R of the stored global adapter
     scaling: float  # s = lora_alpha / r, the same at every rank
@@ -99,11 +101,13 @@ class Federation:
     download_dtype: WireDtype = "float32"
     upload_dtype: WireDtype = "float32"
     protocol: int = PROTOCOL_VERSION
+    # What `carries` says; None in a record from before rules could come from elsewhere: its name tells.
+    holds_global: bool | None = None
 
     @property
     def carries(self) -> bool:
-        """Whether devices hold the global adapter frozen; else they train a part of it themselves."""
-        return self.rule in CARRYING
+        """Whether devices hold the global adapter frozen; otherwise they train a part of it themselves."""
+        return self.rule in CARRYING if self.holds_global is None else self.holds_global
 
     def __post_init__(self) -> None:
         if self.protocol != PROTOCOL_VERSION:

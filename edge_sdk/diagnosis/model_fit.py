@@ -16,7 +16,7 @@ from edge_sdk.core.choice.model_facts import ModelFacts, Shapes, facts_from_conf
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.choice.step_time import StepTime
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.messages import CARRYING, RuleName, Training
+from edge_sdk.core.messages import CARRYING, Training
 from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.model.files import find, read_json_object
 from edge_sdk.options import Options, cache_dir
@@ -34,7 +34,7 @@ class Question:
     options: Options
     ladder: tuple[int, ...]
     training: Training = field(default_factory=Training)
-    rule: RuleName = "flexlora"
+    rule: str = "flexlora"
     rank_cap: int = 32  # of the global adapter: what there is to carry under the rule `carry`
     deadline_s: float | None = None
     calibrate: bool = True

@@ -13,7 +13,7 @@ from benchmarks.common.federation import (
     merged,
     staleness_weights,
 )
-from coordinator.rules import RULES
+from coordinator.rules.named import RULES
 from edge_sdk.core.lora import LoraFactors
 from tests.edge_sdk.core.draws import factors
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from coordinator.cli import main
-from coordinator.merging import aggregation
+from coordinator.merging import aggregation, sources
+from coordinator.merging.weighing import Private
 from coordinator.privacy import accountant, ledger
 from coordinator.privacy.mechanism import Noise, Privacy
 from coordinator.storage.blobs import Blobs
@@ -224,9 +225,9 @@ def test_innovation_clips_what_changed_and_not_the_state(tmp_path: Path) -> None
         blobs.finish("a", digest)
         return blobs.path(digest)
 
-    first = aggregation.Addend("u0", 1.0, kept(random_adapter(4, 1, scale=10.0)), 4)
-    before = aggregation.aggregate(federation, 1.0, aggregation.Start(0), [first], blobs.write)
-    start = aggregation.Start(1, blobs.path(before.digest))
+    first = sources.Addend("u0", 1.0, kept(random_adapter(4, 1, scale=10.0)), 4)
+    before = aggregation.aggregate(federation, 1.0, sources.StartVersion(0), [first], blobs.write)
+    start = sources.StartVersion(1, blobs.path(before.digest))
     version = dict(codec.open_own(blobs.path(before.digest), SCALING).modules())
     assert math.sqrt(sum(f.norm() ** 2 for f in version.values())) > 100
 
@@ -239,9 +240,9 @@ def test_innovation_clips_what_changed_and_not_the_state(tmp_path: Path) -> None
         assert (norm > 0.5) == (size == 0.1)
         for name, change in changes.items():
             expected[name] += min(1.0, 0.5 / norm) * change / 4
-        addends.append(aggregation.Addend(f"u{seed}", 1 / 4, kept(states), 4, start))
+        addends.append(sources.Addend(f"u{seed}", 1 / 4, kept(states), 4, start))
     noise = Noise(0.0, 0.5, 0.0, np.zeros)
-    found = aggregation.aggregate(federation, 1.0, start, addends, blobs.write, noise)
+    found = aggregation.aggregate(federation, 1.0, start, addends, blobs.write, Private(noise))
     after = dict(codec.open_own(blobs.path(found.digest), SCALING).modules())
     for name, total in expected.items():
         np.testing.assert_allclose(after[name].product(), total, atol=1e-4)

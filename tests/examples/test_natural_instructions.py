@@ -17,7 +17,6 @@ from edge_sdk.core.choice import rank as choice
 from edge_sdk.core.choice.model_facts import facts_from_config
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.messages import RuleName
 from edge_sdk.model import base_model
 from edge_sdk.model.files import read_config, resolve
 from examples import natural_instructions
@@ -200,7 +199,7 @@ def test_no_more_clients_are_spread_than_there_are(count: int) -> None:
 
 
 @pytest.mark.parametrize("rule", ["carry", "flexlora"])
-def test_each_budget_gives_its_rank(rule: RuleName) -> None:
+def test_each_budget_gives_its_rank(rule: str) -> None:
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     carried = natural_instructions.RANK_CAP if rule == "carry" else 0

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from coordinator.engine.events import Buffered, Merge
-from coordinator.merging.aggregation import Addend, Start, aggregate
+from coordinator.merging.aggregation import aggregate
 from coordinator.merging.merger import Merger
+from coordinator.merging.sources import Addend, StartVersion
 from coordinator.settings import load_settings
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate, Version
@@ -45,7 +46,7 @@ class Host:
         """What the engine asks for, with equal weights."""
         left = [id for id in self.ids if id not in (without or set())]
         weights = tuple((Buffered(id, f"d{id}", 0, 10), 1 / len(left), 0) for id in left)
-        return Merger(self.federation, self.store, self.blobs).merge(Merge(version, weights), 1.0)
+        return Merger(self.federation, self.store, self.blobs).merge(Merge(version, weights))
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def addend(host: Host, number: int, content: bytes) -> Addend:
 
 def test_an_empty_buffer_is_refused(host: Host) -> None:
     with pytest.raises(AdapterError, match="the buffer is empty"):
-        aggregate(host.federation, 1.0, Start(0), [], host.blobs.write)
+        aggregate(host.federation, 1.0, StartVersion(0), [], host.blobs.write)
 
 
 def test_files_that_were_bad_from_the_start_are_all_named_with_their_module(host: Host) -> None:
@@ -174,7 +175,7 @@ def test_files_that_were_bad_from_the_start_are_all_named_with_their_module(host
         aggregate(
             host.federation,
             1.0,
-            Start(0),
+            StartVersion(0),
             [addend(host, n, c) for n, c in enumerate(files)],
             host.blobs.write,
         )

@@ -9,8 +9,9 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from coordinator.merging import aggregation, parallel
-from coordinator.merging.aggregation import Addend, Start, aggregate
+from coordinator.merging.aggregation import aggregate
 from coordinator.merging.parallel import in_order
+from coordinator.merging.sources import Addend, StartVersion
 from coordinator.storage.blobs import Blobs
 from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.messages import Base, Federation
@@ -78,7 +79,7 @@ def test_a_version_has_the_same_bytes_on_any_number_of_cores(
     for workers in (1, 2, 4):
         monkeypatch.setattr(aggregation, "cores", lambda workers=workers: workers)
         write = Blobs(tmp_path / str(workers)).write
-        digests.add(aggregate(federation, 1.0, Start(0), addends, write).digest)
+        digests.add(aggregate(federation, 1.0, StartVersion(0), addends, write).digest)
     assert len(digests) == 1
 
 

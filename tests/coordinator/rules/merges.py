@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from coordinator.rules import RULES, Change, Merging
+from coordinator.rules.named import RULES
+from coordinator.rules.rule import Change, Merging
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
-from edge_sdk.core.messages import RuleName
 from tests.edge_sdk.core.draws import factors
 
 OUT, IN = 9, 7
@@ -38,7 +38,7 @@ def canonical(seed: int, rank: int) -> LoraFactors:
     return combine([(1.0, factors(np.random.default_rng(seed), OUT, IN, rank))], rank).factors
 
 
-def merged(rule: RuleName, merging: Merging, cap: int = CAP) -> Matrix:
+def merged(rule: str, merging: Merging, cap: int = CAP) -> Matrix:
     """The next global update, dense."""
     return RULES[rule].next(merging, cap).factors.product()
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rules import RULES, Change, Merging
 from coordinator.rules.carry import relearnt
+from coordinator.rules.named import RULES
+from coordinator.rules.rule import Change, Merging
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.flexlora import combine, live_rank

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rules import RULES, Change, Merging, Ranks
+from coordinator.rules.named import RULES
+from coordinator.rules.rule import Change, Merging, Ranks
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.messages import CARRYING, RuleName
+from edge_sdk.core.messages import CARRYING
 from tests.coordinator.rules.merges import (
     CAP,
     IN,
@@ -27,8 +28,8 @@ from tests.coordinator.rules.merges import (
 )
 from tests.edge_sdk.core.draws import factors, seeds
 
-SUMS: tuple[RuleName, ...] = ("flexlora", "innovation", "carry", "flora")
-ALL: tuple[RuleName, ...] = tuple(RULES)
+SUMS: tuple[str, ...] = ("flexlora", "innovation", "carry", "flora")
+ALL: tuple[str, ...] = tuple(RULES)
 
 ranks = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 etas = st.sampled_from([0.25, 0.5, 1.0, 1.5])
@@ -50,9 +51,7 @@ def test_flexlora_is_the_dense_average_and_eta_keeps_the_rest_of_the_old(
 
 @pytest.mark.parametrize("rule", ["carry", "flora"])
 @given(seed=seeds, ranks=ranks, eta=etas)
-def test_changes_are_added_to_the_global_adapter(
-    rule: RuleName, seed: int, ranks: list[int], eta: float
-) -> None:
+def test_changes_are_added_to_the_global_adapter(rule: str, seed: int, ranks: list[int], eta: float) -> None:
     changes, current = drawn(seed, ranks), canonical(seed + 1, 5)
     close(merged(rule, Merging(current, changes, 3, eta=eta)), product(current) + eta * total(changes))
 
@@ -113,7 +112,7 @@ def test_the_stack_grows_by_a_block_for_each_version_not_for_each_device(
 @pytest.mark.parametrize("rule", ALL)
 @given(seed=seeds, ranks=ranks, old=st.integers(0, 5), cap=st.integers(1, 7), eta=etas)
 def test_the_file_can_announce_the_rank_before_the_factors_come(
-    rule: RuleName, seed: int, ranks: list[int], old: int, cap: int, eta: float
+    rule: str, seed: int, ranks: list[int], old: int, cap: int, eta: float
 ) -> None:
     current = canonical(seed, old) if old else NOTHING
     starts = {3: current} if old else {}
@@ -125,16 +124,14 @@ def test_the_file_can_announce_the_rank_before_the_factors_come(
 
 @pytest.mark.parametrize("rule", SUMS)
 @given(seed=seeds, ranks=ranks, eta=st.sampled_from([0.5, 1.0]))
-def test_version_0_counts_as_zero(rule: RuleName, seed: int, ranks: list[int], eta: float) -> None:
+def test_version_0_counts_as_zero(rule: str, seed: int, ranks: list[int], eta: float) -> None:
     changes = drawn(seed, ranks)
     close(merged(rule, Merging(NOTHING, changes, eta=eta)), eta * total(changes))
 
 
 @pytest.mark.parametrize("rule", ALL)
 @given(seed=seeds, rank=st.integers(1, 7), weights=st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_equal_devices_give_that_devices_product(
-    rule: RuleName, seed: int, rank: int, weights: list[int]
-) -> None:
+def test_equal_devices_give_that_devices_product(rule: str, seed: int, rank: int, weights: list[int]) -> None:
     same = factors(np.random.default_rng(seed), OUT, IN, rank)
     changes = [Change(weight / sum(weights), same) for weight in weights]
     close(merged(rule, Merging(NOTHING, changes)), product(same))
@@ -154,7 +151,7 @@ def test_equal_devices_give_that_devices_product(
         ("hetlora", [[2 / 169, 96 / 169], [24 / 169, 1152 / 169]]),  # w‖·‖ = 0.5 and 6: shares 1/13 and 12/13
     ],
 )
-def test_numbers_by_hand(rule: RuleName, expected: list[list[float]]) -> None:
+def test_numbers_by_hand(rule: str, expected: list[list[float]]) -> None:
     one = LoraFactors(np.array([[1.0], [0.0]]), np.array([[2.0, 0.0]]))  # [[2, 0], [0, 0]]
     two = LoraFactors(np.array([[0.0], [1.0]]), np.array([[0.0, 8.0]]))  # [[0, 0], [0, 8]]
     old = LoraFactors(np.array([[1.0], [0.0]]), np.array([[0.0, 1.0]]))  # [[0, 1], [0, 0]]
@@ -164,7 +161,7 @@ def test_numbers_by_hand(rule: RuleName, expected: list[list[float]]) -> None:
 
 
 @pytest.mark.parametrize("rule", ["flexlora", "innovation", "carry"])
-def test_the_cap_keeps_the_largest_components_and_knows_what_it_dropped(rule: RuleName) -> None:
+def test_the_cap_keeps_the_largest_components_and_knows_what_it_dropped(rule: str) -> None:
     update = LoraFactors(np.diag([5.0, 3.0, 1.0]), np.eye(3))
     result = RULES[rule].next(Merging(LoraFactors.empty(3, 3), [Change(1.0, update)]), 2)
     np.testing.assert_allclose(result.factors.product(), np.diag([5.0, 3.0, 0.0]), atol=1e-6)

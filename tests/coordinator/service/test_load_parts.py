@@ -223,7 +223,8 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be() -> None:
 def test_what_lies_free_between_things_in_use_goes_back_to_the_system() -> None:
     program = """
 import psutil
-from coordinator.service.process_limits import give_memory_back, trim_heap
+from coordinator.service.process_limits import give_memory_back
+from edge_sdk.system.heap import trim_heap
 
 def resident():
     return psutil.Process().memory_info().rss

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.service.fault_log import Trouble
+from coordinator.service.fault_log import FaultLog
 from coordinator.storage import disk, failpoints
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.disk import blaming, disk_error, write_all
@@ -148,7 +148,7 @@ def test_a_point_acts_at_its_times_alone() -> None:
 
 def test_a_fault_is_said_once_a_minute_and_another_at_once(caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
-    trouble = Trouble(lambda: now[0])
+    trouble = FaultLog(lambda: now[0])
     with caplog.at_level(logging.ERROR):
         for seconds in (0.0, 1.0, 59.0):
             now[0] = seconds

@@ -138,3 +138,24 @@ def test_peft_says_that_it_cannot_read_int8(tmp_path: Path) -> None:
         model = loaded_by_peft(linear_layers(), tmp_path, "adapter_int8.safetensors")
     for name in SHAPES:
         assert not model.base_model.model.get_submodule(name).get_delta_weight("default").any()
+
+
+# --- records from before a field existed ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rule", "carries"), [("carry", True), ("flora", True), ("flexlora", False)])
+def test_a_federation_from_before_rules_came_from_elsewhere_carries_by_the_rule_s_name(
+    rule: str, carries: bool
+) -> None:
+    record = json.loads((GOLDEN / "Federation.json").read_text())
+    assert record.pop("holds_global") is True
+    older = from_json(Federation, record | {"rule": rule})
+    assert older.holds_global is None
+    assert older.carries is carries
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_federation_says_itself_whether_its_devices_carry(holds: bool) -> None:
+    record = json.loads((GOLDEN / "Federation.json").read_text())
+    newer = from_json(Federation, record | {"rule": "somebody.rules:Own", "holds_global": holds})
+    assert newer.carries is holds

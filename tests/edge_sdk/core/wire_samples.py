@@ -1,6 +1,7 @@
 """The values behind the golden bytes; `python -m tests.edge_sdk.core.wire_samples` writes them.
 
-The bytes in tests/golden/ are the format. They change with the protocol version and for no other reason.
+The bytes in tests/golden/ are the format. They change with the protocol version, or where a record is given a
+field that older ones may lack; such records are read in `test_golden.py`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,14 @@ def adapter() -> dict[str, LoraFactors]:
 
 BASE = messages.Base("tiny", "0123456789abcdef" * 4, SHAPES)
 FEDERATION = messages.Federation(
-    id="f-1", base=BASE, rule="carry", ladder=(2, 4, 8), rank_cap=16, scaling=SCALING, split="balanced"
+    id="f-1",
+    base=BASE,
+    rule="carry",
+    ladder=(2, 4, 8),
+    rank_cap=16,
+    scaling=SCALING,
+    split="balanced",
+    holds_global=True,
 )
 DEVICE = messages.DeviceStatus(
     id="d-1",

@@ -1,0 +1,136 @@
+"""What a coordinator does without being asked: ticks, merges, the collection of files, expired leases."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from coordinator.engine.events import Effect, Event, Expired, Merge, Merged, MergeFailed, Published, Tick
+from coordinator.merging.merger import Merger
+from coordinator.service.fault_log import FaultLog
+from coordinator.storage.store import Store
+from coordinator.upkeep.collection import Collector
+from edge_sdk.core.errors import BadUpdates, OurFault
+from edge_sdk.system.heap import trim_heap
+
+log = logging.getLogger("coordinator")
+TICK_S = 0.5
+
+
+class Background:
+    """Belongs to one event loop; what blocks runs in worker threads.
+
+    Args:
+        store: of the federation.
+        merger: makes versions, in a thread.
+        collector: removes files, in a thread.
+        faults: where faults of the machine are said.
+        tell: gives the engine an event, and brings back here what is to be done about it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        merger: Merger,
+        collector: Collector,
+        faults: FaultLog,
+        tell: Callable[[Event[None]], None],
+    ) -> None:
+        self._store, self._merger, self._collector = store, merger, collector
+        self._faults, self._tell = faults, tell
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._collecting: asyncio.Task[None] | None = None
+        self._expired: list[str] = []  # assignments whose end is not on disk yet
+
+    def take_up(self, effects: Iterable[Effect]) -> None:
+        """Begin what the engine wants done."""
+        for effect in effects:
+            if isinstance(effect, Merge):
+                self._begin(self._merge(effect))
+            elif isinstance(effect, Expired):
+                log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
+                self._expired.append(effect.lease.assignment)
+            elif isinstance(effect, Published):
+                self._collect_soon()
+
+    async def run(self, every_tick: Callable[[], None]) -> None:
+        """Tick until cancelled, whatever fails: deadlines must come. `every_tick` runs in a thread."""
+        self._collect_soon()
+        while True:
+            try:
+                self._tell(Tick())
+                await self._note_expired()
+                await asyncio.to_thread(every_tick)
+            except OurFault as error:
+                self._faults.log("tick", error)
+            except Exception:
+                log.exception("a tick failed; the next comes in %.1f s", TICK_S)
+            await asyncio.sleep(TICK_S)
+
+    async def close(self) -> None:
+        """Wait for what is under way, a merge above all."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _note_expired(self) -> None:
+        """Close the leases that ran out, all in one commit; what fails is noted with the next."""
+        if expired := list(self._expired):
+            await asyncio.to_thread(self._store.close_assignments, expired)
+            del self._expired[: len(expired)]
+
+    async def _merge(self, effect: Merge) -> None:
+        """Do a merge off the event loop, publish it, and tell the engine how it went, whatever happened."""
+        started = time.monotonic()
+        outcome: Merged | MergeFailed
+        try:
+            outcome = await asyncio.to_thread(self._merged, effect)
+        except OurFault as error:
+            log.error("version %d: %s; its updates are kept for the next try", effect.version, error)
+            outcome = MergeFailed()
+        except Exception:
+            log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
+            outcome = MergeFailed()
+        if isinstance(outcome, Merged):
+            took_s, count = time.monotonic() - started, len(effect.weights)
+            log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
+        self._tell(outcome)
+
+    def _merged(self, effect: Merge) -> Merged | MergeFailed:
+        """A merge in a worker thread. Updates that turn out to be damaged are left out for good."""
+        try:
+            version = self._merger.merge(effect)
+        except BadUpdates as error:
+            for update, reason in error.reasons.items():
+                log.error("update %s: %s; it is left out", update, reason)
+            self._store.reject_updates(error.reasons)
+            return MergeFailed(tuple(error.reasons))
+        except Exception:
+            # The disk may have said no to a commit that it had done.
+            if (there := self._store.version(effect.version)) is None:
+                raise
+            version = there
+        finally:
+            trim_heap()
+        return Merged(version.version, version.rank)
+
+    def _collect_soon(self) -> None:
+        """Remove files that nobody needs any more, off the event loop, unless that is under way."""
+        if self._collecting is None or self._collecting.done():
+            self._collecting = self._begin(self._collect())
+
+    async def _collect(self) -> None:
+        try:
+            found = await asyncio.to_thread(self._collector.run)
+        except OurFault as error:
+            self._faults.log("collection", error)
+        else:
+            if found.files:
+                log.info("collected %s", found)
