@@ -96,7 +96,9 @@ def _made(name: str, found: object) -> Rule:
         raise InputError(
             f"rule {name!r} is a {type(found).__name__}; it must be a class that derives from Rule"
         )
-    lacks = [method for method in _INTERFACE if not _has(found, method)]
+    lacks = sorted(
+        getattr(found, "__abstractmethods__", set()) | {m for m in _INTERFACE if not hasattr(found, m)}
+    )
     if lacks or not issubclass(found, Rule):
         what = f"lacks {', '.join(lacks)}" if lacks else "does not derive from it"
         raise InputError(f"rule {name!r} is not a coordinator.rules.rule.Rule: {found.__name__} {what}")
@@ -112,12 +114,6 @@ def _made(name: str, found: object) -> Rule:
 
 
 _INTERFACE = [name for name, _ in inspect.getmembers(Rule, inspect.isfunction) if not name.startswith("_")]
-
-
-def _has(kind: type, method: str) -> bool:
-    """Whether a class says how to do it."""
-    found = getattr(kind, method, None)
-    return inspect.isfunction(found) and not getattr(found, "__isabstractmethod__", False)
 
 
 def _parameters(kind: type, method: str) -> list[str]:

@@ -73,7 +73,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
         ("[federation]\nscaling = 0.0", "federation.scaling is 0.0"),
         (
             "[federation]\nrule = 'average'",
-            "federation.rule 'average' is not known; there are carry, fedit, flexlora, flora, hetlora, innovation",
+            "federation.rule 'average' is not known; there are carry, fedit, flexlora, flora,",
         ),
         ("[federation]\nrule = 'fedit'", "give federation.ladder one rank"),
         (

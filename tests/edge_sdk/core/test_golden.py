@@ -11,6 +11,7 @@ import pytest
 
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import decode, from_json
 from tests.edge_sdk.core import wire_samples
 from tests.edge_sdk.core.test_records import RECORDS as KINDS
