@@ -191,7 +191,7 @@ class Agent:
             Unreachable: nobody answers, and this device was never a member.
             TheirFault: this device was refused.
         """
-        return self._part.serving.generate(prompt, max_new_tokens, on_text)
+        return self._part.assistant.generate(prompt, max_new_tokens, on_text)
 
     def load(self) -> None:
         """Have the base in memory already when `generate` is called; with or without a connection.
@@ -199,20 +199,20 @@ class Agent:
         Raises:
             Unreachable, TheirFault: as `generate`.
         """
-        self._part.serving.load()
+        self._part.assistant.load()
 
     def refresh(self) -> int:
         """Look for a newer version of the global adapter; the version that `generate` answers with."""
-        return self._part.serving.refresh()
+        return self._part.assistant.refresh()
 
     @property
     def online(self) -> bool:
         """Whether the coordinator answered when it was last asked for the newest version."""
-        return self._part.serving.online
+        return self._part.assistant.online
 
     def newest(self, rank: int | None = None) -> tuple[int, Adapter | None]:
         """The newest version and its adapter: whole, or cut to `rank`. None for version 0."""
-        return self._part.serving.newest(rank)
+        return self._part.assistant.newest(rank)
 
     # --- what this device is ---
 
@@ -224,7 +224,7 @@ class Agent:
     @property
     def choice(self) -> RankChoice:
         """The rank that was chosen, and why."""
-        return self._part.fitting.choice
+        return self._part.setting.choice
 
     @property
     def federation(self) -> Federation:

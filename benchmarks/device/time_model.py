@@ -85,9 +85,9 @@ def measure(name: str, directory: Path, quick: bool) -> dict[str, Any]:
     base_model.use_threads(1)
     base_model.import_libraries()
     began = time.monotonic()
-    lesson = step_times_child.Lesson(*LARGEST, tuple(map(Ranks.uniform, LADDER)), carries=True)
+    largest = step_times_child.LargestStep(*LARGEST, tuple(map(Ranks.uniform, LADDER)), carries=True)
     config = read_config(directory)
-    times = step_times_child.step_times(config, lesson, "cpu", clock=time.process_time)
+    times = step_times_child.step_times(config, largest, "cpu", clock=time.process_time)
     calibrated_s = time.monotonic() - began
     modules = base_model.target_modules(directory)
     facts = facts_from_config(config, modules)
@@ -116,7 +116,7 @@ def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
     from edge_sdk.core.lora import LoraFactors
     from edge_sdk.text.rows import Tokenised
     from edge_sdk.training.plan import Plan, Start
-    from edge_sdk.trials.step_times_child import Watch
+    from edge_sdk.trials.step_times_child import Stopwatch
 
     draw = np.random.default_rng(0)
     ids = draw.integers(5, 4000, (batch, setting.sequence_len))
@@ -136,7 +136,7 @@ def step_s(trainer: Any, modules: Any, batch: int, setting: Setting) -> float:
         1e-6,
         checkpointing=setting.checkpointing,
     )
-    watch = Watch(time.process_time, ENOUGH_S)
+    watch = Stopwatch(time.process_time, ENOUGH_S)
     trainer.train(
         Start(None, carried if setting.carry_rank else None, setting.ranks, 0, setting.carried_dtype),
         rows,

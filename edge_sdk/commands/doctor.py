@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from edge_sdk.diagnosis.check import rendered
     from edge_sdk.options import Options
 
-    question = doctor.Question(
+    plan = doctor.JoinPlan(
         options=Options(model=options.model, state_dir=options.state, device=options.device),
         url=options.url,
         token=options.token or os.environ.get(TOKEN_VARIABLE),
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     checks = []
-    for check in doctor.examine(question):
+    for check in doctor.examine(plan):
         checks.append(check)
         if not options.json:
             print(rendered(check, width, terminal and "NO_COLOR" not in os.environ), flush=True)
@@ -55,5 +55,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"fit": fit, "checks": [to_json(check) for check in checks]}, indent=1))
     else:
-        print(f"\n{doctor.verdict(question, checks)}")
+        print(f"\n{doctor.verdict(plan, checks)}")
     return 0 if fit else 1

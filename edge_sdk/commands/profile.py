@@ -15,7 +15,7 @@ from edge_sdk.core.messages import OWN_RULES, Training
 from edge_sdk.core.records import to_json
 
 if TYPE_CHECKING:
-    from edge_sdk.diagnosis.model_fit import Question
+    from edge_sdk.diagnosis.model_fit import FitQuestion
 
 LADDER = (2, 4, 8, 16, 32)
 
@@ -83,13 +83,13 @@ def _about_model(options: argparse.Namespace) -> int:
     return 0 if found.chosen else 1
 
 
-def question(flags: Mapping[str, Any]) -> Question:
+def question(flags: Mapping[str, Any]) -> FitQuestion:
     """A question from flags by name; None is a flag that was not given.
 
     Raises:
         InputError: a value that cannot be; names the flag.
     """
-    from edge_sdk.diagnosis.model_fit import Question
+    from edge_sdk.diagnosis.model_fit import FitQuestion
 
     for name in ("rank_cap", "steps", "batch", "sequence_len", "deadline"):
         value = flags[name]
@@ -100,7 +100,7 @@ def question(flags: Mapping[str, Any]) -> Question:
     names = ("profile", "memory_budget", "rank", "device", "threads", "quantise")
     chosen = DeviceConfig(**{name: flags[name] for name in names}).options()
     training = {name: flags[name] for name in ("steps", "batch", "sequence_len") if flags[name]}
-    return Question(
+    return FitQuestion(
         model=flags["model"],
         options=chosen,
         ladder=parse_ladder(flags["ladder"]) if flags["ladder"] is not None else LADDER,

@@ -23,7 +23,7 @@ LEAST_BYTES = 64 << 10  # a connection sends about 14 kB before the first answer
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpeed:
     """The last transfers of each direction, in bytes a second, oldest first."""
 
     uploads: tuple[float, ...] = ()
@@ -39,11 +39,11 @@ class Link:
         """Bytes a second from the coordinator; None: not measured."""
         return statistics.median_low(self.downloads) if self.downloads else None
 
-    def with_upload(self, size_bytes: int, seconds: float) -> Link:
+    def with_upload(self, size_bytes: int, seconds: float) -> LinkSpeed:
         """This link after one more upload."""
         return replace(self, uploads=_added(self.uploads, size_bytes, seconds))
 
-    def with_download(self, size_bytes: int, seconds: float) -> Link:
+    def with_download(self, size_bytes: int, seconds: float) -> LinkSpeed:
         """This link after one more download."""
         return replace(self, downloads=_added(self.downloads, size_bytes, seconds))
 
@@ -55,17 +55,17 @@ def _added(rates: tuple[float, ...], size_bytes: int, seconds: float) -> tuple[f
     return (*rates, size_bytes / seconds)[-KEPT:]
 
 
-def load_link(path: Path) -> Link:
+def load_link(path: Path) -> LinkSpeed:
     """What was measured before. A missing or damaged file only means that it is measured anew."""
     try:
-        link = decode(Link, path.read_bytes())
+        link = decode(LinkSpeed, path.read_bytes())
     except (OSError, ValueError, ProtocolError):
-        return Link()
+        return LinkSpeed()
     good = all(rate > 0 for rate in link.uploads + link.downloads)
-    return Link(link.uploads[-KEPT:], link.downloads[-KEPT:]) if good else Link()
+    return LinkSpeed(link.uploads[-KEPT:], link.downloads[-KEPT:]) if good else LinkSpeed()
 
 
-def save_link(path: Path, link: Link) -> None:
+def save_link(path: Path, link: LinkSpeed) -> None:
     """Keep it for the next start. A disk that is full must not end a transfer that went well."""
     try:
         write_durably(path, encode(link))

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from edge_sdk.connection.link_speed import Link, load_link, save_link
+from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.partial_download import Part
 from edge_sdk.connection.refusals import error_of
 from edge_sdk.core import messages
@@ -69,7 +69,7 @@ class Transport:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {token}"}
         self._link_file = link_file
-        self.link = load_link(link_file) if link_file else Link()
+        self.link = load_link(link_file) if link_file else LinkSpeed()
         self.server_date: str | None = None
         self._most_piece_bytes = MOST_PIECE_BYTES
         self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
@@ -214,7 +214,7 @@ class Transport:
             raise error_of(response)
         return response
 
-    def _measured(self, link: Link) -> None:
+    def _measured(self, link: LinkSpeed) -> None:
         """Take over a newer measurement of the link."""
         if link != self.link and self._link_file:
             save_link(self._link_file, link)

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk.core.errors import InputError
-from edge_sdk.diagnosis import federation_checks as beyond
-from edge_sdk.diagnosis import machine_checks as machine
+from edge_sdk.diagnosis import federation_checks, machine_checks
 from edge_sdk.diagnosis.check import Check
 from edge_sdk.membership.journal import DIGESTS, SESSION, Journal
 from edge_sdk.options import Options, cache_dir, default_state_dir
@@ -28,7 +27,7 @@ NO_TOKEN = "none"  # sent where there is none: a coordinator that refuses it ans
 
 
 @dataclass(frozen=True)
-class Question:
+class JoinPlan:
     """What to look at, as a device would join with it. Without `url` no network is touched."""
 
     options: Options
@@ -49,7 +48,7 @@ def fit(checks: Sequence[Check]) -> bool:
     return all(check.state != "not fine" for check in checks)
 
 
-def verdict(question: Question, checks: Sequence[Check]) -> str:
+def verdict(plan: JoinPlan, checks: Sequence[Check]) -> str:
     """One sentence at the end."""
     bad, warnings = (sum(check.state == state for check in checks) for state in ("not fine", "warning"))
     if bad:
@@ -57,77 +56,77 @@ def verdict(question: Question, checks: Sequence[Check]) -> str:
     text = "Fit to take part"
     if warnings:
         text += f", with {warnings} warning" + ("s" if warnings > 1 else "")
-    return text + ("." if question.url else ". Give the coordinator's address to check the way there too.")
+    return text + ("." if plan.url else ". Give the coordinator's address to check the way there too.")
 
 
-def examine(question: Question) -> Iterator[Check]:
+def examine(plan: JoinPlan) -> Iterator[Check]:
     """Every check, in an order in which a failure explains those that it keeps from being made.
 
     Raises:
         InputError: the address, the token or the state folder cannot be one.
     """
-    if question.folder.exists() and not question.folder.is_dir():
-        raise InputError(f"{question.folder}: no usable state folder (it is a file); name another")
+    if plan.folder.exists() and not plan.folder.is_dir():
+        raise InputError(f"{plan.folder}: no usable state folder (it is a file); name another")
     if importlib.util.find_spec("httpx"):
-        _transport(question)  # an address that is none must not wait for the libraries
-    yield machine.python_check()
+        _transport(plan)  # an address that is none must not wait for the libraries
+    yield machine_checks.python_check()
     broken = set()
-    for name, check in machine.library_checks():
+    for name, check in machine_checks.library_checks():
         yield check
         broken |= {name} - {""}
     federation = None
-    if question.url and "httpx" not in broken:
-        found, federation = _coordinator(question)
+    if plan.url and "httpx" not in broken:
+        found, federation = _coordinator(plan)
         yield from found
-    if question.data is not None:
-        yield beyond.data_check(question.data, federation)
+    if plan.data is not None:
+        yield federation_checks.data_check(plan.data, federation)
     if not broken:
-        yield from _training(question, federation)
+        yield from _training(plan, federation)
 
 
-def _transport(question: Question) -> tuple[Transport, bool] | None:
+def _transport(plan: JoinPlan) -> tuple[Transport, bool] | None:
     """The connection that joining would make, and whether it has a token; None without an address."""
     from edge_sdk.connection.transport import Transport
 
-    if question.url is None:
+    if plan.url is None:
         return None
-    known = Journal(question.folder).load() if (question.folder / SESSION).exists() else None
-    token = known.credential if known else question.token
-    return Transport(question.url, token or NO_TOKEN), bool(token)
+    known = Journal(plan.folder).load() if (plan.folder / SESSION).exists() else None
+    token = known.credential if known else plan.token
+    return Transport(plan.url, token or NO_TOKEN), bool(token)
 
 
-def _coordinator(question: Question) -> tuple[list[Check], Federation | None]:
+def _coordinator(plan: JoinPlan) -> tuple[list[Check], Federation | None]:
     """The other end, and its clock if it answered."""
-    connection = _transport(question)
+    connection = _transport(plan)
     assert connection is not None
     transport, has_token = connection
     try:
-        check, federation = beyond.coordinator_check(transport, has_token)
-        dated = [beyond.clock_check(transport.server_date)] if transport.server_date else []
+        check, federation = federation_checks.coordinator_check(transport, has_token)
+        dated = [federation_checks.clock_check(transport.server_date)] if transport.server_date else []
     finally:
         transport.close()
     return [check, *dated], federation
 
 
-def _training(question: Question, federation: Federation | None) -> Iterator[Check]:
+def _training(plan: JoinPlan, federation: Federation | None) -> Iterator[Check]:
     """What needs every library: the base model, the device, 4-bit training, memory, disk and the rank."""
     from edge_sdk.machine.probe import probe
 
-    options = question.options
-    model = beyond.model_check(options, federation, question.folder / DIGESTS)
+    options = plan.options
+    model = federation_checks.model_check(options, federation, plan.folder / DIGESTS)
     yield model
-    profile = options.profile or probe(quick=True, folder=question.folder)
-    place = machine.device_check(options.device, profile)
+    profile = options.profile or probe(quick=True, folder=plan.folder)
+    place = machine_checks.device_check(options.device, profile)
     yield place
-    yield machine.memory_check(profile)
-    yield machine.disk_check(question.folder, beyond.disk_needed_bytes(federation))
+    yield machine_checks.memory_check(profile)
+    yield machine_checks.disk_check(plan.folder, federation_checks.disk_needed_bytes(federation))
     if place.state == "not fine":
         return
     tried = four_bit_works(options.device)
     if federation is None or model.state != "fine":  # the rank follows from the model's configuration
-        yield machine.four_bit_check(tried)
+        yield machine_checks.four_bit_check(tried)
         return
-    rank = beyond.rank_check(federation, options, quantise=tried.ok)
-    yield machine.four_bit_check(tried, otherwise="" if rank.state == "fine" else rank.found)
+    rank = federation_checks.rank_check(federation, options, quantise=tried.ok)
+    yield machine_checks.four_bit_check(tried, otherwise="" if rank.state == "fine" else rank.found)
     if tried.ok or rank.state == "fine":
         yield rank

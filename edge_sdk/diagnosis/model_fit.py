@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.core.choice import rank as choice
 from edge_sdk.core.choice.memory import ACCELERATOR, CPU, Estimate, Placement, estimate, human_bytes
 from edge_sdk.core.choice.model_facts import ModelFacts, Shapes, facts_from_config
+from edge_sdk.core.choice.rank import Candidate, Carry, Device, Limits, check_ladder, choose, leanest
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.choice.step_time import StepTime
 from edge_sdk.core.errors import InputError
@@ -24,7 +24,7 @@ from edge_sdk.participation.decision import BUDGET_SHARE, budget_bytes, quantisa
 
 
 @dataclass(frozen=True)
-class Question:
+class FitQuestion:
     """What to look at. `options` as a device would join with them: a profile there is a class of devices.
 
     `calibrate`: measure step times, which takes from 4 to 20 seconds and more for large models.
@@ -41,7 +41,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Prospect:
+class ModelFit:
     """The answer. `chosen` is None where nothing fits; `terms` are of the chosen way, or else of the leanest.
 
     `measured`: whether `machine` is this one; a class of devices otherwise, of which no time is known.
@@ -55,16 +55,16 @@ class Prospect:
     place: str
     quantised: bool
     notice: str
-    question: Question
-    limits: choice.Limits
+    question: FitQuestion
+    limits: Limits
     times: StepTime | None
-    candidates: tuple[choice.Candidate, ...]
-    chosen: choice.Candidate | None
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
     terms: Estimate
     reason: str
 
 
-def examine(question: Question, say: Callable[[str], None] = lambda _: None) -> Prospect:
+def examine(question: FitQuestion, say: Callable[[str], None] = lambda _: None) -> ModelFit:
     """Answer; `say` hears what is being measured when that takes seconds.
 
     Raises:
@@ -77,16 +77,16 @@ def examine(question: Question, say: Callable[[str], None] = lambda _: None) -> 
     _facts(config, {}, file)  # a field that is missing is named here; transformers would fill it in
     facts = _facts(config, base_model.target_modules(file), file)
     ladder = _ladder(question)
-    choice.check_ladder(facts, ladder)
+    check_ladder(facts, ladder)
     options, measured = _machine(question.options)
     machine = options.profile
     assert machine is not None
-    limits = choice.Limits(budget_bytes(options), question.deadline_s)
+    limits = Limits(budget_bytes(options), question.deadline_s)
     quantised, notice = _quantised(options, measured)
     placement, place = _placement(options, measured, quantised)
     say("measuring what the libraries take (once for each version of them)")
     framework = _framework_bytes(question.options.device if measured else "cpu", quantised)
-    device = choice.Device(replace(placement, framework_bytes=framework))
+    device = Device(replace(placement, framework_bytes=framework))
     question = replace(question, options=replace(options, device=question.options.device))
     candidates, chosen, reason = _choose(question, facts, ladder, limits, device)
     if measured and chosen and question.calibrate:
@@ -94,7 +94,7 @@ def examine(question: Question, say: Callable[[str], None] = lambda _: None) -> 
         device = replace(device, times=_times(config, question, ladder, quantised))
         candidates, chosen, reason = _choose(question, facts, ladder, limits, device)
     shown = (chosen or min(candidates, key=lambda candidate: candidate.peak_bytes)).setting
-    return Prospect(
+    return ModelFit(
         model=question.model,
         facts=facts,
         machine=machine,
@@ -139,7 +139,7 @@ def _facts(config: Mapping[str, Any], shapes: Shapes, file: Path) -> ModelFacts:
         raise InputError(str(error).replace("config.json", str(file), 1)) from error
 
 
-def _ladder(question: Question) -> list[Ranks]:
+def _ladder(question: FitQuestion) -> list[Ranks]:
     """The ranks to choose from: the one that was asked about, or the ladder."""
     if question.options.ranks is not None:
         return [question.options.ranks]
@@ -200,38 +200,40 @@ def _framework_bytes(device: str, quantised: bool) -> int:
     return framework_bytes(device, quantised, cache_dir())
 
 
-def _times(config: Mapping[str, Any], question: Question, ladder: list[Ranks], quantised: bool) -> StepTime:
+def _times(
+    config: Mapping[str, Any], question: FitQuestion, ladder: list[Ranks], quantised: bool
+) -> StepTime:
     """Step times on this machine, with as many threads as training would have."""
     from edge_sdk.model import base_model
     from edge_sdk.trials import step_times_child
 
     base_model.use_threads(question.options.threads)
     training = question.training
-    lesson = step_times_child.Lesson(
+    largest = step_times_child.LargestStep(
         training.batch, training.sequence_len, tuple(ladder), carries=question.rule in CARRYING
     )
-    return step_times_child.step_times(config, lesson, question.options.device, quantised)
+    return step_times_child.step_times(config, largest, question.options.device, quantised)
 
 
 def _choose(
-    question: Question,
+    question: FitQuestion,
     facts: ModelFacts,
     ladder: list[Ranks],
-    limits: choice.Limits,
-    device: choice.Device,
-) -> tuple[tuple[choice.Candidate, ...], choice.Candidate | None, str]:
+    limits: Limits,
+    device: Device,
+) -> tuple[tuple[Candidate, ...], Candidate | None, str]:
     """(candidates, the chosen one or None, why)."""
-    carry = choice.Carry(question.rank_cap if question.rule in CARRYING else 0)
+    carry = Carry(question.rank_cap if question.rule in CARRYING else 0)
     asked = (facts, question.training, ladder, carry, limits, device)
     try:
-        chosen = choice.choose(*asked)
+        chosen = choose(*asked)
     except InputError:
-        candidates = choice.leanest(*asked)
+        candidates = leanest(*asked)
         return candidates, None, _why_nothing(question, candidates, limits)
     return chosen.candidates, chosen.chosen, chosen.reason
 
 
-def _why_nothing(question: Question, candidates: tuple[choice.Candidate, ...], limits: choice.Limits) -> str:
+def _why_nothing(question: FitQuestion, candidates: tuple[Candidate, ...], limits: Limits) -> str:
     """What the least needs, and what would help."""
     least = min(candidates, key=lambda candidate: candidate.peak_bytes)
     machine = question.options.profile
@@ -245,12 +247,12 @@ def _why_nothing(question: Question, candidates: tuple[choice.Candidate, ...], l
     return f"{needs}; --memory-budget {enough_mb}MB would allow it, if so much is free by then"
 
 
-def budget_in_words(prospect: Prospect) -> str:
+def budget_in_words(fit: ModelFit) -> str:
     """Where the budget comes from."""
-    if prospect.question.options.memory_budget_bytes is not None:
+    if fit.question.options.memory_budget_bytes is not None:
         return "as you said"
     share = "half" if BUDGET_SHARE == 0.5 else f"{BUDGET_SHARE:.0%}"
-    return f"{share} of what is free" + ("" if prospect.measured else ", which is assumed to be half of all")
+    return f"{share} of what is free" + ("" if fit.measured else ", which is assumed to be half of all")
 
 
 def way_of(setting: Setting) -> str:

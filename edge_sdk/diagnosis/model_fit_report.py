@@ -10,7 +10,7 @@ from edge_sdk.core.choice.memory import human_bytes
 from edge_sdk.core.choice.rank import Candidate
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.profile import DeviceProfile
-from edge_sdk.diagnosis.model_fit import Prospect, budget_in_words, way_of
+from edge_sdk.diagnosis.model_fit import ModelFit, budget_in_words, way_of
 
 LABEL = 10  # columns before what a line says
 MARK = "→"
@@ -30,43 +30,43 @@ TERMS = {
 }
 
 
-def as_text(prospect: Prospect, width: int = 80) -> str:
+def as_text(fit: ModelFit, width: int = 80) -> str:
     """The report, with prose folded at `width` columns."""
     blocks = [
-        _head(prospect, width),
-        _table(prospect, width),
-        _terms(prospect, width),
-        _verdict(prospect, width),
+        _head(fit, width),
+        _table(fit, width),
+        _terms(fit, width),
+        _verdict(fit, width),
     ]
     return "\n\n".join(blocks) + "\n"
 
 
-def _head(prospect: Prospect, width: int) -> str:
-    machine, training = prospect.machine, prospect.question.training
-    weights = "4-bit weights (NF4)" if prospect.quantised else "unquantised weights"
-    threads = prospect.question.options.threads
-    computes = f"computes on {prospect.place}, {weights}"
-    if prospect.measured:
+def _head(fit: ModelFit, width: int) -> str:
+    machine, training = fit.machine, fit.question.training
+    weights = "4-bit weights (NF4)" if fit.quantised else "unquantised weights"
+    threads = fit.question.options.threads
+    computes = f"computes on {fit.place}, {weights}"
+    if fit.measured:
         computes += f", {threads} thread" + ("s" if threads > 1 else "")
-    total = prospect.facts.linear_parameters + prospect.facts.other_parameters
+    total = fit.facts.linear_parameters + fit.facts.other_parameters
     lines = [
-        ("machine" if prospect.measured else "class", _machine(machine)),
+        ("machine" if fit.measured else "class", _machine(machine)),
         ("", computes),
-        ("model", f"{prospect.model}: {_count(total)} parameters, {prospect.facts.layers} blocks"),
+        ("model", f"{fit.model}: {_count(total)} parameters, {fit.facts.layers} blocks"),
         (
             "work",
             (
                 f"{training.steps} steps of {training.batch} examples of {training.sequence_len} tokens, "
-                f"rule {prospect.question.rule}"
+                f"rule {fit.question.rule}"
             ),
         ),
-        ("budget", f"{human_bytes(prospect.limits.budget_bytes)}, {budget_in_words(prospect)}"),
+        ("budget", f"{human_bytes(fit.limits.budget_bytes)}, {budget_in_words(fit)}"),
     ]
-    if prospect.limits.deadline_s:
-        lines.append(("deadline", f"{_duration(prospect.limits.deadline_s)} for an assignment"))
-    if prospect.notice:
-        lines.append(("notice", prospect.notice))
-    if not prospect.measured:
+    if fit.limits.deadline_s:
+        lines.append(("deadline", f"{_duration(fit.limits.deadline_s)} for an assignment"))
+    if fit.notice:
+        lines.append(("notice", fit.notice))
+    if not fit.measured:
         lines.append(("notice", "the memory of the libraries was measured on this machine, on its CPU"))
     return "\n".join(_folded(text, width, label) for label, text in lines)
 
@@ -85,10 +85,10 @@ def _machine(machine: DeviceProfile) -> str:
     return f"{machine.name}: " + ", ".join(parts)
 
 
-def _table(prospect: Prospect, width: int) -> str:
+def _table(fit: ModelFit, width: int) -> str:
     """Candidates, best first, under what holds for all of them."""
-    candidates = prospect.candidates
-    steps = prospect.question.training.steps
+    candidates = fit.candidates
+    steps = fit.question.training.steps
     carries = any(candidate.setting.carry_rank for candidate in candidates)
     header = ["", "rank", *(["carried"] if carries else []), "peak", "step", f"{steps} steps", "upload", ""]
     rows = [header]
@@ -98,17 +98,17 @@ def _table(prospect: Prospect, width: int) -> str:
         times = [_time(candidate.step_s), _time(candidate.assignment_s)]
         rows.append(
             [
-                MARK if candidate == prospect.chosen else "",
+                MARK if candidate == fit.chosen else "",
                 _ranks(setting.ranks),
                 *carried,
                 human_bytes(candidate.peak_bytes),
                 *times,
                 human_bytes(candidate.upload_bytes),
-                _fits(candidate, prospect.limits.budget_bytes),
+                _fits(candidate, fit.limits.budget_bytes),
             ]
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    batch = prospect.question.training.batch
+    batch = fit.question.training.batch
     lines = [_folded(f"{batch} examples, {way_of(candidates[0].setting)}", width, "each step")]
     for row in rows:
         cells = [row[0].ljust(1)]
@@ -130,11 +130,11 @@ def _fits(candidate: Candidate, budget_bytes: int) -> str:
     return f"{human_bytes(over)} too much" if over > 0 else "too slow"
 
 
-def _terms(prospect: Prospect, width: int) -> str:
+def _terms(fit: ModelFit, width: int) -> str:
     """Each memory term of the chosen way; in brackets what is not there at the peak."""
-    terms = prospect.terms
-    setting = (prospect.chosen or min(prospect.candidates, key=lambda c: c.peak_bytes)).setting
-    what = "" if prospect.chosen else "the least: "
+    terms = fit.terms
+    setting = (fit.chosen or min(fit.candidates, key=lambda c: c.peak_bytes)).setting
+    what = "" if fit.chosen else "the least: "
     lines = [f"{what}rank {setting.ranks} at its peak, {human_bytes(terms.peak_bytes)}"]
     apart = terms.beside_peak()
     for name, size in terms.terms().items():
@@ -142,7 +142,7 @@ def _terms(prospect: Prospect, width: int) -> str:
             continue
         label, note = TERMS[name]
         if name == "linear_weights":
-            note = "4 bits, with their constants" if prospect.quantised else "not quantised"
+            note = "4 bits, with their constants" if fit.quantised else "not quantised"
         if name == "framework":
             note = "PyTorch and its like, measured"
         shown = f"({human_bytes(size)})" if name in apart else f"{human_bytes(size)} "
@@ -151,22 +151,22 @@ def _terms(prospect: Prospect, width: int) -> str:
     return "\n".join(lines)
 
 
-def _verdict(prospect: Prospect, width: int) -> str:
+def _verdict(fit: ModelFit, width: int) -> str:
     """Why this one and not the next, or why none; and what the times rest on."""
-    reason = prospect.reason[:1].upper() + prospect.reason[1:] + "."
+    reason = fit.reason[:1].upper() + fit.reason[1:] + "."
     lines = [_wrapped(reason, width)]
-    if prospect.times is None:
-        lines.append(_wrapped(_untimed(prospect), width))
+    if fit.times is None:
+        lines.append(_wrapped(_untimed(fit), width))
     return "\n".join(lines)
 
 
-def _untimed(prospect: Prospect) -> str:
+def _untimed(fit: ModelFit) -> str:
     """Why there are no step times."""
-    if not prospect.measured:
+    if not fit.measured:
         why = "this is a class of devices, not this machine"
     else:
-        why = "--quick was given" if prospect.chosen else "nothing fits"
-    unchecked = ", so that the deadline was not checked" if prospect.limits.deadline_s else ""
+        why = "--quick was given" if fit.chosen else "nothing fits"
+    unchecked = ", so that the deadline was not checked" if fit.limits.deadline_s else ""
     return f"Step times: not measured ({why}){unchecked}."
 
 
@@ -205,28 +205,28 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.1f}B" if number >= 999_500_000 else f"{number / 1e6:.1f}M"
 
 
-def as_json(prospect: Prospect) -> dict[str, Any]:
+def as_json(fit: ModelFit) -> dict[str, Any]:
     """The report as JSON values. Sizes are bytes, times seconds; null: not measured."""
-    question, terms = prospect.question, prospect.terms
-    chosen = prospect.chosen
+    question, terms = fit.question, fit.terms
+    chosen = fit.chosen
     return {
-        "model": prospect.model,
-        "parameters": prospect.facts.linear_parameters + prospect.facts.other_parameters,
-        "machine": asdict(prospect.machine),
-        "measured": prospect.measured,
-        "place": prospect.place,
-        "quantised": prospect.quantised,
-        "notice": prospect.notice,
+        "model": fit.model,
+        "parameters": fit.facts.linear_parameters + fit.facts.other_parameters,
+        "machine": asdict(fit.machine),
+        "measured": fit.measured,
+        "place": fit.place,
+        "quantised": fit.quantised,
+        "notice": fit.notice,
         "training": asdict(question.training),
         "rule": question.rule,
-        "budget_bytes": prospect.limits.budget_bytes,
-        "deadline_s": prospect.limits.deadline_s,
-        "times": asdict(prospect.times) if prospect.times else None,
-        "candidates": [_candidate_json(candidate, candidate == chosen) for candidate in prospect.candidates],
+        "budget_bytes": fit.limits.budget_bytes,
+        "deadline_s": fit.limits.deadline_s,
+        "times": asdict(fit.times) if fit.times else None,
+        "candidates": [_candidate_json(candidate, candidate == chosen) for candidate in fit.candidates],
         "terms": terms.terms(),
         "not_at_the_peak": list(terms.beside_peak()),
         "chosen": _candidate_json(chosen, True) if chosen else None,
-        "reason": prospect.reason,
+        "reason": fit.reason,
     }
 
 

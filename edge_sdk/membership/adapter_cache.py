@@ -15,13 +15,13 @@ from edge_sdk.core.lora import Adapter
 from edge_sdk.membership.membership import Membership
 from edge_sdk.system.durable import unwritable
 
-Purpose = Literal["work", "serve"]  # to train from, and to answer with
+Purpose = Literal["work", "answer"]  # to train from, and to answer with
 SUFFIX = ".safetensors"
 START = re.compile(r"[0-9a-f]{0,64}")
 
 
 @dataclass(frozen=True, order=True)
-class Served:
+class AdapterKey:
     """A version at a rank; rank 0 changes nothing and has no file.
 
     `start` tells two versions of one number apart, as there are after a coordinator was restored from an
@@ -36,12 +36,12 @@ class Served:
         if not START.fullmatch(self.start):
             raise ProtocolError(f"start {self.start[:40]!r} is not the beginning of a SHA-256 in hex")
 
-    def replaces(self, other: Served) -> bool:
+    def replaces(self, other: AdapterKey) -> bool:
         """Whether `other` is of a history that was lost, if this is the newest version."""
         return other.version > self.version or (other.version == self.version and other.start != self.start)
 
 
-class PublishedAdapters:
+class AdapterCache:
     """Adapter files of one federation in a folder. Used from any thread; one download at a time.
 
     Args:
@@ -54,16 +54,16 @@ class PublishedAdapters:
         self._wanted: dict[Purpose, str] = {}
         self._downloading = threading.Lock()
 
-    def fetch(self, served: Served, purpose: Purpose) -> Adapter:
+    def fetch(self, key: AdapterKey, purpose: Purpose) -> Adapter:
         """A version at a rank.
 
         Raises:
             Unreachable, NotFound: it is not here and cannot be had.
         """
-        path = self.have(served, purpose)
+        path = self.have(key, purpose)
         return dict(codec.open_own(path, self._membership.federation.scaling).modules())
 
-    def have(self, served: Served, purpose: Purpose, stopping: Callable[[], bool] | None = None) -> Path:
+    def have(self, key: AdapterKey, purpose: Purpose, stopping: Callable[[], bool] | None = None) -> Path:
         """Its file, downloaded if it is not here. What no purpose wants any more goes, but for the newest.
 
         Raises:
@@ -71,33 +71,33 @@ class PublishedAdapters:
             Unwritable: the disk is full.
             TransferStopped: `stopping` said so.
         """
-        path = self._folder / self._name(served)
+        path = self._folder / self._name(key)
         with self._downloading:
             if not _is_sound(path):
-                self._download(served, path, stopping)
+                self._download(key, path, stopping)
             if self._wanted.get(purpose) != path.name:
                 self._wanted[purpose] = path.name
                 self._forget()
         return path
 
-    def heard(self, newest: Served) -> None:
+    def heard(self, newest: AdapterKey) -> None:
         """Forget the versions of a history that the coordinator lost; `newest` is what it has now."""
         with self._downloading:
             for path, other in list(self._files()):
                 if newest.replaces(other) and path.name != self._wanted.get("work"):
                     path.unlink(missing_ok=True)
 
-    def newest_on_disk(self) -> Served:
+    def newest_on_disk(self) -> AdapterKey:
         """The newest file here, of the largest rank; version 0 without any."""
-        return max((served for _, served in self._files()), default=Served())
+        return max((key for _, key in self._files()), default=AdapterKey())
 
-    def _download(self, served: Served, path: Path, stopping: Callable[[], bool] | None) -> None:
+    def _download(self, key: AdapterKey, path: Path, stopping: Callable[[], bool] | None) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self._folder, error) from error
         dtype = self._membership.federation.download_dtype
-        self._membership.transport.download(served.version, served.rank, path, stopping, dtype)
+        self._membership.transport.download(key.version, key.rank, path, stopping, dtype)
 
     def _forget(self) -> None:
         newest = max(self._files(), key=lambda file: file[1], default=(None,))[0]
@@ -105,18 +105,18 @@ class PublishedAdapters:
             if path.name not in self._wanted.values() and path != newest:
                 path.unlink(missing_ok=True)
 
-    def _name(self, served: Served) -> str:
-        end = f"-{served.start}" if served.start else ""
-        return f"{self._membership.federation.id}-{served.version}-{served.rank}{end}{SUFFIX}"
+    def _name(self, key: AdapterKey) -> str:
+        end = f"-{key.start}" if key.start else ""
+        return f"{self._membership.federation.id}-{key.version}-{key.rank}{end}{SUFFIX}"
 
-    def _files(self) -> Iterator[tuple[Path, Served]]:
+    def _files(self) -> Iterator[tuple[Path, AdapterKey]]:
         """Whole files of this federation; a partial download ends otherwise."""
         named = re.compile(
             rf"{re.escape(self._membership.federation.id)}-(\d+)-(\d+)(?:-([0-9a-f]+))?{re.escape(SUFFIX)}"
         )
         for path in self._folder.iterdir() if self._folder.is_dir() else ():
             if found := named.fullmatch(path.name):
-                yield path, Served(int(found.group(1)), int(found.group(2)), found.group(3) or "")
+                yield path, AdapterKey(int(found.group(1)), int(found.group(2)), found.group(3) or "")
 
 
 def _is_sound(path: Path) -> bool:

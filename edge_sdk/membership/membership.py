@@ -9,9 +9,8 @@ from edge_sdk.connection.transport import Transport
 from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Federation
 from edge_sdk.membership import identity
-from edge_sdk.membership import session as sessions
 from edge_sdk.membership.journal import DIGESTS, Journal
-from edge_sdk.membership.session import Session
+from edge_sdk.membership.session import Session, dropped, joined
 from edge_sdk.options import Options, default_state_dir
 
 
@@ -126,7 +125,7 @@ class Membership:
         reply = self._transport.join(identity.request(fingerprint, self.options))
         self._transport.close()
         self._transport = Transport(self.url, reply.credential, self.journal.link)
-        self.save(sessions.joined(self.url, reply))
+        self.save(joined(self.url, reply))
         self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
 
     def _require_same(self, before: Federation | None, federation: Federation) -> None:
@@ -157,7 +156,7 @@ class Membership:
 
     def drop(self, reason: str) -> None:
         """Give up the work in hand."""
-        self.save(sessions.dropped(self.session))
+        self.save(dropped(self.session))
         self.journal.clear_work()
         self.tell("refused", f"work dropped, {reason}")
 

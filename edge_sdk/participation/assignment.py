@@ -18,9 +18,9 @@ from edge_sdk.core.errors import (
     UploadLost,
 )
 from edge_sdk.core.messages import Directive, Heartbeat, Update
-from edge_sdk.membership import session as sessions
-from edge_sdk.membership.adapter_cache import PublishedAdapters, Served
+from edge_sdk.membership.adapter_cache import AdapterCache, AdapterKey
 from edge_sdk.membership.membership import Membership
+from edge_sdk.membership.session import delivered, spoilt, trained
 from edge_sdk.system.backoff import Backoff, asked_by
 from edge_sdk.training.plan import Plan
 from edge_sdk.worker.messages import Finished, Job
@@ -35,14 +35,14 @@ class AssignmentRun:
 
     Args:
         membership: the session with the assignment, and the connection.
-        published: the adapters to start from.
+        adapters: what there is to start from.
         interrupted: whether to leave off and go on later; asked after every step and within transfers.
     """
 
     def __init__(
-        self, membership: Membership, published: PublishedAdapters, interrupted: Callable[[], bool]
+        self, membership: Membership, adapters: AdapterCache, interrupted: Callable[[], bool]
     ) -> None:
-        self._membership, self._published, self._interrupted = membership, published, interrupted
+        self._membership, self._adapters, self._interrupted = membership, adapters, interrupted
         self._tell = membership.tell
         self._steps_done = 0
         self._beat_due = 0.0
@@ -67,7 +67,7 @@ class AssignmentRun:
     def _start(self, rank: int) -> Path:
         """The assignment's version at a rank."""
         work = self._membership.session.current()
-        return self._published.have(Served(work.version, rank, work.start), "work", self._interrupted)
+        return self._adapters.have(AdapterKey(work.version, rank, work.start), "work", self._interrupted)
 
     def train(self, files: tuple[Path | None, Path | None], worker: Trainee) -> Finished | None:
         """Train the assignment in hand, from its checkpoint if there is one, into the outbox.
@@ -135,7 +135,7 @@ class AssignmentRun:
             loss_after=done.loss_after,
             train_s=done.seconds,
         )
-        self._membership.save(sessions.trained(self._membership.session, update))
+        self._membership.save(trained(self._membership.session, update))
         self._finished = None
         return done
 
@@ -200,7 +200,7 @@ class AssignmentRun:
         work, update = session.current(), session.update
         assert update is not None
         if not _holds(journal.outbox, update):
-            membership.save(sessions.spoilt(session))
+            membership.save(spoilt(session))
             self._tell("notice", f"{journal.outbox} is damaged; it is trained again from its checkpoint")
             return 0
         try:
@@ -215,7 +215,7 @@ class AssignmentRun:
         except TheirFault as error:
             membership.drop(f"the update was refused: {error}")
             return 0
-        membership.save(sessions.delivered(session, reply.current_version))
+        membership.save(delivered(session, reply.current_version))
         journal.clear_work()
         text = f"delivered rank {update.rank} from version {work.version}, loss {update.loss_after:.3f}"
         self._tell("delivered", text, loss=update.loss_after, version=work.version)

@@ -21,7 +21,7 @@ from edge_sdk.trials.library_memory import framework_bytes
 from edge_sdk.worker.messages import Memory
 
 
-class Fitting:
+class CurrentSetting:
     """The choice of one device in one federation, over its life.
 
     Args:

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from edge_sdk.connection.link_speed import Link
-from edge_sdk.core.choice import rank as choice
+from edge_sdk.connection.link_speed import LinkSpeed
 from edge_sdk.core.choice.memory import Placement, estimate, human_bytes
 from edge_sdk.core.choice.model_facts import ModelFacts, facts_from_config
+from edge_sdk.core.choice.rank import Carry, Device, Limits, RankChoice, choose
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.choice.step_time import StepTime
 from edge_sdk.core.errors import InputError
@@ -31,7 +31,7 @@ class Known:
     framework_bytes: int = 0
     times: StepTime | None = None
     correction: float = 1.0
-    link: Link = field(default_factory=Link)
+    link: LinkSpeed = field(default_factory=LinkSpeed)
     longest: int | None = None  # tokens of the longest local example
     eight_bit: bool = True  # whether 8-bit moments can be had
     four_bit: FourBitTrial | None = None  # how a trial went that need not be made again
@@ -42,7 +42,7 @@ class Known:
 class Decision:
     """How this device will train. `notice`: why it does not quantise although it was wished; else empty."""
 
-    choice: choice.RankChoice
+    choice: RankChoice
     quantise: bool
     notice: str = ""
     bitsandbytes: bool = True  # False: a process that imports it may die of that
@@ -93,17 +93,17 @@ def decide(
         InputError: the memory is not enough, or would only be in 4 bits, which fail here; says why.
     """
 
-    def choose(quantise: bool, eight_bit: bool = True) -> choice.RankChoice:
+    def ranked(quantise: bool, eight_bit: bool = True) -> RankChoice:
         own = replace(known, eight_bit=eight_bit)
         return choose_rank(federation, options, quantise, own, ladder, carried)
 
     found = quantisation(options, known.four_bit)
     trial = found.trial
     if trial is None or trial.ok:
-        return Decision(choose(found.four_bit), found.four_bit, four_bit=trial)
+        return Decision(ranked(found.four_bit), found.four_bit, four_bit=trial)
     notice = found.notice
     try:
-        unquantised = choose(False, eight_bit=False)
+        unquantised = ranked(False, eight_bit=False)
     except InputError as error:
         raise InputError(f"{notice}; unquantised, {error}; `edge-sdk doctor` says what mends it") from error
     notice += "; training goes on unquantised"
@@ -117,19 +117,19 @@ def choose_rank(
     known: Known = Known(),
     ladder: Sequence[Ranks] | None = None,
     carried: int | None = None,
-) -> choice.RankChoice:
+) -> RankChoice:
     """How to train: the largest rank of the ladder that this device carries, with the base in 4 bits or not.
 
     Raises:
         InputError: not even the smallest fits; says what it needs and what would help.
     """
     to_carry = federation.rank_cap if federation.carries else 0
-    return choice.choose(
+    return choose(
         facts_of(federation, options),
         federation.training,
         ladder or ladder_of(federation, options),
-        choice.Carry(to_carry if carried is None else carried, settled=carried is not None),
-        choice.Limits(
+        Carry(to_carry if carried is None else carried, settled=carried is not None),
+        Limits(
             min(budget_bytes(options), known.most_bytes or sys.maxsize),
             federation.lease_s,
             known.link.upload_bytes_s,
@@ -137,7 +137,7 @@ def choose_rank(
             federation.upload_dtype,
             federation.download_dtype,
         ),
-        choice.Device(placement(options, quantise, known), known.times, known.correction, known.eight_bit),
+        Device(placement(options, quantise, known), known.times, known.correction, known.eight_bit),
         known.longest,
     )
 

@@ -27,13 +27,13 @@ from edge_sdk.core.errors import (
 )
 from edge_sdk.core.messages import Ask, NotNow
 from edge_sdk.machine.surroundings import Watch
-from edge_sdk.membership import session as sessions
-from edge_sdk.membership.adapter_cache import PublishedAdapters
+from edge_sdk.membership.adapter_cache import AdapterCache
 from edge_sdk.membership.membership import Membership
+from edge_sdk.membership.session import assigned, refitted
 from edge_sdk.participation.assignment import AssignmentRun
-from edge_sdk.participation.current_setting import Fitting
+from edge_sdk.participation.assistant import Assistant
+from edge_sdk.participation.current_setting import CurrentSetting
 from edge_sdk.participation.resident_model import ResidentModel, worker_for
-from edge_sdk.participation.serving import Serving
 from edge_sdk.system.backoff import Backoff, asked_by, within_reason
 
 if TYPE_CHECKING:
@@ -65,10 +65,10 @@ class Participation:
         self.model = ResidentModel(self._load)
         # A device that trains and a program that only asks may share a state folder, but no downloads.
         journal = membership.journal
-        published = PublishedAdapters(membership, journal.adapters if data else journal.folder / "served")
-        self.serving = Serving(membership, published, self.model)
-        self._fitting: Fitting | None = None
-        self._work = AssignmentRun(membership, published, self._interrupted)
+        adapters = AdapterCache(membership, journal.adapters if data else journal.folder / "served")
+        self.assistant = Assistant(membership, adapters, self.model)
+        self._setting: CurrentSetting | None = None
+        self._work = AssignmentRun(membership, adapters, self._interrupted)
         self._backoff = Backoff()
         self._full = False  # whether a file could not be written the last time
         self._enrolled = False
@@ -80,14 +80,14 @@ class Participation:
         with self._alone():
             self._enrol()
             self._ready()
-        return self.fitting.choice
+        return self.setting.choice
 
     @property
-    def fitting(self) -> Fitting:
+    def setting(self) -> CurrentSetting:
         """How this device trains now."""
-        if self._fitting is None:
+        if self._setting is None:
             raise InputError("the rank is chosen when the agent has prepared; call prepare() first")
-        return self._fitting
+        return self._setting
 
     def _enrol(self) -> None:
         """All that needs no weights: read the data, join, see whether the memory is enough."""
@@ -101,10 +101,10 @@ class Participation:
             return
         if self._data:
             federation = self._membership.federation
-            self._fitting = Fitting(federation, self._options, self._membership.journal)
-            if self._fitting.decision.notice:
-                self._tell("unquantised", self._fitting.decision.notice)
-            self._tell("rank", self._fitting.choice.reason)
+            self._setting = CurrentSetting(federation, self._options, self._membership.journal)
+            if self._setting.decision.notice:
+                self._tell("unquantised", self._setting.decision.notice)
+            self._tell("rank", self._setting.choice.reason)
         for what in conditions.unmeasured(self._options.conditions, self.watch.look()):
             self._tell("notice", f"this machine does not tell {what}; that condition holds nothing back")
         self._enrolled = True
@@ -115,7 +115,7 @@ class Participation:
             return self.model.worker()
 
     def _load(self) -> Trainee:
-        decision = self._fitting.decision if self._fitting else None
+        decision = self._setting.decision if self._setting else None
         return worker_for(self._membership.federation, self._options, self._data, decision)
 
     # --- the loop ---
@@ -206,7 +206,7 @@ class Participation:
         self._ready()
         if self._interrupted():
             return
-        chosen = self.fitting.again()
+        chosen = self.setting.again()
         with self._doing("an answer of the coordinator"):
             answer = self._membership.transport.ask(Ask(chosen.rank, chosen.setting.carry_rank))
         if isinstance(answer, NotNow):
@@ -215,8 +215,8 @@ class Participation:
             self._rest(self._backoff.spread_s(within_reason(answer.retry_after_s)))
             return
         self._membership.journal.clear_work()
-        setting = self.fitting.setting_for(answer)
-        self._membership.save(sessions.assigned(self._membership.session, answer, setting))
+        setting = self.setting.setting_for(answer)
+        self._membership.save(assigned(self._membership.session, answer, setting))
 
     def _train(self) -> None:
         """Train the work in hand; where memory runs out, go on in a smaller way the next time round."""
@@ -236,24 +236,24 @@ class Participation:
         else:
             self._went_well()
             if done is not None and self._options.isolate:
-                self.fitting.learn(session.way(), done.memory)
+                self.setting.learn(session.way(), done.memory)
 
     def _step_down(self, error: OutOfMemory) -> None:
         """Choose a smaller way for the work in hand, with a fresh worker: what ran full stays ragged."""
         self.model.let_go()
         try:
-            smaller = self.fitting.smaller(self._membership.session.way())
+            smaller = self.setting.smaller(self._membership.session.way())
         except InputError:
             self._membership.drop(str(error))
             raise
-        self._membership.save(sessions.refitted(self._membership.session, smaller))
+        self._membership.save(refitted(self._membership.session, smaller))
         self._tell("memory", f"{error}; it goes on with {smaller}")
 
     def _follow(self) -> int:
         """A device without data: have the newest version here, and look again later."""
         try:
             with self._doing("a download"):
-                version = self.serving.refresh(self._interrupted)
+                version = self.assistant.refresh(self._interrupted)
         except NotFound as error:
             raise Unreachable(f"what was published a moment ago is gone: {error}") from error
         self._membership.heard_of(version)

@@ -23,7 +23,7 @@ from edge_sdk.model.base_model import LoadedBase
 from edge_sdk.training.factor_layers import FrozenFactor, TrainedFactor
 from edge_sdk.training.fair_lock import FairLock
 
-LOCAL, CARRIED, SERVED = "local", "carried", "served"  # trained; held frozen under it; asked by people
+LOCAL, CARRIED, ANSWERING = "local", "carried", "answering"  # trained; held frozen under it; asked by people
 
 
 class AdapterPlaces:
@@ -73,23 +73,23 @@ class AdapterPlaces:
                     self._remove(name)
                 self._activate([])
 
-    def serve(self, adapter: Adapter | None) -> None:
-        """Put `adapter` (None: the base alone) in SERVED, in place of what was there. `serving` uses it."""
+    def answer_with(self, adapter: Adapter | None) -> None:
+        """Put `adapter` (None: the base alone) in ANSWERING, in place of what was there; see `answering`."""
         with self._lock:
             active = self._active
             try:
-                self._remove(SERVED)
+                self._remove(ANSWERING)
                 if adapter and max_rank(adapter):
-                    self._install(SERVED, adapter)
+                    self._install(ANSWERING, adapter)
             finally:
                 self._activate(active)
 
     @contextmanager
-    def serving(self) -> Iterator[None]:
-        """One turn with SERVED alone; after it all is as before, for a training run in the middle too."""
+    def answering(self) -> Iterator[None]:
+        """One turn with ANSWERING alone; after it all is as before, for a training run in the middle too."""
         with self._lock:
             active = self._active
-            self._activate([SERVED] if SERVED in self._peft.peft_config else [])
+            self._activate([ANSWERING] if ANSWERING in self._peft.peft_config else [])
             try:
                 yield
             finally:

@@ -50,7 +50,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Checkpoint:
     """What a checkpoint holds."""
 
     identity: dict[str, Any]
@@ -58,7 +58,9 @@ class Kept:
     tensors: dict[str, Matrix]
 
 
-def write(path: Path, identity: Mapping[str, Any], progress: Progress, tensors: Mapping[str, Matrix]) -> None:
+def write_checkpoint(
+    path: Path, identity: Mapping[str, Any], progress: Progress, tensors: Mapping[str, Matrix]
+) -> None:
     """Replace the checkpoint at `path`; a kill leaves the old or the new one.
 
     Raises:
@@ -71,8 +73,8 @@ def write(path: Path, identity: Mapping[str, Any], progress: Progress, tensors: 
     write_durably(path, save(dict(tensors), metadata=metadata))
 
 
-def read(path: Path, accepts: Callable[[Mapping[str, Any]], bool]) -> Kept | None:
-    """What `write` left, or None if there is no file, or it is damaged or of another run (logged).
+def read_checkpoint(path: Path, accepts: Callable[[Mapping[str, Any]], bool]) -> Checkpoint | None:
+    """What `write_checkpoint` left, or None if there is no file, or it is damaged or of another run (logged).
 
     `accepts` is given the file's identity before a tensor is read.
     """
@@ -87,7 +89,7 @@ def read(path: Path, accepts: Callable[[Mapping[str, Any]], bool]) -> Kept | Non
                 return None
             progress = decode(Progress, metadata.get("progress", "null"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Kept(identity, progress, tensors)
+            return Checkpoint(identity, progress, tensors)
     except (SafetensorError, ValueError, ProtocolError) as error:
         log.warning("%s cannot be read (%s); starting the assignment from its beginning", path, error)
         return None
@@ -124,7 +126,7 @@ def _no_larger(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def refitted(
-    kept: Kept, wanted: Mapping[str, Any], adapter: Adapter
+    kept: Checkpoint, wanted: Mapping[str, Any], adapter: Adapter
 ) -> tuple[Progress, Mapping[str, Matrix]]:
     """Counters and tensors of `kept` for a run whose modules have the ranks of `adapter`.
 

@@ -29,9 +29,8 @@ from edge_sdk.model.base_model import LoadedBase
 from edge_sdk.model.generation import OnText, answers
 from edge_sdk.system.out_of_memory import caught, out_of_memory
 from edge_sdk.text.rows import IGNORED, Tokenised, collate
-from edge_sdk.training import checkpoint as checkpoints
 from edge_sdk.training.adapter_places import CARRIED, LOCAL, AdapterPlaces
-from edge_sdk.training.checkpoint import may_continue, refitted
+from edge_sdk.training.checkpoint import may_continue, read_checkpoint, refitted, write_checkpoint
 from edge_sdk.training.fair_lock import FairLock
 from edge_sdk.training.loss import summed_cross_entropy
 from edge_sdk.training.plan import (
@@ -132,9 +131,9 @@ class Trainer:
             run = Run(self.places.trainable(), plan)
             marks = identity(start, adapter, examples, plan, self._scaling) if checkpoint else {}
             accepts = functools.partial(may_continue, wanted=marks)
-            if checkpoint and (kept := checkpoints.read(checkpoint, accepts)):
+            if checkpoint and (kept := read_checkpoint(checkpoint, accepts)):
                 run.restore(*refitted(kept, marks, adapter))
-            save = (lambda: checkpoints.write(checkpoint, marks, *run.state())) if checkpoint else None
+            save = (lambda: write_checkpoint(checkpoint, marks, *run.state())) if checkpoint else None
             schedule = CheckpointSchedule(save, plan.checkpoint_s)
             with _bar("training", plan.steps, self._bars, run.progress.step) as bar:
                 batches = _batches(examples, plan, start.seed, run.progress.step)
@@ -251,16 +250,16 @@ class Trainer:
                 bar.update(len(part))
         return said
 
-    def serve(self, adapter: Adapter | None) -> None:
-        """Put the adapter that `answer` uses in place (None: the base alone), between two training steps."""
-        self.places.serve(adapter)
+    def answer_with(self, adapter: Adapter | None) -> None:
+        """Put the adapter that `answer` uses in its place (None: the base alone), between two steps."""
+        self.places.answer_with(adapter)
 
-    def serving(self) -> AbstractContextManager[None]:
+    def answering(self) -> AbstractContextManager[None]:
         """A turn in which `answer` may be called; training goes on after it as if nothing had been."""
-        return self.places.serving()
+        return self.places.answering()
 
     def answer(self, prompt: str, max_new_tokens: int, on_text: OnText | None = None) -> str:
-        """Greedy answer of the base with the served adapter, within `serving`.
+        """Greedy answer of the base with the adapter of `answer_with`, within `answering`.
 
         `on_text` hears the answer in pieces, word by word, while it is made.
         """

@@ -82,8 +82,8 @@ def main() -> int:
     from edge_sdk.trials import step_times_child
 
     base_model.use_threads(wanted.threads)
-    lesson = step_times_child.Lesson(wanted.batch, wanted.sequence_len, wanted.ranks, wanted.carries)
-    found = step_times_child.step_times(json.loads(wanted.config), lesson, wanted.device, wanted.quantise)
+    largest = step_times_child.LargestStep(wanted.batch, wanted.sequence_len, wanted.ranks, wanted.carries)
+    found = step_times_child.step_times(json.loads(wanted.config), largest, wanted.device, wanted.quantise)
     sys.stdout.write(encode(found).decode() + "\n")
     return 0
 

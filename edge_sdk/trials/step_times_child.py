@@ -39,7 +39,7 @@ CARRIED_RANK = 16
 
 
 @dataclass(frozen=True)
-class Lesson:
+class LargestStep:
     """The most that a step of the assignments will be: what is worth measuring."""
 
     micro_batch: int
@@ -50,7 +50,7 @@ class Lesson:
 
 def step_times(
     config: Mapping[str, Any],
-    lesson: Lesson,
+    largest: LargestStep,
     device: str = "auto",
     quantise: bool = True,
     clock: Callable[[], float] = time.perf_counter,
@@ -59,7 +59,7 @@ def step_times(
 
     Args:
         config: the base model's `config.json`.
-        lesson: the largest step, and the ranks to choose from.
+        largest: the largest step, and the ranks to choose from.
         device: as in `Options.device`.
         quantise: NF4, as `base_model.load` has it.
         clock: tells seconds.
@@ -72,41 +72,41 @@ def step_times(
     whole = facts_from_config(config, {})
     small = whole.layers > 1 and whole.linear_parameters / whole.layers < SMALL_BLOCK
     base, facts = cut_down(config, min(whole.layers, DEEPER) if small else 1, device, quantise)
-    longest = min(lesson.sequence_len, base.max_positions or lesson.sequence_len)
-    lesson = replace(lesson, sequence_len=longest)
-    measured = _steps(_Bench(base, facts, clock), lesson)
+    longest = min(largest.sequence_len, base.max_positions or largest.sequence_len)
+    largest = replace(largest, sequence_len=longest)
+    measured = _steps(_Bench(base, facts, clock), largest)
     measured.append(_head(facts.hidden, whole.vocab, base.device, base.model.dtype, clock))
     del base
     if small:  # a second depth tells what blocks cost from what is outside them
-        measured.append(_short_step(_Bench(*cut_down(config, 1, device, quantise), clock), lesson))
+        measured.append(_short_step(_Bench(*cut_down(config, 1, device, quantise), clock), largest))
     else:  # where blocks are large, the rest is little, and counts as theirs
         measured = [(replace(done, micro_batches=0.0), seconds) for done, seconds in measured]
     base_model.release_memory()
     return fit(measured)
 
 
-def _steps(bench: _Bench, lesson: Lesson) -> list[tuple[Work, float]]:
+def _steps(bench: _Bench, largest: LargestStep) -> list[tuple[Work, float]]:
     """Steps of few and of many tokens, of the lowest and the highest rank, recomputing, and carrying."""
-    by_size = sorted(lesson.ranks, key=bench.facts.adapter_values)
+    by_size = sorted(largest.ranks, key=bench.facts.adapter_values)
     low, high = by_size[0], by_size[-1]
-    most = lesson.micro_batch * lesson.sequence_len
+    most = largest.micro_batch * largest.sequence_len
     medium = min(MEDIUM_TOKENS, most)
-    measured = [_short_step(bench, lesson), bench.step(_setting(low, medium, medium))]
+    measured = [_short_step(bench, largest), bench.step(_setting(low, medium, medium))]
     tokens = _affordable(measured[0][1], measured[1][1], most)
-    length = min(lesson.sequence_len, tokens)
+    length = min(largest.sequence_len, tokens)
     for ranks in {low, high}:
         measured.append(bench.step(_setting(ranks, length, tokens)))
     plain = _setting(low, length, tokens)
     measured.append(bench.step(replace(plain, checkpointing=True)))
-    if lesson.carries:
+    if largest.carries:
         measured.append(bench.step(replace(plain, carry_rank=CARRIED_RANK, carried_dtype="int8")))
     return measured
 
 
-def _short_step(bench: _Bench, lesson: Lesson) -> tuple[Work, float]:
+def _short_step(bench: _Bench, largest: LargestStep) -> tuple[Work, float]:
     """One row of few tokens, at the lowest rank."""
-    length = min(SHORT_TOKENS, lesson.sequence_len)
-    low = min(lesson.ranks, key=bench.facts.adapter_values)
+    length = min(SHORT_TOKENS, largest.sequence_len)
+    low = min(largest.ranks, key=bench.facts.adapter_values)
     return bench.step(_setting(low, length, length))
 
 
@@ -145,7 +145,7 @@ class _Bench:
         )
         carried = self._carried(setting.carry_rank) if setting.carry_rank else None
         start = Start(None, carried, setting.ranks, 0, setting.carried_dtype)
-        watch = Watch(self._clock, ENOUGH_S)
+        watch = Stopwatch(self._clock, ENOUGH_S)
         self._trainer.train(start, rows, plan, on_step=watch)
         return work(self.facts, setting, setting.micro_batch), watch.median_s()
 
@@ -163,7 +163,7 @@ class _Bench:
         return adapter
 
 
-class Watch:
+class Stopwatch:
     """Times steps, as the trainer's `on_step`, and says when `enough_s` of them were seen, two at least.
 
     The first step warms up and does not count.

@@ -52,8 +52,8 @@ class Endpoint:
     def run(self) -> None:
         """Work until the pipe closes, which ends the process."""
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
-        threading.Thread(target=self._serve, args=(self._questions,), name="answer", daemon=True).start()
-        self._serve(self._work)
+        threading.Thread(target=self._work_off, args=(self._questions,), name="answer", daemon=True).start()
+        self._work_off(self._work)
 
     def _listen(self) -> None:
         """Sort what comes in. When the pipe closes the application is gone: leave all as it is."""
@@ -65,7 +65,7 @@ class Endpoint:
                 (self._work if kind in ("prepare", "train") else self._questions).put((kind, id, body))
         os._exit(0)
 
-    def _serve(self, calls: queue.SimpleQueue[Call]) -> None:
+    def _work_off(self, calls: queue.SimpleQueue[Call]) -> None:
         while True:
             kind, id, body = calls.get()
             self._answer(kind, id, body)

@@ -58,7 +58,7 @@ class Worker:
         self._examples = load_examples(Path(setup.data)) if setup.data else []
         self._rows: tuple[int, list[Tokenised]] = (0, [])
         self._asking = threading.Lock()
-        self._served: str | None = None
+        self._answers_with: str | None = None
         if failure := caught(self._load):
             raise out_of_memory(0, f"loading {setup.model}", failure)
         self.prepared = Prepared(len(self._examples), time.monotonic() - began, self.memory())
@@ -171,11 +171,11 @@ class Worker:
         return answers
 
     def _answer(self, question: Question, answers: list[str], on_text: Callable[[str], None] | None) -> None:
-        if question.adapter != self._served:
-            self._trainer.serve(self._cut(question.adapter, None))
-            self._served = question.adapter
+        if question.adapter != self._answers_with:
+            self._trainer.answer_with(self._cut(question.adapter, None))
+            self._answers_with = question.adapter
         for prompt in question.prompts:
-            with self._trainer.serving():
+            with self._trainer.answering():
                 answers.append(self._trainer.answer(prompt, question.max_new_tokens, on_text))
 
     def close(self) -> None:

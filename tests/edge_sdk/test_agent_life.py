@@ -347,7 +347,7 @@ def test_a_newer_version_is_swapped_in_beside_training(make: Callable[..., Agent
     trainer = trainer_of(agent)
     assert trainer.base.model is model
     _, adapter = agent.newest()
-    agent._part.serving._due = 0.0
+    agent._part.assistant._due = 0.0
     assert agent.generate(prompt, 12) == trainer.generate(adapter, [prompt], 12)[0]
 
 
@@ -412,7 +412,7 @@ def test_chat_at_a_prompt_tells_which_version_answers(make: Callable[..., Agent]
         if len(prompts) == 2:
             assert trained.run(updates=1) == 1
             wait_for_version(trained, 1)
-            reader._part.serving._due = 0.0
+            reader._part.assistant._due = 0.0
         if len(prompts) == 4:
             raise EOFError
         return ["turn the red light on", "and off", "  "][len(prompts) - 1]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from edge_sdk.core.choice import rank as choice
 from edge_sdk.core.choice.memory import ACCELERATOR, CPU, Placement
 from edge_sdk.core.choice.model_facts import facts_from_config
+from edge_sdk.core.choice.rank import Carry, Device, Limits, choose
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.model import base_model
 from edge_sdk.model.files import read_config, resolve
@@ -61,13 +61,13 @@ def test_the_cast_chooses_different_ranks_from_its_budgets(
     base = base_model.describe("tiny")
     facts = facts_from_config(read_config(resolve("tiny")), base.modules)
     chosen = [
-        choice.choose(
+        choose(
             facts,
             demo.TRAINING,
             [Ranks.uniform(rank) for rank in demo.LADDER],
-            choice.Carry(demo.RANK_CAP if rule == "carry" else 0),
-            choice.Limits(demo.budget_bytes(household.profile, rule)),
-            choice.Device(placement),
+            Carry(demo.RANK_CAP if rule == "carry" else 0),
+            Limits(demo.budget_bytes(household.profile, rule)),
+            Device(placement),
         )
         for household in demo.CAST
     ]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from edge_sdk.core.choice import rank as choice
 from edge_sdk.core.choice.model_facts import facts_from_config
+from edge_sdk.core.choice.rank import Carry, Device, Limits
+from edge_sdk.core.choice.rank import choose as choose_rank
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import InputError
 from edge_sdk.model import base_model
@@ -205,13 +206,13 @@ def test_each_budget_gives_its_rank(rule: str) -> None:
     carried = natural_instructions.RANK_CAP if rule == "carry" else 0
     for rank in natural_instructions.LADDER:
         budget = natural_instructions.budget_bytes(base, rule, rank)
-        chosen = choice.choose(
+        chosen = choose_rank(
             facts,
             natural_instructions.TRAINING,
             [Ranks.uniform(of) for of in natural_instructions.LADDER],
-            choice.Carry(carried),
-            choice.Limits(budget),
-            choice.Device(base_model.placement("auto")),
+            Carry(carried),
+            Limits(budget),
+            Device(base_model.placement("auto")),
         ).setting
         assert (chosen.ranks.largest, chosen.carry_rank) == (rank, carried)
         assert (chosen.micro_batch, chosen.checkpointing) == (natural_instructions.TRAINING.batch, False)

@@ -19,7 +19,7 @@ from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import Unreachable
 from edge_sdk.core.messages import Base
 from edge_sdk.model import base_model
-from edge_sdk.system import backoff as patience
+from edge_sdk.system.backoff import Backoff
 from tests.device_agents import Device, device, federation_config, quick, text_of, updates, wait_until
 from tests.faults.proxy import (
     Answer,
@@ -297,15 +297,15 @@ def test_an_outage_is_asked_about_less_and_less(
     """Ten failures in a row at one step: each wait is drawn below a bound that doubles up to the most."""
     bounds: list[float] = []
     slept: list[float] = []
-    next_s = patience.Backoff.next_s
+    next_s = Backoff.next_s
 
-    def noted(backoff: patience.Backoff, asked_s: float = 0.0) -> float:
+    def noted(backoff: Backoff, asked_s: float = 0.0) -> float:
         wait_s = next_s(backoff, asked_s)
         bounds.append(backoff._bound_s)
         slept.append(wait_s)
         return wait_s
 
-    monkeypatch.setattr(patience.Backoff, "next_s", noted)
+    monkeypatch.setattr(Backoff, "next_s", noted)
     # Of a training so short that only its first heartbeat is sure to come.
     rule = proxy.on(*step, Answer(502), times=10 if step != HEARTBEAT else 1)
     delivers_once(new_device(proxy, coordinator, tmp_path, data), coordinator)

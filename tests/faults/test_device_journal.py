@@ -26,10 +26,10 @@ from edge_sdk.connection.transport import TransferStopped
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import NotFound, ProtocolError, StaleUpdate, Unreachable, UploadLost
 from edge_sdk.core.messages import Assignment, HeartbeatReply, JoinReply, NotNow, UpdateReply
-from edge_sdk.membership import journal as journals
-from edge_sdk.membership import session as sessions
+from edge_sdk.membership import journal
 from edge_sdk.membership.journal import Journal
 from edge_sdk.membership.membership import Membership
+from edge_sdk.membership.session import Session, joined
 from edge_sdk.options import Options
 from edge_sdk.participation import loop
 from edge_sdk.system import durable
@@ -143,20 +143,20 @@ class DeviceOverTime(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp())
         self.coordinator = Coordinator()
-        self.on_disk: sessions.Session | None = None
+        self.on_disk: Session | None = None
         self.finished: dict[str, str] = {}  # assignment -> digest, once the session on disk says so
         self.trainings = 0
         self.dies_at: int | None = None
         self.dies_after_writing = False
         self._write, self._fsync = durable.write_durably, os.fsync
-        journals.write_durably = self._writing  # type: ignore[attr-defined]
+        journal.write_durably = self._writing  # type: ignore[attr-defined]
         os.fsync = lambda descriptor: None  # type: ignore[assignment]  # power fails in name only
 
     def teardown(self) -> None:
         try:
             self.everything_arrives()
         finally:
-            journals.write_durably = self._write  # type: ignore[attr-defined]
+            journal.write_durably = self._write  # type: ignore[attr-defined]
             os.fsync = self._fsync
             shutil.rmtree(self.folder)
 
@@ -175,7 +175,7 @@ class DeviceOverTime(RuleBasedStateMachine):
             path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
             raise Crash
         self._write(path, data, mode)
-        if path.name == journals.SESSION:
+        if path.name == journal.SESSION:
             self._note()
         if dies:
             raise Crash
@@ -202,12 +202,12 @@ class DeviceOverTime(RuleBasedStateMachine):
         teller = Teller(lambda event: None, Callbacks())
         membership = Membership("http://host", Options(state_dir=self.folder), "token", teller)
         if membership.journal.load() is None:
-            membership.save(sessions.joined("http://host", JoinReply("d", "secret", FEDERATION)))
+            membership.save(joined("http://host", JoinReply("d", "secret", FEDERATION)))
         membership._session = membership.journal.load()
         membership.journal.clear_work = self._clearing  # type: ignore[method-assign]
         self.membership = membership
         self.part = loop.Participation(membership, self.folder / "data")
-        self.part._fitting = SimpleNamespace(  # type: ignore[assignment]
+        self.part._setting = SimpleNamespace(  # type: ignore[assignment]
             again=lambda: SimpleNamespace(rank=4, setting=SETTING), setting_for=lambda work: SETTING
         )
         self.part._options = replace(self.part._options, isolate=False)

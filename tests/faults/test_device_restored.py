@@ -88,10 +88,10 @@ def test_devices_go_on_with_a_coordinator_that_was_restored(
     shutil.rmtree(coordinator.data)
     shutil.move(tmp_path / "copy", coordinator.data)
     coordinator.start()
-    red.agent._part.serving._due = 0.0
+    red.agent._part.assistant._due = 0.0
     assert red.agent.refresh() == 1  # what answers is what the federation has
     trained(red, 2)
-    red.agent._part.serving._due = 0.0
+    red.agent._part.assistant._due = 0.0
     assert red.agent.refresh() == 3
     again = served_here(red)
     assert not again & lost

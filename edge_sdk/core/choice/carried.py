@@ -45,7 +45,7 @@ def _row_bytes(dtype: CarriedDtype, width: int) -> int:
 
 
 @dataclass(frozen=True)
-class Split:
+class MemorySplit:
     """What a device does with its memory: train `rank`, hold `carry_rank` components frozen in `dtype`."""
 
     rank: int
@@ -64,7 +64,7 @@ WHOLE_IN: tuple[CarriedDtype, ...] = ("int8", "nf4")
 SHARES = (0.75, 0.5)
 
 
-def splits(ladder: Sequence[int], live_rank: int) -> list[Split]:
+def splits(ladder: Sequence[int], live_rank: int) -> list[MemorySplit]:
     """What a device may do under the rule `carry`, best first: take the first that fits the memory.
 
     A trained rank costs as much as 15 components in int8 or 28 in NF4. On a target whose answer is known,
@@ -78,7 +78,8 @@ def splits(ladder: Sequence[int], live_rank: int) -> list[Split]:
         live_rank: of the version to train from, or the rank cap, which it never exceeds.
     """
     if live_rank == 0:
-        return [Split(rank, 0, "float32") for rank in sorted(ladder, reverse=True)]
-    whole = [Split(rank, live_rank, dtype) for rank in sorted(ladder, reverse=True) for dtype in WHOLE_IN]
+        return [MemorySplit(rank, 0, "float32") for rank in sorted(ladder, reverse=True)]
+    best_first = sorted(ladder, reverse=True)
+    whole = [MemorySplit(rank, live_rank, dtype) for rank in best_first for dtype in WHOLE_IN]
     parts = (math.ceil(share * live_rank) for share in SHARES)
-    return [*whole, *(Split(min(ladder), part, "nf4") for part in parts if part < live_rank)]
+    return [*whole, *(MemorySplit(min(ladder), part, "nf4") for part in parts if part < live_rank)]

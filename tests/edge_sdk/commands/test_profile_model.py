@@ -19,7 +19,7 @@ from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import DeviceProfile, load_profile
 from edge_sdk.diagnosis import model_fit_report
-from edge_sdk.diagnosis.model_fit import Prospect, Question, class_placement
+from edge_sdk.diagnosis.model_fit import FitQuestion, ModelFit, class_placement
 from edge_sdk.options import Options
 from edge_sdk.trials import library_memory
 from tests.edge_sdk.trials.test_step_times import SMALL
@@ -148,11 +148,11 @@ MACHINE = DeviceProfile(
 )
 
 
-def example() -> Prospect:
+def example() -> ModelFit:
     low, high = (Setting(Ranks.uniform(rank), 0, 64, 2, checkpointing=True) for rank in (2, 8))
     wide = Candidate(high, 700_000_000, 9.0, 180.0, 4_000_000, "needs 700 MB, 200 MB over the budget")
     slim = Candidate(low, 460_000_000, 0.5, 10.0, 1_000_000, "")
-    return Prospect(
+    return ModelFit(
         model="a/model",
         facts=SMALL,
         machine=MACHINE,
@@ -160,7 +160,7 @@ def example() -> Prospect:
         place="cpu, float32",
         quantised=True,
         notice="",
-        question=Question("a/model", Options(memory_budget_bytes=500_000_000), (2, 8), deadline_s=90.0),
+        question=FitQuestion("a/model", Options(memory_budget_bytes=500_000_000), (2, 8), deadline_s=90.0),
         limits=Limits(500_000_000, 90.0),
         times=None,
         candidates=(wide, slim),

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.connection.link_speed import KEPT, LEAST_BYTES, Link, load_link, save_link
+from edge_sdk.connection.link_speed import KEPT, LEAST_BYTES, LinkSpeed, load_link, save_link
 from edge_sdk.connection.transport import Transport
 from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.errors import Unreachable
@@ -25,20 +25,20 @@ ADAPTER = encode({"layer": LoraFactors(np.ones((64, 128), np.float32), np.ones((
 rates = st.floats(1, 1e12)
 
 
-def after(*seconds: float) -> Link:
+def after(*seconds: float) -> LinkSpeed:
     """A link after uploads of 1 MB that took so long."""
-    link = Link()
+    link = LinkSpeed()
     for duration in seconds:
         link = link.with_upload(MB, duration)
     return link
 
 
 def test_nothing_measured_is_none() -> None:
-    assert (Link().upload_bytes_s, Link().download_bytes_s) == (None, None)
+    assert (LinkSpeed().upload_bytes_s, LinkSpeed().download_bytes_s) == (None, None)
 
 
 def test_directions_are_apart() -> None:
-    link = Link().with_upload(MB, 2.0).with_download(MB, 0.5)
+    link = LinkSpeed().with_upload(MB, 2.0).with_download(MB, 0.5)
     assert (link.upload_bytes_s, link.download_bytes_s) == (500_000, 2_000_000)
 
 
@@ -51,7 +51,7 @@ def test_the_lower_median_of_the_last_five() -> None:
 @given(st.lists(rates, min_size=2, max_size=4), st.floats(1e-9, 1e15), st.integers(0, 4))
 def test_one_outlier_cannot_leave_the_range_of_the_others(usual: list[float], odd: float, place: int) -> None:
     mixed = (*usual[:place], odd, *usual[place:])
-    found = Link(uploads=mixed).upload_bytes_s
+    found = LinkSpeed(uploads=mixed).upload_bytes_s
     assert found is not None
     assert found <= max(usual)
     if len(usual) > 2:
@@ -60,11 +60,15 @@ def test_one_outlier_cannot_leave_the_range_of_the_others(usual: list[float], od
 
 @given(st.integers(0, LEAST_BYTES - 1), st.floats(0, 1e6))
 def test_small_transfers_say_nothing(size_bytes: int, seconds: float) -> None:
-    assert Link().with_upload(size_bytes, seconds) == Link().with_download(size_bytes, seconds) == Link()
+    assert (
+        LinkSpeed().with_upload(size_bytes, seconds)
+        == LinkSpeed().with_download(size_bytes, seconds)
+        == LinkSpeed()
+    )
 
 
 def test_a_transfer_that_took_no_time_says_nothing() -> None:
-    assert Link().with_upload(MB, 0.0) == Link()
+    assert LinkSpeed().with_upload(MB, 0.0) == LinkSpeed()
 
 
 @given(st.lists(rates, max_size=KEPT).map(tuple), st.lists(rates, max_size=KEPT).map(tuple))
@@ -72,8 +76,8 @@ def test_it_is_remembered(
     tmp_path_factory: pytest.TempPathFactory, ups: tuple[float, ...], downs: tuple[float, ...]
 ) -> None:
     path = tmp_path_factory.mktemp("link") / "link.json"
-    save_link(path, Link(ups, downs))
-    assert load_link(path) == Link(ups, downs)
+    save_link(path, LinkSpeed(ups, downs))
+    assert load_link(path) == LinkSpeed(ups, downs)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +86,7 @@ def test_it_is_remembered(
 def test_a_damaged_file_means_not_measured(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "link.json").write_bytes(content)
-    assert load_link(tmp_path / "link.json") == Link()
+    assert load_link(tmp_path / "link.json") == LinkSpeed()
 
 
 def test_a_disk_that_takes_nothing_ends_no_transfer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,14 +167,14 @@ def test_a_download_and_an_upload_are_measured_and_remembered(transport: Transpo
 def test_what_was_there_already_is_no_transfer(transport: Transport, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(SIZE_BYTES))
     transport.upload("done", tmp_path / "file")
-    assert transport.link == Link()
+    assert transport.link == LinkSpeed()
     assert not (tmp_path / "link.json").exists()
 
 
 def test_a_transfer_that_broke_off_is_not_counted(transport: Transport, tmp_path: Path) -> None:
     with pytest.raises(Unreachable):
         transport.download(9, 4, tmp_path / "file")
-    assert transport.link == Link()
+    assert transport.link == LinkSpeed()
 
 
 def test_the_date_of_the_answer_is_kept(transport: Transport, tmp_path: Path) -> None:

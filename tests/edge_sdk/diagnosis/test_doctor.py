@@ -24,12 +24,12 @@ from edge_sdk.core.profile import Accelerator, DeviceProfile
 from edge_sdk.core.records import to_json
 from edge_sdk.diagnosis import doctor, federation_checks, machine_checks
 from edge_sdk.diagnosis.check import Check, fine, not_fine, rendered, warning
-from edge_sdk.diagnosis.doctor import Question
-from edge_sdk.membership import session as sessions
+from edge_sdk.diagnosis.doctor import JoinPlan
 from edge_sdk.membership.journal import Journal
+from edge_sdk.membership.session import joined
 from edge_sdk.model import base_model
 from edge_sdk.options import Options
-from edge_sdk.participation import decision as enrolment
+from edge_sdk.participation import decision
 from edge_sdk.trials.four_bit import FourBitTrial
 from tests.broken_bitsandbytes import CODE, write_package
 from tests.models import build_model
@@ -74,9 +74,9 @@ def here(folder: Path) -> Options:
     return Options(state_dir=folder, device="cpu", profile=LAPTOP)
 
 
-def diagnosis(question: Question) -> dict[str, Check]:
+def diagnosis(plan: JoinPlan) -> dict[str, Check]:
     """Subject -> check, each subject once."""
-    checks = list(doctor.examine(question))
+    checks = list(doctor.examine(plan))
     found = {check.subject: check for check in checks}
     assert len(found) == len(checks)
     for check in checks:
@@ -165,21 +165,21 @@ def test_the_decision_to_quantise(
     federation = transport.federation()
     transport.close()
     options = Options(device="cpu", memory_budget_bytes=10**9)
-    monkeypatch.setattr(enrolment, "four_bit_works", lambda device, folder: WORKS)
-    assert enrolment.decide(federation, options).quantise
-    monkeypatch.setattr(enrolment, "four_bit_works", lambda device, folder: BROKEN)
-    decision = enrolment.decide(federation, options)
-    assert not decision.quantise
+    monkeypatch.setattr(decision, "four_bit_works", lambda device, folder: WORKS)
+    assert decision.decide(federation, options).quantise
+    monkeypatch.setattr(decision, "four_bit_works", lambda device, folder: BROKEN)
+    decided = decision.decide(federation, options)
+    assert not decided.quantise
     assert (
-        decision.notice == f"4-bit training does not work here: {BROKEN.reason}; training goes on unquantised"
+        decided.notice == f"4-bit training does not work here: {BROKEN.reason}; training goes on unquantised"
     )
-    assert decision.choice == enrolment.choose_rank(federation, options, quantise=False)
+    assert decided.choice == decision.choose_rank(federation, options, quantise=False)
     # Not wished for: not tried, and nothing to say.
-    plain = enrolment.decide(federation, dataclasses.replace(options, quantise=False))
+    plain = decision.decide(federation, dataclasses.replace(options, quantise=False))
     assert (plain.quantise, plain.notice) == (False, "")
     small = dataclasses.replace(options, memory_budget_bytes=1000)
     with pytest.raises(InputError) as caught:
-        enrolment.decide(federation, small)
+        decision.decide(federation, small)
     said = str(caught.value)
     assert said.startswith(
         f"4-bit training does not work here: {BROKEN.reason}; unquantised, not enough memory"
@@ -210,7 +210,7 @@ def test_a_library_that_is_broken_stops_what_needs_it(
 ) -> None:
     problems = dict.fromkeys(machine_checks.LIBRARIES, "") | {"torch": "the process was killed by SIGILL"}
     monkeypatch.setattr(machine_checks, "import_problems", lambda names: problems)
-    found = diagnosis(Question(Options(state_dir=tmp_path), data=data))
+    found = diagnosis(JoinPlan(Options(state_dir=tmp_path), data=data))
     assert list(found) == ["python", "torch", "libraries", "data"]
     assert "cannot be imported: the process was killed by SIGILL" in found["torch"].found
     assert found["torch"].mend.startswith("python -m pip install --force-reinstall torch==")
@@ -311,14 +311,14 @@ def test_what_is_needed_on_the_disk() -> None:
 
 
 def test_without_a_token(coordinator: CoordinatorProcess, quick: None, tmp_path: Path) -> None:
-    found = diagnosis(Question(here(tmp_path), coordinator.url))
+    found = diagnosis(JoinPlan(here(tmp_path), coordinator.url))
     assert states(found) == {"coordinator": "warning"}
     assert found["coordinator"].found == f"{coordinator.url} answers; without a token it tells no more"
     assert found["clock"].state == "fine"
 
 
 def test_with_a_wrong_token(coordinator: CoordinatorProcess, quick: None, tmp_path: Path) -> None:
-    found = diagnosis(Question(here(tmp_path), coordinator.url, token="wrong"))
+    found = diagnosis(JoinPlan(here(tmp_path), coordinator.url, token="wrong"))
     assert states(found) == {"coordinator": "not fine"}
     assert "ask the host for the join token" in found["coordinator"].mend
 
@@ -330,14 +330,14 @@ def test_a_device_that_has_joined_needs_no_token(
     base = transport.federation().base
     reply: JoinReply = transport.join(JoinRequest("here", base.fingerprint))
     transport.close()
-    Journal(tmp_path).save(sessions.joined(coordinator.url, reply))
-    found = diagnosis(Question(here(tmp_path), coordinator.url))
+    Journal(tmp_path).save(joined(coordinator.url, reply))
+    found = diagnosis(JoinPlan(here(tmp_path), coordinator.url))
     assert states(found) == {}
     assert "ranks 2, 4" in found["coordinator"].found
 
 
 def test_nobody_answers(quick: None, tmp_path: Path) -> None:
-    found = diagnosis(Question(here(tmp_path), "http://no.invalid", token="t"))
+    found = diagnosis(JoinPlan(here(tmp_path), "http://no.invalid", token="t"))
     assert states(found) == {"coordinator": "not fine"}
     assert "clock" not in found
     assert "no coordinator answers at http://no.invalid" in found["coordinator"].found
@@ -348,11 +348,11 @@ def test_unquantised_training_that_would_not_fit(
 ) -> None:
     monkeypatch.setattr(doctor, "four_bit_works", lambda device: BROKEN)
     options = dataclasses.replace(here(tmp_path), memory_budget_bytes=1000)
-    found = diagnosis(Question(options, coordinator.url, coordinator.join_token))
+    found = diagnosis(JoinPlan(options, coordinator.url, coordinator.join_token))
     assert states(found) == {"4-bit": "not fine"}
     assert "and unquantised, not enough memory to train" in found["4-bit"].found
     roomy = dataclasses.replace(options, memory_budget_bytes=None)
-    assert states(diagnosis(Question(roomy, coordinator.url, coordinator.join_token))) == {"4-bit": "warning"}
+    assert states(diagnosis(JoinPlan(roomy, coordinator.url, coordinator.join_token))) == {"4-bit": "warning"}
 
 
 def test_another_base_model(
@@ -363,7 +363,7 @@ def test_another_base_model(
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
     options = dataclasses.replace(here(tmp_path / "state"), model=str(other))
-    found = diagnosis(Question(options, coordinator.url, coordinator.join_token))
+    found = diagnosis(JoinPlan(options, coordinator.url, coordinator.join_token))
     assert found["base model"].state == "not fine"
     assert "this device's base model has fingerprint" in found["base model"].found
     assert "rank" not in found
@@ -455,7 +455,7 @@ def test_bad_input_is_one_line(
 def test_a_session_that_cannot_be_read(quick: None, tmp_path: Path) -> None:
     (tmp_path / "session.json").write_text("{")
     with pytest.raises(InputError, match="not a session"):
-        list(doctor.examine(Question(here(tmp_path), "http://h")))
+        list(doctor.examine(JoinPlan(here(tmp_path), "http://h")))
 
 
 def test_what_is_not_fit_ends_with_1(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.membership.adapter_cache import PublishedAdapters, Served
+from edge_sdk.membership.adapter_cache import AdapterCache, AdapterKey
 
 ONES = encode({"layer": LoraFactors(np.ones((3, 2), np.float32), np.ones((2, 5), np.float32))}, 1.0)
 
@@ -34,10 +34,10 @@ def downloads() -> Downloads:
 
 
 @pytest.fixture
-def published(tmp_path: Path, downloads: Downloads) -> PublishedAdapters:
+def published(tmp_path: Path, downloads: Downloads) -> AdapterCache:
     federation = SimpleNamespace(id="f+", download_dtype="float32", scaling=1.0)
     membership: Any = SimpleNamespace(federation=federation, transport=downloads)
-    return PublishedAdapters(membership, tmp_path / "adapters")
+    return AdapterCache(membership, tmp_path / "adapters")
 
 
 def names(folder: Path) -> set[str]:
@@ -45,46 +45,46 @@ def names(folder: Path) -> set[str]:
 
 
 def test_another_history_is_another_file(
-    published: PublishedAdapters, downloads: Downloads, tmp_path: Path
+    published: AdapterCache, downloads: Downloads, tmp_path: Path
 ) -> None:
-    published.have(Served(12, 4, "aa"), "work")
-    published.have(Served(12, 4, "aa"), "work")
-    published.have(Served(12, 4, "bb"), "serve")
+    published.have(AdapterKey(12, 4, "aa"), "work")
+    published.have(AdapterKey(12, 4, "aa"), "work")
+    published.have(AdapterKey(12, 4, "bb"), "answer")
     assert downloads.asked == [(12, 4), (12, 4)]
     assert names(tmp_path) == {"f+-12-4-aa.safetensors", "f+-12-4-bb.safetensors"}
-    assert published.newest_on_disk() == Served(12, 4, "bb")
+    assert published.newest_on_disk() == AdapterKey(12, 4, "bb")
 
 
 def test_a_coordinator_that_names_no_start_gives_the_names_of_before(
-    published: PublishedAdapters, tmp_path: Path
+    published: AdapterCache, tmp_path: Path
 ) -> None:
-    published.have(Served(3, 8), "work")
+    published.have(AdapterKey(3, 8), "work")
     assert names(tmp_path) == {"f+-3-8.safetensors"}
-    assert published.newest_on_disk() == Served(3, 8)
+    assert published.newest_on_disk() == AdapterKey(3, 8)
 
 
-def test_what_a_restored_coordinator_lost_is_forgotten(published: PublishedAdapters, tmp_path: Path) -> None:
+def test_what_a_restored_coordinator_lost_is_forgotten(published: AdapterCache, tmp_path: Path) -> None:
     """Version 9 is the newest now: 12 went, the other 9 went, 8 stays; what is trained from stays, too."""
     folder = tmp_path / "adapters"
     folder.mkdir()
     for name in ("f+-12-4-aa", "f+-9-4-aa", "f+-9-4-cc", "f+-8-4-aa", "other-12-4-aa"):
         (folder / f"{name}.safetensors").write_bytes(ONES)
-    published.heard(Served(9, 4, "cc"))
+    published.heard(AdapterKey(9, 4, "cc"))
     assert names(tmp_path) == {f"{name}.safetensors" for name in ("f+-9-4-cc", "f+-8-4-aa", "other-12-4-aa")}
-    published.have(Served(11, 4, "dd"), "work")
-    published.heard(Served(9, 4, "cc"))
+    published.have(AdapterKey(11, 4, "dd"), "work")
+    published.heard(AdapterKey(9, 4, "cc"))
     assert "f+-11-4-dd.safetensors" in names(tmp_path)
 
 
-def test_old_files_and_parts_go_and_the_newest_stays(published: PublishedAdapters, tmp_path: Path) -> None:
-    published.have(Served(5, 4, "aa"), "serve")
+def test_old_files_and_parts_go_and_the_newest_stays(published: AdapterCache, tmp_path: Path) -> None:
+    published.have(AdapterKey(5, 4, "aa"), "answer")
     for name in ("f+-2-4-bb.safetensors", "f+-4-4-bb.safetensors.part", "f+-4-4-bb.safetensors.part.etag"):
         (tmp_path / "adapters" / name).write_bytes(b"x")
-    published.have(Served(3, 4, "cc"), "work")
+    published.have(AdapterKey(3, 4, "cc"), "work")
     assert names(tmp_path) == {"f+-5-4-aa.safetensors", "f+-3-4-cc.safetensors"}
 
 
 @pytest.mark.parametrize("start", ["../../etc/passwd", "AA", "x", "a" * 65, "a b", "aa\n"])
 def test_a_start_that_is_no_beginning_of_a_digest_is_refused(start: str) -> None:
     with pytest.raises(ProtocolError, match="is not the beginning of a SHA-256"):
-        Served(1, 4, start)
+        AdapterKey(1, 4, start)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.core.errors import InputError, Unwritable
-from edge_sdk.membership import session as sessions
 from edge_sdk.membership.journal import Journal
+from edge_sdk.membership.session import Session, delivered
 from edge_sdk.system.durable import write_durably
 from tests.edge_sdk.membership.test_session import IDLE, OUTBOX, TRAINING
 
@@ -27,8 +27,8 @@ def test_a_new_device_remembers_nothing(journal: Journal) -> None:
     assert journal.adapters.is_dir()
 
 
-@pytest.mark.parametrize("session", [IDLE, TRAINING, OUTBOX, sessions.delivered(OUTBOX, 9)])
-def test_a_session_comes_back_as_it_was(journal: Journal, session: sessions.Session) -> None:
+@pytest.mark.parametrize("session", [IDLE, TRAINING, OUTBOX, delivered(OUTBOX, 9)])
+def test_a_session_comes_back_as_it_was(journal: Journal, session: Session) -> None:
     journal.save(IDLE)
     journal.save(session)
     assert Journal(journal.folder).load() == session

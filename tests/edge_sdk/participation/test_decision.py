@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.settings import load_settings
-from edge_sdk.connection.link_speed import Link
+from edge_sdk.connection.link_speed import LinkSpeed
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Federation
@@ -110,7 +110,7 @@ def test_what_is_known_of_the_device_enters_its_choice(federation: Federation) -
     assert decision.choose_rank(federation, options, False, Known(longest=20)).setting.sequence_len == 20
     # Rank 32 takes twice the lease to send, rank 8 half of it.
     sent = chosen.chosen.upload_bytes
-    slow = Link(uploads=(sent / 200.0,))
+    slow = LinkSpeed(uploads=(sent / 200.0,))
     limited = decision.choose_rank(federation, options, False, Known(link=slow))
     assert limited.setting.ranks == max(
         (c.setting.ranks for c in limited.candidates if 2 * c.upload_bytes <= sent),

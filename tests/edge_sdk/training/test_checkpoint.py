@@ -16,7 +16,7 @@ from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import Tokenised, tokenise
-from edge_sdk.training.checkpoint import Kept, Progress, may_continue, refitted
+from edge_sdk.training.checkpoint import Checkpoint, Progress, may_continue, refitted
 from edge_sdk.training.plan import Interrupted, Plan, Start, StepAnswer, StepReport, Trained, identity
 from edge_sdk.training.trainer import Trainer
 from tests.models import build_model
@@ -117,7 +117,7 @@ def test_one_adapter_cut_at_two_ranks_has_one_origin(it: Trainer) -> None:
 
 def test_the_product_is_kept_as_well_as_the_rank_allows() -> None:
     before = factors_of((10, 7), 5, seed=3)
-    kept = Kept(
+    kept = Checkpoint(
         {"ranks": "5"},
         Progress(4, 12, 3.0, 2.0, 1.5),
         {"x.b": before.b, "x.a": before.a, "x.b.m": before.b, "x.b.v": before.b},
@@ -134,7 +134,7 @@ def test_components_that_learnt_nothing_are_replaced_by_fresh_ones() -> None:
     """After few steps B has fewer directions than the rank; a dead component never gets a gradient."""
     before = factors_of((10, 7), 5, seed=3)
     before.b[:, 1:] = 0
-    kept = Kept({"ranks": "5"}, Progress(1, 3, 3.0, 3.0, 0.1), {"x.b": before.b, "x.a": before.a})
+    kept = Checkpoint({"ranks": "5"}, Progress(1, 3, 3.0, 3.0, 0.1), {"x.b": before.b, "x.a": before.a})
     _, tensors = refitted(kept, {"ranks": "3", "seed": 1}, {"x": factors_of((10, 7), 3, seed=0)})
     np.testing.assert_allclose(tensors["x.b"] @ tensors["x.a"], before.product(), atol=1e-5)
     assert not tensors["x.b"][:, 1:].any()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from edge_sdk.core.errors import InternalError
-from edge_sdk.training.adapter_places import LOCAL, SERVED
-from edge_sdk.training.checkpoint import read
+from edge_sdk.training.adapter_places import ANSWERING, LOCAL
+from edge_sdk.training.checkpoint import read_checkpoint
 from edge_sdk.training.plan import Interrupted, Start, StepAnswer, StepReport, rest
 from edge_sdk.training.trainer import Trainer
 from tests.edge_sdk.training.test_trainer import go_on, make, plan, random_adapter, rows_of, same_bits
@@ -42,7 +42,7 @@ def starting(it: Trainer, rule: str) -> Start:
 @pytest.mark.parametrize("rule", ["flexlora", "carry"])
 def test_an_answer_in_the_middle_changes_no_bit_of_training(nf4: Trainer, rule: str) -> None:
     rows, start = rows_of(nf4), starting(nf4, rule)
-    nf4.serve(None)
+    nf4.answer_with(None)
     whole = nf4.train(start, rows, plan(6), on_step=go_on)
     served = random_adapter(nf4, 6, seed=9, size=0.2)
     expected = nf4.generate(served, [PROMPT], 8)[0]
@@ -51,8 +51,8 @@ def test_an_answer_in_the_middle_changes_no_bit_of_training(nf4: Trainer, rule: 
 
     def ask(report: StepReport) -> StepAnswer:
         if report.step in (2, 4):  # a new version is put in place, and another one later
-            nf4.serve(served if report.step == 4 else random_adapter(nf4, 3))
-        with nf4.serving():
+            nf4.answer_with(served if report.step == 4 else random_adapter(nf4, 3))
+        with nf4.answering():
             said.append(nf4.answer(PROMPT, 8))
         return "continue"
 
@@ -62,7 +62,7 @@ def test_an_answer_in_the_middle_changes_no_bit_of_training(nf4: Trainer, rule: 
     assert said[3:] == [expected] * 3
     assert said[0] == nf4.generate(None, [PROMPT], 8)[0]
     # What was put in place is there after the run, and plain evaluation does without it.
-    with nf4.serving():
+    with nf4.answering():
         assert nf4.answer(PROMPT, 8) == expected
     assert nf4.generate(None, [PROMPT], 8)[0] == said[0]
 
@@ -72,16 +72,18 @@ def test_gradients_and_active_adapters_are_as_before(nf4: Trainer) -> None:
     with places.installed({LOCAL: random_adapter(nf4, 4)}):
         nf4.loss_sum(rows_of(nf4)[:4]).backward()
         before = {n: (p.requires_grad, p.grad) for n, p in places.trainable().items()}
-        nf4.serve(random_adapter(nf4, 2))
-        with nf4.serving():
+        nf4.answer_with(random_adapter(nf4, 2))
+        with nf4.answering():
             assert not any(p.requires_grad for p in places.trainable().values())
             nf4.answer(PROMPT, 2)
         after = {n: (p.requires_grad, p.grad) for n, p in places.trainable().items()}
         assert all(after[n][0] and after[n][1] is before[n][1] for n in before)
-        frozen = [n for n, p in nf4.base.model.named_parameters() if f".{SERVED}." in n and p.requires_grad]
+        frozen = [
+            n for n, p in nf4.base.model.named_parameters() if f".{ANSWERING}." in n and p.requires_grad
+        ]
         assert frozen == []
-    nf4.serve(None)
-    assert not [n for n, _ in nf4.base.model.named_parameters() if SERVED in n]
+    nf4.answer_with(None)
+    assert not [n for n, _ in nf4.base.model.named_parameters() if ANSWERING in n]
 
 
 def test_an_answer_waits_for_one_step_and_training_for_the_answer(nf4: Trainer) -> None:
@@ -91,7 +93,7 @@ def test_an_answer_waits_for_one_step_and_training_for_the_answer(nf4: Trainer) 
     step = nf4.step
 
     def ask() -> str:
-        with nf4.serving():
+        with nf4.answering():
             nf4.answer(PROMPT, 4)
             order.append("answering")
         return "answered"
@@ -116,12 +118,12 @@ def test_an_answer_waits_for_one_step_and_training_for_the_answer(nf4: Trainer) 
 
 def test_an_answer_in_pieces_is_the_same_answer(nf4: Trainer) -> None:
     pieces: list[str] = []
-    nf4.serve(random_adapter(nf4, 4, size=0.3))
-    with nf4.serving():
+    nf4.answer_with(random_adapter(nf4, 4, size=0.3))
+    with nf4.answering():
         whole = nf4.answer(PROMPT, 24)
         assert nf4.answer(PROMPT, 24, pieces.append) == whole
     assert "".join(pieces) == whole
-    nf4.serve(None)
+    nf4.answer_with(None)
 
 
 def test_one_run_at_a_time(nf4: Trainer) -> None:
@@ -170,7 +172,7 @@ def test_after_the_last_step_there_is_nothing_to_interrupt(nf4: Trainer, tmp_pat
 
     done = nf4.train(Start(None, None, 2, seed=1), rows_of(nf4), plan(2), on_step=leave, checkpoint=path)
     assert done.steps == 2
-    assert read(path, {}) is None
+    assert read_checkpoint(path, {}) is None
 
 
 def test_a_rest_hears_an_interruption() -> None:

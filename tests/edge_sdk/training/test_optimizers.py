@@ -16,8 +16,8 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.model import base_model
 from edge_sdk.text.rows import Tokenised
-from edge_sdk.training import checkpoint, optimizers
-from edge_sdk.training.checkpoint import Kept
+from edge_sdk.training import optimizers
+from edge_sdk.training.checkpoint import Checkpoint, read_checkpoint
 from edge_sdk.training.plan import Interrupted, Plan, Start, StepAnswer, StepReport, Trained
 from edge_sdk.training.recompute import recomputed
 from edge_sdk.training.trainer import Trainer
@@ -60,8 +60,8 @@ def same_bits(left: Adapter, right: Adapter) -> bool:
     )
 
 
-def read(path: Path) -> Kept:
-    kept = checkpoint.read(path, lambda _: True)
+def read(path: Path) -> Checkpoint:
+    kept = read_checkpoint(path, lambda _: True)
     assert kept is not None
     return kept
 

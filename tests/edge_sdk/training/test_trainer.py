@@ -18,7 +18,7 @@ from edge_sdk.core.messages import Directive
 from edge_sdk.model import base_model
 from edge_sdk.text.examples import parse_record
 from edge_sdk.text.rows import IGNORED, Tokenised, tokenise
-from edge_sdk.training import checkpoint, trainer
+from edge_sdk.training import trainer
 from edge_sdk.training.adapter_places import CARRIED, LOCAL, AdapterPlaces
 from edge_sdk.training.plan import Abandoned, Plan, Start, StepReport, Trained, batch_indices, rest
 from edge_sdk.training.run import Run
@@ -325,7 +325,7 @@ def test_checkpoints_are_written_at_their_interval(
     nf4: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
-    monkeypatch.setattr(checkpoint, "write", lambda path, *_: written.append(path))
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda path, *_: written.append(path))
     path = tmp_path / "c"
     nf4.train(Start(None, None, 2, 1), rows_of(nf4), plan(3), on_step=go_on, checkpoint=path)
     assert written == []

@@ -20,7 +20,7 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.model import base_model
 from edge_sdk.model.files import read_config, resolve
 from edge_sdk.trials.cut_down_model import cut_down
-from edge_sdk.trials.step_times_child import Lesson, step_times
+from edge_sdk.trials.step_times_child import LargestStep, step_times
 
 # One block of one 6 × 4 layer, 10 logits.
 SMALL = ModelFacts(
@@ -150,8 +150,8 @@ def test_calibration_of_tiny() -> None:
     """Every kind of work costs something, and more of it costs more."""
     config = read_config(resolve("tiny"))
     facts = facts_from_config(config, base_model.target_modules(resolve("tiny")))
-    lesson = Lesson(2, 64, (Ranks.uniform(2), Ranks.uniform(32)), carries=True)
-    times = step_times(config, lesson, "cpu")
+    largest = LargestStep(2, 64, (Ranks.uniform(2), Ranks.uniform(32)), carries=True)
+    times = step_times(config, largest, "cpu")
     assert min(astuple(times)) >= 0
     assert times.per_mega_logit_s > 0
     assert times.per_layer_pass_s + times.per_frozen_gflop_s > 0
@@ -168,8 +168,8 @@ def test_calibration_of_tiny() -> None:
 
 def test_a_vocabulary_smaller_than_the_cut_down_one() -> None:
     # Processor time: steps of a millisecond on the clock say little beside other work.
-    lesson = Lesson(1, 16, (Ranks.uniform(2),))
-    times = step_times(ALL["llama"] | {"vocab_size": 40}, lesson, "cpu", clock=time.process_time)
+    largest = LargestStep(1, 16, (Ranks.uniform(2),))
+    times = step_times(ALL["llama"] | {"vocab_size": 40}, largest, "cpu", clock=time.process_time)
     assert times.per_layer_pass_s + times.per_frozen_gflop_s > 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.core.choice.carried import BYTES_PER_VALUE, CarriedDtype, Split, held_bytes, splits
+from edge_sdk.core.choice.carried import BYTES_PER_VALUE, CarriedDtype, MemorySplit, held_bytes, splits
 
 ladders = st.lists(st.integers(1, 64), min_size=1, max_size=5, unique=True)
 
@@ -31,12 +31,12 @@ def test_the_figure_for_choosing_is_never_too_small_for_whole_blocks(
 
 def test_the_order_by_hand() -> None:
     assert splits([2, 8], 32) == [
-        Split(8, 32, "int8"),
-        Split(8, 32, "nf4"),
-        Split(2, 32, "int8"),
-        Split(2, 32, "nf4"),
-        Split(2, 24, "nf4"),
-        Split(2, 16, "nf4"),
+        MemorySplit(8, 32, "int8"),
+        MemorySplit(8, 32, "nf4"),
+        MemorySplit(2, 32, "int8"),
+        MemorySplit(2, 32, "nf4"),
+        MemorySplit(2, 24, "nf4"),
+        MemorySplit(2, 16, "nf4"),
     ]
 
 

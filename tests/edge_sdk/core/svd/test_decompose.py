@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from edge_sdk.core.errors import AdapterError
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
-from edge_sdk.core.svd import decompose as low_rank
+from edge_sdk.core.svd import decompose as decompose_module
 from edge_sdk.core.svd import gram as gram_module
 from edge_sdk.core.svd import stack as stack_module
 from edge_sdk.core.svd.decompose import decompose
@@ -66,7 +66,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(stack.rank)
         return safe_svd(stack, rank)
 
-    monkeypatch.setattr(low_rank, "safe_svd", spy)
+    monkeypatch.setattr(decompose_module, "safe_svd", spy)
     return seen
 
 
@@ -75,11 +75,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_the_dense_sum_pays_where_it_takes_fewer_operations() -> None:
     """Square, R = x·d: 2x² + 3.3x³ against 2x + 1, equal at x = 0.748; a wide module gains by it later."""
-    assert not low_rank.dense_pays((4096, 4096), 3050)
-    assert low_rank.dense_pays((4096, 4096), 3080)
-    assert not low_rank.dense_pays((4096, 11008), 4000)
-    assert low_rank.dense_pays((4096, 11008), 4096)
-    assert low_rank.dense_pays((11008, 4096), 4096)
+    assert not decompose_module.dense_pays((4096, 4096), 3050)
+    assert decompose_module.dense_pays((4096, 4096), 3080)
+    assert not decompose_module.dense_pays((4096, 11008), 4000)
+    assert decompose_module.dense_pays((4096, 11008), 4096)
+    assert decompose_module.dense_pays((11008, 4096), 4096)
 
 
 # --- the stack ------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_by_hand(path: Path) -> None:
 def test_whatever_is_chosen_agrees_with_the_naive_svd(weighted: Weighted, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(weighted[0][1].shape)), label="rank")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(low_rank, "FAST_FROM", 1)
+        patch.setattr(decompose_module, "FAST_FROM", 1)
         found = decompose(Stack(weighted), rank)
     size = sum(abs(w) * f.norm() for w, f in weighted)
     matrix = dense(weighted)
@@ -335,7 +335,7 @@ def test_a_wrong_gram_matrix_is_noticed(half: str, calls: list[int], monkeypatch
 
 
 def test_the_dense_path_notices_and_gives_up_too(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(low_rank, "dense_pays", lambda shape, rank: True)
+    monkeypatch.setattr(decompose_module, "dense_pays", lambda shape, rank: True)
     weighted = falling(90, 70, [40, 40])
     assert_leading(decompose(Stack(weighted), 8), weighted)
     assert calls == []

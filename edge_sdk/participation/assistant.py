@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from edge_sdk.core.errors import OurFault, Unreachable
 from edge_sdk.core.lora import Adapter
-from edge_sdk.membership.adapter_cache import PublishedAdapters, Served
+from edge_sdk.membership.adapter_cache import AdapterCache, AdapterKey
 from edge_sdk.membership.membership import Membership
 from edge_sdk.participation.resident_model import ResidentModel
 from edge_sdk.system.backoff import asked_by
@@ -19,13 +19,13 @@ FRESH_S = 2.0  # how long a version that was asked for is taken for the newest
 OFFLINE_S = 15.0  # … and how long a coordinator that did not answer is left alone
 
 
-class Serving:
+class Assistant:
     """Answers by the newest version that can be had, from any thread, while training is under way or not."""
 
-    def __init__(self, membership: Membership, published: PublishedAdapters, model: ResidentModel) -> None:
-        self._membership, self._published, self._model = membership, published, model
+    def __init__(self, membership: Membership, adapters: AdapterCache, model: ResidentModel) -> None:
+        self._membership, self._adapters, self._model = membership, adapters, model
         self._refreshing = threading.Lock()
-        self._newest = Served()
+        self._newest = AdapterKey()
         self._due = 0.0
         self.online = True
 
@@ -43,23 +43,23 @@ class Serving:
                     self._newest = self._ask(stopping)
                     self.online, wait_s = True, FRESH_S
                 except (Unreachable, OurFault) as error:
-                    self._newest = max(self._newest, self._published.newest_on_disk())
+                    self._newest = max(self._newest, self._adapters.newest_on_disk())
                     self.online, wait_s = False, max(OFFLINE_S, asked_by(error))
                 self._due = time.monotonic() + wait_s
             return self._newest.version
 
-    def _ask(self, stopping: Callable[[], bool] | None) -> Served:
+    def _ask(self, stopping: Callable[[], bool] | None) -> AdapterKey:
         """The newest version at its rank, downloaded."""
         newest = self._look()
         if newest.rank:
-            self._published.have(newest, "serve", stopping)
+            self._adapters.have(newest, "answer", stopping)
         return newest
 
-    def _look(self) -> Served:
+    def _look(self) -> AdapterKey:
         """What the coordinator publishes now."""
         status = self._membership.transport.status()
-        newest = Served(status.version, status.version_ranks.get(str(status.version), 0), status.start)
-        self._published.heard(newest)
+        newest = AdapterKey(status.version, status.version_ranks.get(str(status.version), 0), status.start)
+        self._adapters.heard(newest)
         return newest
 
     def newest(self, rank: int | None = None) -> tuple[int, Adapter | None]:
@@ -69,7 +69,7 @@ class Serving:
         if not newest.rank:
             return newest.version, None
         cut = replace(newest, rank=min(rank or newest.rank, newest.rank))
-        return newest.version, self._published.fetch(cut, "serve")
+        return newest.version, self._adapters.fetch(cut, "answer")
 
     def load(self) -> None:
         """The base into memory, and the newest version onto the disk."""
@@ -80,6 +80,6 @@ class Serving:
         """Greedy answer to `prompt`; waits at most for one training step, and for the base to load."""
         self.refresh()
         newest = self._newest
-        adapter = str(self._published.have(newest, "serve")) if newest.rank else None
+        adapter = str(self._adapters.have(newest, "answer")) if newest.rank else None
         question = Question((prompt,), max_new_tokens, adapter)
         return self._model.ask(lambda worker: worker.generate(question, on_text))[0]
