@@ -1,7 +1,7 @@
 """When a device may train: the owner's conditions, what was measured, and the decision. Pure.
 
-`surroundings.py` measures. What cannot be measured on a machine (None) holds nothing back; `unmeasured` names
-it, so that the owner hears of it once.
+`machine.surroundings` measures. What cannot be measured on a machine (None) holds nothing back; `unmeasured`
+names it, so that the owner hears of it once.
 """
 
 from __future__ import annotations

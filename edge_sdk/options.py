@@ -63,7 +63,7 @@ class Options:
     conditions: Conditions = field(default_factory=Conditions)  # under which to train; default: any
     device: str = "auto"  # torch device
     isolate: bool = True  # train in a process of its own; False where no interpreter can be started
-    quantise: bool = True  # where it works; the preflight says whether it does
+    quantise: bool = True  # where it works; a trial says whether it does
     progress: bool | None = False  # bars on stderr; None shows them on a terminal
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ settings.load_profile("same")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache() -> Iterator[Path]:
-    """A cache folder for this run: devices learn nothing from earlier runs, and share one preflight."""
+    """A cache folder for this run: devices learn nothing from earlier runs, and share one 4-bit trial."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", folder)
         yield Path(folder) / "edge-sdk"

@@ -2,7 +2,7 @@
 
 Bai et al., NeurIPS 2024, arXiv:2402.11505, section 3: `ΔW = Σ w_k B̃_k A_k`, `ΔW = U S Vᵀ`, and a device
 of rank r gets the first r components. The dense ΔW is not formed where the stack of all updates is thinner
-than it: `low_rank` decomposes the stack.
+than it: `svd.decompose` decomposes the stack.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The torch device that would train, the dtype that it computes in, and what torch knows of accelerators.
 
-One rule for the loader, the probe, the preflight and the doctor; importing this imports nothing but torch.
+One rule for the loader, the probe, the 4-bit trial and the doctor; importing this imports nothing but torch.
 CUDA, MPS and XPU follow torch's documentation; only the CPU was measured.
 """
 

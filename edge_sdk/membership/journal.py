@@ -5,7 +5,7 @@ checkpoint.safetensors       of the assignment in hand; the trainer writes it
 outbox.safetensors           the finished adapter, until it is delivered
 adapters/{…}.safetensors     downloaded versions; can be fetched again
 digests.json                 of the base model's files, which take a minute to read
-link.json                    measured throughput to the coordinator (see `link`)
+link.json                    measured throughput to the coordinator (see `link_speed`)
 lock                         held by the agent that trains; the system lets go of it when that process ends
 """
 

@@ -6,7 +6,7 @@
                           │                     │ └─────────────────┤
                           └───── dropped ───────┴───────────────────┘
 
-A `Session` is all that a device must remember over a power cut; `journal.py` keeps it. Every arrow is one
+A `Session` is all that a device must remember over a power cut; `journal` keeps it. Every arrow is one
 function from a session to the next one, and an arrow that does not leave the present phase is a bug.
 """
 

@@ -112,7 +112,7 @@ class AdapterPlaces:
             full = pad(adapter[module], rank, f"{name}/{module}")
             a, b = self._parameter(full.a), self._parameter(full.b / np.float32(self._scaling))
             layer, compute = self._base.model.get_submodule(module), self._base.model.dtype
-            layer.cast_input_dtype_enabled = False  # the factors do it; see factor_layers.py
+            layer.cast_input_dtype_enabled = False  # the factors do it; see factor_layers
             if held == "float32":
                 layer.lora_A[name], layer.lora_B[name] = TrainedFactor(a), TrainedFactor(b)
             else:

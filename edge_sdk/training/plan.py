@@ -67,9 +67,9 @@ class Plan:
     learning_rate: float
     duty: float = 1.0
     checkpoint_s: float = 30.0
-    checkpointing: bool = False  # see core.setting.Setting
+    checkpointing: bool = False  # see core.choice.setting
     optimizer: Optimizer = "adamw"
-    only_b: bool = False  # A stays as it is; see core.columns
+    only_b: bool = False  # A stays as it is: it selects the columns that are trained
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch, self.micro_batch) < 1 or not 0 < self.duty <= 1:
@@ -148,7 +148,8 @@ def identity(
     """What a checkpoint is of: all that decides the result but how the device spreads the work.
 
     `factors` and `text` are digests of what is trained from. `origin` is the digest of every module's first
-    component: of one adapter cut at several ranks, it is the same. `continuing.py` says what must agree.
+    component: of one adapter cut at several ranks, it is the same. `checkpoint.may_continue` says what must
+    agree.
     """
     settings = dataclasses.asdict(plan)
     for name in ("micro_batch", "duty", "checkpoint_s", "checkpointing"):

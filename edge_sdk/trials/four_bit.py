@@ -1,9 +1,9 @@
 """Does 4-bit training work on this device? Tried for real, once, before anything depends on it.
 
 Wheels of bitsandbytes that import and then fail at the first kernel are a known trouble. The trial
-(`four_bit`) runs in a process of its own, so that a kernel that kills its process kills nothing else. It took
-4.6 s on two cores, nearly all of it importing, so that a success is remembered for the versions and the
-device that it was found with. A failure is not remembered: what mends it need not change a version.
+(`four_bit_child`) runs in a process of its own: a kernel that kills its process kills nothing else. It took
+4.6 s on two cores, nearly all of it importing, so a success is remembered for the versions and the device
+that it was found with. A failure is not remembered: what mends it need not change a version.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the libraries alone take of a training process: measured in a child, and remembered.
 
-The measurement (`baseline`) trains twice on almost nothing, which takes 8 s and more memory than an
-application may want to hold; so that a child does it, once for the versions and the device that it is of.
+The measurement (`library_memory_child`) trains twice on almost nothing, which takes 8 s and more memory than
+an application may want to hold; so a child does it, once for the versions and the device that it is of.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Step times of this machine for one model: measured in a child, once, and remembered.
 
-The calibration (`calibrate`) takes some seconds and builds a piece of the model; so that a child does it,
+The calibration (`step_times_child`) takes some seconds and builds a piece of the model; so a child does it,
 once for the model, the ways of training that may be chosen, the versions and the device.
 """
 
@@ -54,7 +54,7 @@ def trial(
 
 
 def measured(wanted: Trial, folder: Path) -> StepTime | None:
-    """The constants of `core.timing` on this machine; None if they cannot be measured, which is logged.
+    """The constants of `core.choice.step_time` on this machine; None, and a log line, where that fails.
 
     Without them the choice of rank knows no deadline; that is no reason not to train.
     """

@@ -1,8 +1,8 @@
 """How long training steps take on this machine, from a few seconds of real ones on a cut-down model.
 
-The model is made from the configuration alone (`cut_down`). The very code of the trainer runs on it, so that
-nothing has to be assumed about kernels, casts or PEFT; `core.timing` carries the result over to the whole
-model.
+The model is made from the configuration alone (`cut_down_model`). The very code of the trainer runs on it, so
+nothing has to be assumed about kernels, casts or PEFT; `core.choice.step_time` carries the result over to the
+whole model.
 """
 
 from __future__ import annotations

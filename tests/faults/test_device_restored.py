@@ -224,7 +224,7 @@ def test_a_clock_that_jumps_by_years_changes_nothing(
 WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.strftime"}
 WALL_CLOCK |= {"datetime.datetime.now", "datetime.datetime.utcnow", "datetime.date.today"}
 MAY_READ_IT = {
-    "cli.py": {"time.strftime"},  # in front of a line that a person reads
+    "join.py": {"time.strftime"},  # in front of a line that a person reads
     "federation_checks.py": {"time.time"},  # the doctor says whether the clock is right
     "surroundings.py": {"datetime.datetime.now"},  # the owner's hours are hours of the clock
 }

@@ -5,9 +5,9 @@ the tensors `base_model.model.{m}.lora_A.weight` (r, in) and `….lora_B.weight`
 `adapter_config.json` with `lora_alpha = s·r`. B is divided by s on the way out and multiplied on the way in.
 
 In int8 it is no PEFT file. Its tensors are `….lora_A.int8` (r, in) and `….lora_B.int8` (r, out), one row a
-component, and the scales of their blocks, `….lora_A.scales` and `….lora_B.scales`; see `wire_dtype`.
+component, and the scales of their blocks, `….lora_A.scales` and `….lora_B.scales`; see `dtypes`.
 
-A stranger's file is checked before a tensor of it is touched (`adapter_header`). Only then are its
+A stranger's file is checked before a tensor of it is touched (`header`). Only then are its
 tensors read, one module at a time.
 """
 
