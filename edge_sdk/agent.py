@@ -28,6 +28,7 @@ from edge_sdk.core.messages import Federation
 from edge_sdk.membership.journal import Journal
 from edge_sdk.membership.membership import Membership
 from edge_sdk.options import Event, Options
+from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.participation.loop import Participation
 from edge_sdk.system import priority
 
@@ -52,6 +53,7 @@ class Agent:
         options: see Options.
         on_event: called with each Event, in the agent's thread.
         callbacks: see Callbacks; likewise.
+        collaborators: the clock, the worker and the measurements that it works with, if not the usual ones.
     """
 
     def __init__(
@@ -63,12 +65,15 @@ class Agent:
         options: Options | None = None,
         on_event: Callable[[Event], None] | None = None,
         callbacks: Callbacks | None = None,
+        collaborators: Collaborators | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.options = options or Options()
         self._tell = Teller(on_event, callbacks)
         self._membership = Membership(self.url, self.options, join_token, self._tell)
-        self._part = Participation(self._membership, Path(data) if data is not None else None)
+        self._part = Participation(
+            self._membership, Path(data) if data is not None else None, collaborators or Collaborators()
+        )
         self._ended = threading.Event()
         self._ended.set()
         self._running = threading.Lock()

@@ -7,7 +7,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,25 @@ from edge_sdk.agent import Agent
 from edge_sdk.connection import transport
 from edge_sdk.core.messages import Base
 from edge_sdk.options import Event, Options
-from edge_sdk.participation import loop
+from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.system import backoff
 from edge_sdk.worker.messages import Setup
 from edge_sdk.worker.worker import Worker
 from tests.processes import PATIENCE_S, CoordinatorProcess
 from tests.test_federation import configuration, write_data
+
+
+class Clock:
+    """Tells the time, and can be put forward: what was looked up a moment ago is not fresh any more then."""
+
+    def __init__(self) -> None:
+        self._ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self._ahead_s
+
+    def forward(self, seconds: float = 60.0) -> None:
+        self._ahead_s += seconds
 
 
 def federation_config(
@@ -32,6 +45,16 @@ def federation_config(
     """Every assignment begins with a download, every step with a heartbeat, every update makes a version."""
     training: dict[str, object] = {"steps": steps, "checkpoint_s": checkpoint_s}
     return configuration(folder, base, "flexlora", training, {"buffer_size": 1} | policy, "float32")
+
+
+@dataclass
+class Usual:
+    """What the agents of `device` work with where a test names nothing else; `quick` changes it."""
+
+    collaborators: Collaborators = field(default_factory=Collaborators)
+
+
+USUAL = Usual()
 
 
 class Resident(Worker):
@@ -67,7 +90,7 @@ def quick() -> Any:
         patch.setattr(transport, "BEAT_TIMEOUT", httpx.Timeout(1.0))
         patch.setattr(backoff, "FIRST_S", 0.05)
         patch.setattr(backoff, "MOST_S", 0.5)
-        patch.setattr(loop, "worker_for", worker_for)
+        patch.setattr(USUAL, "collaborators", Collaborators(make_worker=worker_for))
         yield workers
 
 
@@ -76,6 +99,7 @@ class Device:
     """An agent in a folder of its own, and what it said."""
 
     agent: Agent
+    clock: Clock
     events: list[Event] = field(default_factory=list)
 
     def texts(self, *kinds: str) -> list[str]:
@@ -83,7 +107,9 @@ class Device:
 
     @property
     def id(self) -> str:
-        return self.agent._membership.session.device_id
+        session = self.agent.journal.load()
+        assert session is not None
+        return session.device_id
 
 
 def device(
@@ -92,10 +118,12 @@ def device(
     folder: Path,
     data: Path | None,
     on_event: Callable[[Event], None] = lambda event: None,
+    collaborators: Collaborators | None = None,
     **options: Any,
 ) -> Device:
     """A device that is new, or the one that this folder remembers."""
     events: list[Event] = []
+    clock = Clock()
 
     def listen(event: Event) -> None:
         events.append(event)
@@ -108,8 +136,9 @@ def device(
         join_token=token,
         options=Options(name=folder.name, state_dir=folder, **(chosen | options)),
         on_event=listen,
+        collaborators=replace(collaborators or USUAL.collaborators, clock=clock),
     )
-    return Device(agent, events)
+    return Device(agent, clock, events)
 
 
 def text_of(folder: Path) -> Path:

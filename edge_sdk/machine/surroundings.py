@@ -118,16 +118,20 @@ class Watch:
     """Whether training has to wait: because the application said so, or because a condition does not hold.
 
     `pause` and `resume` may be called from any thread, `reason` and `look` from the agent's.
+
+    Args:
+        conditions: the owner's.
+        measure: what they ask about, now.
+        clock: tells seconds; it is measured every LOOK_EVERY_S.
     """
 
     def __init__(
         self,
         conditions: Conditions,
-        look: Callable[[Conditions], Surroundings] | None = None,
-        every_s: float = LOOK_EVERY_S,
+        measure: Callable[[Conditions], Surroundings],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._conditions, self._every_s = conditions, every_s
-        self._look = look or Observer().look
+        self._conditions, self._measure, self._clock = conditions, measure, clock
         self._asked = threading.Event()
         self._reason: str | None = None
         self._due = 0.0
@@ -147,13 +151,13 @@ class Watch:
 
     def look(self) -> Surroundings:
         """Measure now."""
-        return self._look(self._conditions)
+        return self._measure(self._conditions)
 
     def reason(self) -> str | None:
         """Why training has to wait; None where it need not. Measures at most every few seconds."""
         if self._asked.is_set():
             return "asked to"
-        if self._conditions != Conditions() and time.monotonic() >= self._due:
+        if self._conditions != Conditions() and self._clock() >= self._due:
             self._reason = why_not(self._conditions, self.look(), paused=self._reason is not None)
-            self._due = time.monotonic() + self._every_s
+            self._due = self._clock() + LOOK_EVERY_S
         return self._reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +36,18 @@ class AssignmentRun:
         membership: the session with the assignment, and the connection.
         adapters: what there is to start from.
         interrupted: whether to leave off and go on later; asked after every step and within transfers.
+        clock: tells seconds; heartbeats are due by it.
     """
 
     def __init__(
-        self, membership: Membership, adapters: AdapterCache, interrupted: Callable[[], bool]
+        self,
+        membership: Membership,
+        adapters: AdapterCache,
+        interrupted: Callable[[], bool],
+        clock: Callable[[], float],
     ) -> None:
         self._membership, self._adapters, self._interrupted = membership, adapters, interrupted
+        self._clock = clock
         self._tell = membership.tell
         self._steps_done = 0
         self._beat_due = 0.0
@@ -154,7 +159,7 @@ class AssignmentRun:
 
     def _beat(self) -> Directive:
         """Send a heartbeat if one is due. A coordinator that cannot be reached stops no training."""
-        now = time.monotonic()
+        now = self._clock()
         if now < self._beat_due:
             return "continue"
         work, every_s = self._membership.session.current(), self._membership.federation.heartbeat_s
@@ -164,7 +169,7 @@ class AssignmentRun:
             if not self._offline:  # once, however long it lasts
                 self._tell("offline", f"training goes on without the coordinator: {error}")
             self._offline = True
-            self._beat_due = time.monotonic() + max(every_s, self._beats.next_s(asked_by(error)))
+            self._beat_due = self._clock() + max(every_s, self._beats.next_s(asked_by(error)))
             return "continue"
         self._offline, self._beat_due = False, now + every_s
         self._beats.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,8 +21,15 @@ OFFLINE_S = 15.0  # … and how long a coordinator that did not answer is left a
 class Assistant:
     """Answers by the newest version that can be had, from any thread, while training is under way or not."""
 
-    def __init__(self, membership: Membership, adapters: AdapterCache, model: ResidentModel) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        adapters: AdapterCache,
+        model: ResidentModel,
+        clock: Callable[[], float],
+    ) -> None:
         self._membership, self._adapters, self._model = membership, adapters, model
+        self._clock = clock
         self._refreshing = threading.Lock()
         self._newest = AdapterKey()
         self._due = 0.0
@@ -37,7 +43,7 @@ class Assistant:
             TransferStopped: `stopping` said so in the middle of a download.
         """
         with self._refreshing:
-            if time.monotonic() >= self._due:
+            if self._clock() >= self._due:
                 self._membership.recall()
                 try:
                     self._newest = self._ask(stopping)
@@ -45,7 +51,7 @@ class Assistant:
                 except (Unreachable, OurFault) as error:
                     self._newest = max(self._newest, self._adapters.newest_on_disk())
                     self.online, wait_s = False, max(OFFLINE_S, asked_by(error))
-                self._due = time.monotonic() + wait_s
+                self._due = self._clock() + wait_s
             return self._newest.version
 
     def _ask(self, stopping: Callable[[], bool] | None) -> AdapterKey:

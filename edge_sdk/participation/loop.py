@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,8 +31,9 @@ from edge_sdk.membership.membership import Membership
 from edge_sdk.membership.session import assigned, refitted
 from edge_sdk.participation.assignment import AssignmentRun
 from edge_sdk.participation.assistant import Assistant
+from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.participation.current_setting import CurrentSetting
-from edge_sdk.participation.resident_model import ResidentModel, worker_for
+from edge_sdk.participation.resident_model import ResidentModel
 from edge_sdk.system.backoff import Backoff, asked_by, within_reason
 
 if TYPE_CHECKING:
@@ -50,25 +50,27 @@ class Participation:
     Args:
         membership: who the device is.
         data: its own text; None to follow the versions without training.
+        collaborators: the clock, the worker and the measurements that it works with.
 
     Attributes:
         stopping: set it to end the loop after the step in hand.
         activity: what a stop has to wait for at this moment.
     """
 
-    def __init__(self, membership: Membership, data: Path | None) -> None:
+    def __init__(self, membership: Membership, data: Path | None, collaborators: Collaborators) -> None:
         self._membership, self._data, self._options = membership, data, membership.options
         self._tell = membership.tell
         self.stopping = threading.Event()
         self.activity = ""
-        self.watch = Watch(self._options.conditions)
-        self.model = ResidentModel(self._load)
+        self._clock, self._make_worker = collaborators.clock, collaborators.make_worker
+        self.watch = Watch(self._options.conditions, collaborators.measure, self._clock)
+        self.model = ResidentModel(self._load, self._clock)
         # A device that trains and a program that only asks may share a state folder, but no downloads.
         journal = membership.journal
         adapters = AdapterCache(membership, journal.adapters if data else journal.folder / "served")
-        self.assistant = Assistant(membership, adapters, self.model)
+        self.assistant = Assistant(membership, adapters, self.model, self._clock)
         self._setting: CurrentSetting | None = None
-        self._work = AssignmentRun(membership, adapters, self._interrupted)
+        self._work = AssignmentRun(membership, adapters, self._interrupted, self._clock)
         self._backoff = Backoff()
         self._full = False  # whether a file could not be written the last time
         self._enrolled = False
@@ -116,7 +118,7 @@ class Participation:
 
     def _load(self) -> Trainee:
         decision = self._setting.decision if self._setting else None
-        return worker_for(self._membership.federation, self._options, self._data, decision)
+        return self._make_worker(self._membership.federation, self._options, self._data, decision)
 
     # --- the loop ---
 
@@ -130,7 +132,7 @@ class Participation:
                     self._pause(reason)
                     continue
                 try:
-                    done += self._step()
+                    done += self.step()
                 except (Unreachable, OurFault) as error:
                     self._back_off(error)
             return done
@@ -156,8 +158,8 @@ class Participation:
                     raise
                 self._back_off(error)
 
-    def _step(self) -> int:
-        """Do what is next; 1 if an update was delivered by it."""
+    def step(self) -> int:
+        """Do what the session asks for next: get work, train it or hand it in; 1 if it was delivered."""
         from edge_sdk.training.plan import Interrupted
 
         try:
@@ -296,8 +298,8 @@ class Participation:
 
     def _rest(self, seconds: float) -> None:
         """Do nothing for a while, or until told to stop or to pause."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and not self._interrupted():
+        until = self._clock() + seconds
+        while (left := until - self._clock()) > 0 and not self._interrupted():
             self.stopping.wait(min(left, SLICE_S))
 
     @contextlib.contextmanager

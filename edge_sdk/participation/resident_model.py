@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Protocol
 
 from edge_sdk.core.messages import Federation
 from edge_sdk.membership.identity import model_of
 from edge_sdk.options import Options
 from edge_sdk.participation.decision import Decision
-from edge_sdk.worker.messages import Setup
+from edge_sdk.training.plan import StepAnswer, StepReport
+from edge_sdk.worker.messages import Finished, Job, Question, Setup
 
-if TYPE_CHECKING:
-    from edge_sdk.worker.process import WorkerProcess
-    from edge_sdk.worker.worker import Worker
 
-    Trainee: TypeAlias = Worker | WorkerProcess
+class Trainee(Protocol):
+    """A base that is loaded, to train and to ask: `Worker` in this process, `WorkerProcess` in its own."""
+
+    def train(self, job: Job, on_step: Callable[[StepReport], StepAnswer]) -> Finished:
+        """Train one assignment; see `WorkerProcess.train`."""
+
+    def generate(self, question: Question, on_text: Callable[[str], None] | None = None) -> list[str]:
+        """Answers, also while another thread trains."""
+
+    def close(self) -> None:
+        """Let go of the base."""
 
 
 class ResidentModel:
@@ -30,10 +37,11 @@ class ResidentModel:
 
     Args:
         load: makes a worker that is prepared.
+        clock: tells seconds.
     """
 
-    def __init__(self, load: Callable[[], Trainee]) -> None:
-        self._load = load
+    def __init__(self, load: Callable[[], Trainee], clock: Callable[[], float]) -> None:
+        self._load, self._clock = load, clock
         self._worker: Trainee | None = None
         self._changing = threading.RLock()  # held while loading and letting go, and by whoever asks something
         self._asked_at = 0.0
@@ -51,7 +59,7 @@ class ResidentModel:
             try:
                 return question(self.worker())
             finally:
-                self._asked_at = time.monotonic()
+                self._asked_at = self._clock()
 
     @property
     def loaded(self) -> bool:
@@ -60,7 +68,7 @@ class ResidentModel:
 
     def let_go(self, unless_asked_s: float = 0.0) -> None:
         """Free its memory, after an answer in hand; not if somebody asked it in the last `unless_asked_s`."""
-        if self._worker is None or time.monotonic() - self._asked_at < unless_asked_s:
+        if self._worker is None or self._clock() - self._asked_at < unless_asked_s:
             return
         with self._changing:
             worker, self._worker = self._worker, None

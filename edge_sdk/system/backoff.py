@@ -54,16 +54,19 @@ class Backoff:
 
     Uniform between 0 and a bound that doubles ("full jitter": M. Brooker, Exponential Backoff And Jitter,
     AWS Architecture Blog, 2015), so that devices which failed together do not come back together.
+
+    Attributes:
+        bound_s: what the last wait was drawn below; 0 before the first failure.
     """
 
     def __init__(self, draw: Callable[[], float] = random.random) -> None:
         self._draw = draw
-        self._bound_s = 0.0
+        self.bound_s = 0.0
 
     def next_s(self, asked_s: float = 0.0) -> float:
         """The wait after one more failure: never less than `asked_s`, of which up to a quarter is added."""
-        self._bound_s = min(MOST_S, max(FIRST_S, 2 * self._bound_s))
-        return max(self._bound_s * self._draw(), self.spread_s(asked_s))
+        self.bound_s = min(MOST_S, max(FIRST_S, 2 * self.bound_s))
+        return max(self.bound_s * self._draw(), self.spread_s(asked_s))
 
     def spread_s(self, asked_s: float) -> float:
         """A wait that was asked for, and up to a quarter more: devices told the same do not come together."""
@@ -71,4 +74,4 @@ class Backoff:
 
     def reset(self) -> None:
         """An attempt went well; the next failure waits little again."""
-        self._bound_s = 0.0
+        self.bound_s = 0.0

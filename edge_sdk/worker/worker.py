@@ -40,6 +40,8 @@ from edge_sdk.worker.messages import Finished, Job, Memory, Prepared, Question, 
 class Worker:
     """One loaded base with the device's data. `train` in one thread, `generate` in another if need be.
 
+    `trainer` has the base; it is gone after `close`.
+
     Raises:
         InputError: no such model, device or data.
         OutOfMemory: there is no room for the base itself.
@@ -67,7 +69,7 @@ class Worker:
         setup = self._setup
         base = base_model.load(setup.model, device=setup.device, quantise=setup.quantise)
         base_model.release_memory()
-        self._trainer = Trainer(base, setup.modules, setup.scaling, setup.progress)
+        self.trainer = Trainer(base, setup.modules, setup.scaling, setup.progress)
 
     # --- training ---
 
@@ -97,8 +99,8 @@ class Worker:
         adapter = self._cut(job.adapter, job.ranks)
         carried = self._cut(job.carried, Ranks.uniform(job.carry_rank) if job.carry_rank else None)
         start = Start(adapter, carried, job.ranks, job.seed, job.carried_dtype)
-        rows = self._rows_of(job.plan.sequence_len)
-        done = self._trainer.train(start, rows, job.plan, on_step=on_step, checkpoint=Path(job.checkpoint))
+        rows = self.rows_of(job.plan.sequence_len)
+        done = self.trainer.train(start, rows, job.plan, on_step=on_step, checkpoint=Path(job.checkpoint))
         content = codec.encode(done.adapter, self._setup.scaling, self._setup.upload_dtype)
         self._put(Path(job.outbox), content, done, job.plan.steps, on_step)
         return Finished(
@@ -149,10 +151,10 @@ class Worker:
         modules = codec.open_own(Path(path), self._setup.scaling).modules()
         return {name: factors.leading(ranks.of(name)) if ranks else factors for name, factors in modules}
 
-    def _rows_of(self, sequence_len: int) -> Sequence[Tokenised]:
+    def rows_of(self, sequence_len: int) -> Sequence[Tokenised]:
         """The data in tokens, cut to a length; the last length is kept."""
         if self._rows[0] != sequence_len:
-            tokenizer = self._trainer.base.tokenizer
+            tokenizer = self.trainer.base.tokenizer
             self._rows = (sequence_len, [tokenise(e, tokenizer, sequence_len) for e in self._examples])
         return self._rows[1]
 
@@ -172,23 +174,23 @@ class Worker:
 
     def _answer(self, question: Question, answers: list[str], on_text: Callable[[str], None] | None) -> None:
         if question.adapter != self._answers_with:
-            self._trainer.answer_with(self._cut(question.adapter, None))
+            self.trainer.answer_with(self._cut(question.adapter, None))
             self._answers_with = question.adapter
         for prompt in question.prompts:
-            with self._trainer.answering():
-                answers.append(self._trainer.answer(prompt, question.max_new_tokens, on_text))
+            with self.trainer.answering():
+                answers.append(self.trainer.answer(prompt, question.max_new_tokens, on_text))
 
     def close(self) -> None:
         """Let go of the base."""
-        del self._trainer
+        del self.trainer
         base_model.release_memory()
 
     # --- memory ---
 
     def memory(self) -> Memory:
         """What this process holds, and held at most since the last training began."""
-        on_cuda = torch.cuda.is_available() and self._trainer.base.device.type == "cuda"
-        device = self._trainer.base.device
+        on_cuda = torch.cuda.is_available() and self.trainer.base.device.type == "cuda"
+        device = self.trainer.base.device
         return Memory(
             self._framework_bytes,
             process_memory.resident_bytes(),
@@ -199,8 +201,8 @@ class Worker:
 
     def _begin_peak(self) -> None:
         process_memory.reset_peak()
-        if self._trainer.base.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._trainer.base.device)
+        if self.trainer.base.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.trainer.base.device)
 
 
 def _ready_for_scarcity() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,16 @@ from edge_sdk.connection import transport
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import InputError, Unreachable
 from edge_sdk.core.messages import Base
-from edge_sdk.machine.surroundings import Watch
+from edge_sdk.membership.session import Session
 from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
-from edge_sdk.training.plan import Start
+from edge_sdk.participation.collaborators import Collaborators
+from edge_sdk.participation.resident_model import worker_for
+from edge_sdk.training.plan import Start, StepAnswer, StepReport
 from edge_sdk.training.trainer import Trainer
-from edge_sdk.worker.messages import Finished
+from edge_sdk.worker.messages import Finished, Job, Question
 from edge_sdk.worker.worker import Worker
+from tests.device_agents import Clock
 from tests.models import build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment
 from tests.test_federation import checkpointed_step, configuration, wait_for_version, write_data
@@ -82,12 +87,59 @@ def make(coordinator: CoordinatorProcess, tmp_path: Path) -> Iterator[Callable[.
         agent.close()
 
 
-def trainer_of(agent: Agent) -> Trainer:
-    """The trainer of an agent that trains in this process."""
-    agent.prepare()
-    worker = agent._part.model.worker()
-    assert isinstance(worker, Worker)
-    return worker._trainer
+@dataclass
+class Observed:
+    """A worker in this process, what an agent has asked of it, and what it trained.
+
+    `hold` is called after every step, before the agent hears of it.
+    """
+
+    worker: Worker
+    jobs: list[Job] = field(default_factory=list)
+    trained: list[bytes] = field(default_factory=list)  # as they lay in the outbox
+    hold: Callable[[], object] = lambda: None
+    closed: bool = False
+
+    def train(self, job: Job, on_step: Callable[[StepReport], StepAnswer]) -> Finished:
+        self.jobs.append(job)
+        done = self.worker.train(job, lambda report: (self.hold(), on_step(report))[1])
+        self.trained.append(Path(job.outbox).read_bytes())
+        return done
+
+    def generate(self, question: Question, on_text: Callable[[str], None] | None = None) -> list[str]:
+        return self.worker.generate(question, on_text)
+
+    def close(self) -> None:
+        self.closed = True
+        self.worker.close()
+
+
+class Workers:
+    """Makes the workers of an agent and keeps them."""
+
+    def __init__(self) -> None:
+        self.made: list[Observed] = []
+
+    def __call__(self, *arguments: Any) -> Observed:
+        worker = worker_for(*arguments)
+        assert isinstance(worker, Worker)
+        self.made.append(Observed(worker))
+        return self.made[-1]
+
+    @property
+    def loaded(self) -> bool:
+        return not all(one.closed for one in self.made)
+
+    @property
+    def trainer(self) -> Trainer:
+        """Of the worker that was made last."""
+        return self.made[-1].worker.trainer
+
+
+def session_of(agent: Agent) -> Session:
+    session = agent.journal.load()
+    assert session is not None
+    return session
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -108,7 +160,7 @@ def test_a_paused_assignment_goes_on_to_the_same_bits(make: Callable[..., Agent]
     """Paused twice in one assignment, an answer in between: the update has the bits of an unbroken run."""
     events: list[Event] = []
     agent: Agent
-    delivered: list[bytes] = []
+    workers = Workers()
     seen: list[Any] = []
 
     def on_progress(event: Event) -> None:
@@ -116,37 +168,37 @@ def test_a_paused_assignment_goes_on_to_the_same_bits(make: Callable[..., Agent]
             agent.pause()
 
     def on_pause(reason: str) -> None:
-        seen.append((reason, agent._part.model.loaded, checkpointed_step(agent.journal.checkpoint)))
+        seen.append((reason, workers.loaded, checkpointed_step(agent.journal.checkpoint)))
 
-    agent = make(on_event=events.append, callbacks=Callbacks(on_progress=on_progress, on_pause=on_pause))
-    trainer = weakref.ref(trainer_of(agent))
-    hand_in = agent._part._work._hand_in
-
-    def keep(done: Finished) -> None:
-        delivered.append(agent.journal.outbox.read_bytes())
-        hand_in(done)
-
-    agent._part._work._hand_in = keep  # type: ignore[method-assign]
+    agent = make(
+        on_event=events.append,
+        callbacks=Callbacks(on_progress=on_progress, on_pause=on_pause),
+        collaborators=Collaborators(make_worker=workers),
+    )
+    agent.prepare()
+    trainer = weakref.ref(workers.trainer)
     agent.start()
     wait_until(lambda: len(seen) == 1)
     assert trainer() is None  # nothing holds the model any more
-    work, job = agent._membership.session.current(), agent._part._work._job((None, None))
+    job = workers.made[0].jobs[0]
     agent.generate("turn the red light on", 4)
     agent.resume()
     wait_until(lambda: len(seen) == 2)
     agent.resume()
-    wait_until(lambda: delivered)
+    wait_until(lambda: workers.made[-1].trained)
+    delivered = workers.made[-1].trained[0]
     assert agent.stop(PATIENCE_S) == Stopping(True)
     assert seen == [("asked to", False, 3), ("asked to", False, 8)]
     assert texts(events, "paused", "resumed")[:4] == ["paused: asked to", "resumed"] * 2
     first = [event.step for event in events if event.kind == "step"][:STEPS]
     assert first == list(range(1, STEPS + 1))
 
-    it, worker = trainer_of(agent), agent._part.model.worker()
-    rows = worker._rows_of(job.plan.sequence_len)  # type: ignore[union-attr]
-    unbroken = it.train(Start(None, None, work.rank, work.seed), rows, job.plan, on_step=lambda _: "continue")
+    agent.prepare()
+    rows = workers.made[-1].worker.rows_of(job.plan.sequence_len)
+    start = Start(None, None, job.ranks, job.seed)
+    unbroken = workers.trainer.train(start, rows, job.plan, on_step=lambda _: "continue")
     of = agent.federation
-    assert codec.encode(unbroken.adapter, of.scaling, of.upload_dtype) == delivered[0]
+    assert codec.encode(unbroken.adapter, of.scaling, of.upload_dtype) == delivered
 
 
 def test_conditions_pause_and_resume(make: Callable[..., Agent]) -> None:
@@ -162,10 +214,12 @@ def test_conditions_pause_and_resume(make: Callable[..., Agent]) -> None:
         elif event.kind == "paused":
             paused.set()
 
-    agent = make(on_event=listen, options={"conditions": Conditions(on_mains=True)})
-    agent._part.watch = Watch(
-        Conditions(on_mains=True), lambda _: Surroundings(on_mains=mains.is_set()), every_s=0.0
+    collaborators = Collaborators(
+        clock=lambda: 1e6 * time.monotonic(),  # so that the owner's surroundings are looked at all the time
+        measure=lambda _: Surroundings(on_mains=mains.is_set()),
     )
+    options = {"conditions": Conditions(on_mains=True)}
+    agent = make(on_event=listen, options=options, collaborators=collaborators)
     agent.start()
     assert paused.wait(PATIENCE_S)
     assert checkpointed_step(agent.journal.checkpoint) == 4
@@ -179,8 +233,11 @@ def test_conditions_pause_and_resume(make: Callable[..., Agent]) -> None:
 
 def test_a_condition_that_nobody_can_tell_is_named_once(make: Callable[..., Agent]) -> None:
     events: list[Event] = []
-    agent = make(on_event=events.append, options={"conditions": Conditions(on_mains=True)})
-    agent._part.watch = Watch(Conditions(on_mains=True), lambda _: Surroundings())
+    agent = make(
+        on_event=events.append,
+        options={"conditions": Conditions(on_mains=True)},
+        collaborators=Collaborators(measure=lambda _: Surroundings()),
+    )
     assert agent.run(updates=1) == 1
     told = "this machine does not tell whether it is on mains power; that condition holds nothing back"
     assert texts(events, "notice") == [told]
@@ -201,7 +258,7 @@ def test_paused_work_that_can_count_no_more_is_dropped(make: Callable[..., Agent
     wait_for_version(other, 1)
     wait_until(lambda: texts(events, "refused"))
     assert texts(events, "refused", "resumed") == ["work dropped, the coordinator no longer needs it"]
-    assert agent._membership.session.phase == "idle"
+    assert session_of(agent).phase == "idle"
 
 
 # --- stop -------------------------------------------------------------------------------------------
@@ -209,17 +266,16 @@ def test_paused_work_that_can_count_no_more_is_dropped(make: Callable[..., Agent
 
 def test_stop_says_what_it_waits_for(make: Callable[..., Agent]) -> None:
     """A step that does not end: stop returns all the same, and the run ends after the step."""
-    agent = make()
-    trainer = trainer_of(agent)
+    workers = Workers()
+    agent = make(collaborators=Collaborators(make_worker=workers))
+    agent.prepare()
     begun, over = threading.Event(), threading.Event()
-    step = trainer.step
 
-    def long_step(run: Any, rows: Any) -> float:
+    def hold() -> None:
         begun.set()
         assert over.wait(PATIENCE_S)
-        return step(run, rows)
 
-    trainer.step = long_step  # type: ignore[method-assign]
+    workers.made[0].hold = hold
     agent.start()
     agent.start()  # one thread, however often
     assert begun.wait(PATIENCE_S)
@@ -231,7 +287,7 @@ def test_stop_says_what_it_waits_for(make: Callable[..., Agent]) -> None:
     # A step's work is not lost, though no checkpoint was due; the agent can start again and goes on.
     assert checkpointed_step(agent.journal.checkpoint) == 1
     agent.start()
-    wait_until(lambda: agent._membership.session.delivered)
+    wait_until(lambda: session_of(agent).delivered)
 
 
 def test_stop_while_the_model_loads(make: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,25 +331,24 @@ def test_stop_is_heard_within_an_upload_and_it_goes_on_later(
 ) -> None:
     """Stopped at the second chunk of an upload; the next run sends the rest, once."""
     monkeypatch.setattr(transport, "CHUNK_BYTES", 4096)
-    agent = make()
-    agent.prepare()
     events: list[Event] = []
-    agent._tell._on_event = events.append
-    asked: list[bool] = []
-    interrupted = agent._part._work._interrupted
+    agent = make(on_event=events.append)
+    upload, asked = transport.Transport.upload, itertools.count(1)
 
-    def within_the_upload() -> bool:
-        asked.append(agent._part.activity.startswith("an upload"))
-        if sum(asked) == 2:
-            agent.request_stop()
-        return interrupted()
+    def stopped_within(self: Any, id: str, path: Path, stopping: Callable[[], bool]) -> None:
+        def heard() -> bool:
+            if next(asked) == 2:
+                agent.request_stop()
+            return stopping()
 
-    agent._part._work._interrupted = within_the_upload
+        upload(self, id, path, heard)
+
+    monkeypatch.setattr(transport.Transport, "upload", stopped_within)
     assert agent.run(updates=1) == 0
-    assert agent._membership.session.phase == "outbox"
+    assert session_of(agent).phase == "outbox"
     assert texts(events, "delivered", "offline") == []
     agent.start()
-    wait_until(lambda: agent._membership.session.delivered == 1)
+    wait_until(lambda: session_of(agent).delivered == 1)
 
 
 def test_a_callback_may_stop_pause_and_fail(
@@ -332,9 +387,13 @@ def test_one_run_at_a_time(make: Callable[..., Agent]) -> None:
 def test_a_newer_version_is_swapped_in_beside_training(make: Callable[..., Agent]) -> None:
     """Answers follow the versions that training makes, with one base that is loaded once."""
     versions: list[int] = []
-    agent = make(callbacks=Callbacks(on_new_adapter=versions.append))
+    workers, clock = Workers(), Clock()
+    agent = make(
+        callbacks=Callbacks(on_new_adapter=versions.append),
+        collaborators=Collaborators(clock=clock, make_worker=workers),
+    )
     assert agent.run(updates=1) == 1
-    model = trainer_of(agent).base.model
+    model = workers.trainer.base.model
     wait_for_version(agent, 1)
     agent.start()
     prompt, said = "turn the red light on", {}
@@ -344,10 +403,11 @@ def test_a_newer_version_is_swapped_in_beside_training(make: Callable[..., Agent
         time.sleep(0.3)
     agent.stop(PATIENCE_S)
     assert versions == sorted(set(versions))
-    trainer = trainer_of(agent)
+    agent.prepare()
+    trainer = workers.trainer
     assert trainer.base.model is model
     _, adapter = agent.newest()
-    agent._part.assistant._due = 0.0
+    clock.forward()
     assert agent.generate(prompt, 12) == trainer.generate(adapter, [prompt], 12)[0]
 
 
@@ -403,7 +463,8 @@ def test_a_device_that_has_joined_waits_for_its_coordinator(
 
 def test_chat_at_a_prompt_tells_which_version_answers(make: Callable[..., Agent]) -> None:
     trained = make()
-    reader = make("reader", data=False)
+    clock = Clock()
+    reader = make("reader", data=False, collaborators=Collaborators(clock=clock))
     out, notes = io.StringIO(), io.StringIO()
     prompts: list[str] = []
 
@@ -412,7 +473,7 @@ def test_chat_at_a_prompt_tells_which_version_answers(make: Callable[..., Agent]
         if len(prompts) == 2:
             assert trained.run(updates=1) == 1
             wait_for_version(trained, 1)
-            reader._part.assistant._due = 0.0
+            clock.forward()
         if len(prompts) == 4:
             raise EOFError
         return ["turn the red light on", "and off", "  "][len(prompts) - 1]
@@ -431,15 +492,18 @@ def test_ctrl_c_cuts_an_answer_short_and_then_leaves(make: Callable[..., Agent])
     reader = make("reader", data=False)
     asked: list[str] = []
 
-    chat = Chat(reader, io.StringIO(), io.StringIO(), max_new_tokens=16)
     said: list[str] = []
 
-    def say(text: str) -> None:
-        said.append(text)
-        if len(said) == 1:
-            raise KeyboardInterrupt
+    class CtrlC(io.StringIO):
+        """A terminal at which somebody presses Ctrl-C at the first word."""
 
-    chat._say = say  # type: ignore[method-assign]
+        def write(self, text: str) -> int:
+            said.append(text)
+            if len(said) == 1:
+                raise KeyboardInterrupt
+            return len(text)
+
+    chat = Chat(reader, CtrlC(), io.StringIO(), max_new_tokens=16)
 
     def prompt(shown: str) -> str:
         asked.append(shown)

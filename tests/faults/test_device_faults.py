@@ -19,6 +19,7 @@ from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import Unreachable
 from edge_sdk.core.messages import Base
 from edge_sdk.model import base_model
+from edge_sdk.options import Event
 from edge_sdk.system.backoff import Backoff
 from tests.device_agents import Device, device, federation_config, quick, text_of, updates, wait_until
 from tests.faults.proxy import (
@@ -272,11 +273,18 @@ def test_a_damaged_download_is_never_trained_from(
 def test_a_file_that_a_power_cut_left_short_is_fetched_again(
     proxy: Proxy, coordinator: CoordinatorProcess, data: Path, tmp_path: Path
 ) -> None:
+    it: Device
+
+    def stop_at_training(event: Event) -> None:
+        if event.kind == "training":
+            it.agent.request_stop()
+
+    it = new_device(proxy, coordinator, tmp_path, data, on_event=stop_at_training)
+    assert it.agent.run() == 0
+    it.agent.close()
+    assert len(proxy.asked(*DOWNLOAD)) == 1
+    (path,) = it.agent.journal.adapters.iterdir()
     it = new_device(proxy, coordinator, tmp_path, data)
-    it.agent.prepare()
-    it.agent._part._ask()
-    path, _ = it.agent._part._work.fetch()
-    assert path is not None
     path.write_bytes(path.read_bytes()[:-100])
     delivers_once(it, coordinator)
     assert len(proxy.asked(*DOWNLOAD)) == 2
@@ -301,7 +309,7 @@ def test_an_outage_is_asked_about_less_and_less(
 
     def noted(backoff: Backoff, asked_s: float = 0.0) -> float:
         wait_s = next_s(backoff, asked_s)
-        bounds.append(backoff._bound_s)
+        bounds.append(backoff.bound_s)
         slept.append(wait_s)
         return wait_s
 

@@ -8,11 +8,11 @@ file of its own each time, as an accelerator that rounds differently each time w
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from edge_sdk.membership.membership import Membership
 from edge_sdk.membership.session import Session, joined
 from edge_sdk.options import Options
 from edge_sdk.participation import loop
+from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.system import durable
 from edge_sdk.training.plan import Abandoned, StepReport
 from edge_sdk.worker.messages import Finished, Memory
@@ -200,19 +201,20 @@ class DeviceOverTime(RuleBasedStateMachine):
     def boots(self) -> None:
         self.dies_at = None
         teller = Teller(lambda event: None, Callbacks())
-        membership = Membership("http://host", Options(state_dir=self.folder), "token", teller)
+        membership = Membership("http://host", Options(state_dir=self.folder, isolate=False), "token", teller)
         if membership.journal.load() is None:
             membership.save(joined("http://host", JoinReply("d", "secret", FEDERATION)))
         membership._session = membership.journal.load()
         membership.journal.clear_work = self._clearing  # type: ignore[method-assign]
         self.membership = membership
-        self.part = loop.Participation(membership, self.folder / "data")
+        hours = itertools.count(step=3600.0)  # every wait is over at once, and a heartbeat due at every step
+        collaborators = Collaborators(clock=lambda: next(hours), make_worker=lambda *_: self)
+        self.part = loop.Participation(membership, self.folder / "data", collaborators)
         self.part._setting = SimpleNamespace(  # type: ignore[assignment]
-            again=lambda: SimpleNamespace(rank=4, setting=SETTING), setting_for=lambda work: SETTING
+            again=lambda: SimpleNamespace(rank=4, setting=SETTING),
+            setting_for=lambda work: SETTING,
+            decision=None,
         )
-        self.part._options = replace(self.part._options, isolate=False)
-        self.part.model = SimpleNamespace(worker=lambda: self)  # type: ignore[assignment]
-        self.part._rest = lambda seconds: None  # type: ignore[method-assign]
         self.part._work.fetch = lambda: (None, None)  # type: ignore[method-assign]
 
     def train(self, job: Any, on_step: Any) -> Finished:
@@ -235,12 +237,17 @@ class DeviceOverTime(RuleBasedStateMachine):
         digest = hashlib.sha256(content).hexdigest()
         return Finished(4, digest, len(content), 2 * done, done, 2.0, 1.0, 0.1, Memory(0, 0, 0))
 
+    def generate(self, question: Any, on_text: Any = None) -> list[str]:
+        raise AssertionError("nobody asks it")
+
+    def close(self) -> None:
+        """The worker needs no memory."""
+
     def works(self, wire: Wire) -> None:
         """One turn of the loop, as `Participation.run` makes it."""
         self.membership._transport = wire  # type: ignore[assignment]
-        self.part._work._beat_due = 0.0
         try:
-            self.part._step()
+            self.part.step()
         except (Unreachable, loop.OurFault):
             return
         except Crash:

@@ -18,6 +18,8 @@ from edge_sdk.core.errors import Unauthorised
 from edge_sdk.core.messages import Base
 from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
+from edge_sdk.participation.collaborators import Collaborators
+from edge_sdk.participation.resident_model import worker_for
 from tests.device_agents import Device, device, federation_config, quick, text_of, updates
 from tests.faults.proxy import Answer, Proxy
 from tests.models import build_model
@@ -88,10 +90,10 @@ def test_devices_go_on_with_a_coordinator_that_was_restored(
     shutil.rmtree(coordinator.data)
     shutil.move(tmp_path / "copy", coordinator.data)
     coordinator.start()
-    red.agent._part.assistant._due = 0.0
+    red.clock.forward()
     assert red.agent.refresh() == 1  # what answers is what the federation has
     trained(red, 2)
-    red.agent._part.assistant._due = 0.0
+    red.clock.forward()
     assert red.agent.refresh() == 3
     again = served_here(red)
     assert not again & lost
@@ -184,19 +186,21 @@ def test_a_device_told_to_finish_hands_in_what_it_has(
     assert (update["loss_before"], update["loss_after"]) == (losses[0], losses[-1])
 
 
-def test_a_worker_process_told_to_finish_hands_in_what_it_has(
-    tmp_path: Path, base: Base, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_process_told_to_finish_hands_in_what_it_has(tmp_path: Path, base: Base, data: Path) -> None:
     """A real deadline of a real coordinator, on a device that is late; training is in its own process."""
-    from edge_sdk.participation import loop, resident_model
 
     def apart(federation: Any, options: Options, data: Path, decision: Any) -> Any:
-        return resident_model.worker_for(federation, replace(options, isolate=True), data, decision)
+        return worker_for(federation, replace(options, isolate=True), data, decision)
 
-    monkeypatch.setattr(loop, "worker_for", apart)
     config = federation_config(tmp_path, base, steps=100_000, lease_s=1.0, max_staleness=1000)
     with CoordinatorProcess(tmp_path, config) as coordinator:
-        it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data)
+        it = device(
+            coordinator.url,
+            coordinator.join_token,
+            tmp_path / "device",
+            data,
+            collaborators=Collaborators(make_worker=apart),
+        )
         assert it.agent.run(updates=1) == 1
         it.agent.close()
         (update,) = updates(coordinator, it.id)

@@ -193,7 +193,7 @@ def test_a_watch_looks_now_and_then_and_hears_at_once() -> None:
         looks.append(conditions)
         return Surroundings(on_mains=False)
 
-    watch = Watch(Conditions(on_mains=True), look, every_s=3600)
+    watch = Watch(Conditions(on_mains=True), look, clock=lambda: 100.0)
     assert [watch.reason() for _ in range(100)] == ["on battery power"] * 100
     assert len(looks) == 1
     watch.pause()
