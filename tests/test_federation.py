@@ -173,9 +173,10 @@ def test_a_round_from_training_to_loading(
 
     plain = logits(in_float32(directory).model)
     loaded = exported_logits(directory, out)
-    places = AdapterPlaces(in_float32(directory), base.modules, 2.0)
+    frozen = in_float32(directory)
+    places = AdapterPlaces(frozen, base.modules, 2.0)
     with places.installed({CARRIED: adapter}):
-        ours = logits(places._base.model)
+        ours = logits(frozen.model)
     assert (loaded - plain).abs().max() > 1e-2
     # What is exported is exact; a device has what came over the wire.
     rounding = {"float32": 0.0, "float16": 1e-3, "int8": 0.02}[wire] * float((loaded - plain).abs().max())

@@ -23,11 +23,15 @@ LINK_PATIENCE_S = 2.0
 
 
 class Observer:
-    """Looks around now and then. One thread at a time."""
+    """Looks around now and then. One thread at a time.
+
+    Attributes:
+        times: (clock, busy, total, own) in seconds when the load was last read, summed over all processors.
+    """
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._times = self._cpu_times()
+        self.times = self._cpu_times()
         self._load: float | None = None
         self._metered: bool | None = None
         self._link_due = 0.0
@@ -56,10 +60,10 @@ class Observer:
 
     def _others(self) -> float | None:
         """Percent of all processors that other processes use, averaged; None before there is a span."""
-        before, now = self._times, self._cpu_times()
+        before, now = self.times, self._cpu_times()
         span_s = now[0] - before[0]
         if span_s >= SHORTEST_CPU_SPAN_S:
-            self._times = now
+            self.times = now
             self._load = averaged(self._load, others_percent(before[1:], now[1:]), span_s)
         return self._load
 

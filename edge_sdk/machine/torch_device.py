@@ -30,7 +30,7 @@ def torch_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {name!r} is not to be had here; use auto or cpu") from error
+        raise InputError(f"device {name!r} is not available here; use auto or cpu") from error
     return device
 
 

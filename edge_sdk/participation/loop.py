@@ -13,7 +13,6 @@ from edge_sdk.callbacks import PAUSED
 from edge_sdk.connection.transport import TransferStopped
 from edge_sdk.core.choice.rank import RankChoice
 from edge_sdk.core.errors import (
-    EdgeError,
     InputError,
     NotFound,
     OurFault,
@@ -34,7 +33,7 @@ from edge_sdk.participation.assistant import Assistant
 from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.participation.current_setting import CurrentSetting
 from edge_sdk.participation.resident_model import ResidentModel
-from edge_sdk.system.backoff import Backoff, asked_by, within_reason
+from edge_sdk.participation.setbacks import Setbacks
 
 if TYPE_CHECKING:
     from edge_sdk.participation.resident_model import Trainee
@@ -71,8 +70,7 @@ class Participation:
         self.assistant = Assistant(membership, adapters, self.model, self._clock)
         self._setting: CurrentSetting | None = None
         self._work = AssignmentRun(membership, adapters, self._interrupted, self._clock)
-        self._backoff = Backoff()
-        self._full = False  # whether a file could not be written the last time
+        self._setbacks = Setbacks(membership.tell)
         self._enrolled = False
 
     # --- getting ready ---
@@ -134,7 +132,7 @@ class Participation:
                 try:
                     done += self.step()
                 except (Unreachable, OurFault) as error:
-                    self._back_off(error)
+                    self._rest(self._setbacks.failed_s(error))
             return done
 
     @contextlib.contextmanager
@@ -156,7 +154,7 @@ class Participation:
             except (Unreachable, OurFault) as error:
                 if self._membership.journal.load() is None:
                     raise
-                self._back_off(error)
+                self._rest(self._setbacks.failed_s(error))
 
     def step(self) -> int:
         """Do what the session asks for next: get work, train it or hand it in; 1 if it was delivered."""
@@ -175,7 +173,7 @@ class Participation:
         except Unauthorised:
             if not self._membership.rejoin():
                 raise
-            self._rest(self._backoff.next_s())
+            self._rest(self._setbacks.refused_s())
         return 0
 
     def _do(self) -> int:
@@ -190,17 +188,17 @@ class Participation:
         return 0
 
     def _drop(self, reason: str) -> None:
-        """Give up the work in hand, and rest a little: what made it worthless may not be over."""
+        """Give up the work in hand, and rest a little."""
         self._membership.drop(reason)
-        self._rest(self._backoff.next_s())
+        self._rest(self._setbacks.refused_s())
 
     def _deliver(self) -> int:
         with self._doing("an upload, or its acknowledgement"):
             delivered = self._work.deliver()
         if delivered:
-            self._went_well()
+            self._setbacks.over()
         elif self._membership.session.phase == "idle":  # it was refused
-            self._rest(self._backoff.next_s())
+            self._rest(self._setbacks.refused_s())
         return delivered
 
     def _ask(self) -> None:
@@ -212,9 +210,9 @@ class Participation:
         with self._doing("an answer of the coordinator"):
             answer = self._membership.transport.ask(Ask(chosen.rank, chosen.setting.carry_rank))
         if isinstance(answer, NotNow):
-            self._went_well()
+            self._setbacks.over()
             self._tell("waiting", answer.reason)
-            self._rest(self._backoff.spread_s(within_reason(answer.retry_after_s)))
+            self._rest(self._setbacks.asked_s(answer.retry_after_s))
             return
         self._membership.journal.clear_work()
         setting = self.setting.setting_for(answer)
@@ -236,12 +234,15 @@ class Participation:
             self.model.let_go()
             raise
         else:
-            self._went_well()
+            self._setbacks.over()
             if done is not None and self._options.isolate:
                 self.setting.learn(session.way(), done.memory)
 
     def _step_down(self, error: OutOfMemory) -> None:
-        """Choose a smaller way for the work in hand, with a fresh worker: what ran full stays ragged."""
+        """Choose a smaller way for the work in hand, with a fresh worker.
+
+        After running out of memory a heap stays fragmented.
+        """
         self.model.let_go()
         try:
             smaller = self.setting.smaller(self._membership.session.way())
@@ -259,7 +260,7 @@ class Participation:
         except NotFound as error:
             raise Unreachable(f"what was published a moment ago is gone: {error}") from error
         self._membership.heard_of(version)
-        self._went_well()
+        self._setbacks.over()
         self._rest(FOLLOW_S)
         return 0
 
@@ -278,23 +279,6 @@ class Participation:
             self.model.let_go(unless_asked_s=LINGER_S)
         if not self.stopping.is_set():
             self._tell("resumed", "resumed")
-
-    def _back_off(self, error: EdgeError) -> None:
-        """Wait before the next attempt, as long as the other side asks or twice as long as the last time."""
-        wait_s = self._backoff.next_s(asked_by(error))
-        if not isinstance(error, Unwritable):
-            self._tell("offline", f"{error}; trying again in {wait_s:.0f} s")
-        elif not self._full:  # once, however long it lasts
-            self._full = True
-            self._tell("disk", f"{error}; it goes on by itself then")
-        self._rest(wait_s)
-
-    def _went_well(self) -> None:
-        """There is nothing to wait for any more."""
-        self._backoff.reset()
-        if self._full:
-            self._full = False
-            self._tell("disk", "the state folder can be written again")
 
     def _rest(self, seconds: float) -> None:
         """Do nothing for a while, or until told to stop or to pause."""

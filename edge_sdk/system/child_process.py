@@ -50,10 +50,10 @@ def run_python(*arguments: str, timeout_s: float) -> Outcome:
     except subprocess.TimeoutExpired as error:
         lines = error.stdout.decode(errors="replace").splitlines() if isinstance(error.stdout, bytes) else []
         return Outcome(tuple(lines), f"did not end within {timeout_s:.0f} s")
-    return Outcome(tuple(done.stdout.splitlines()), _failure(done.returncode, done.stderr))
+    return Outcome(tuple(done.stdout.splitlines()), failure_of(done.returncode, done.stderr))
 
 
-def _failure(code: int, stderr: str) -> str:
+def failure_of(code: int, stderr: str) -> str:
     """Why a process that ended with `code` failed: the signal, or the last line of its traceback."""
     if code == 0:
         return ""

@@ -44,9 +44,9 @@ def trial(name: str) -> str:
     dtype = compute_dtype(device)
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(o, i, generator=generator) / i**0.5 for i, o in pairwise(WIDTHS)]
-    layers = torch.nn.ModuleList(_layer(weight, device, dtype) for weight in exact).eval()
+    layers = torch.nn.ModuleList(four_bit_layer(weight, device, dtype) for weight in exact).eval()
     keep_trainable(layers)
-    weights = [_dequantised(layer) for layer in layers]
+    weights = [dequantised(layer) for layer in layers]
     for wanted, found in zip(exact, weights, strict=True):
         if _distance(found.cpu(), wanted) > QUANTISED_WITHIN:
             return f"weights come back {_distance(found.cpu(), wanted):.2f} away from what was quantised"
@@ -67,7 +67,7 @@ def trial(name: str) -> str:
     return ""
 
 
-def _layer(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Any:
+def four_bit_layer(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> Any:
     """A linear layer of this weight (out, in), quantised on `device` as the loader does it."""
     import bitsandbytes as bnb
 
@@ -86,7 +86,7 @@ def _layer(weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> An
     return layer.to(device)
 
 
-def _dequantised(layer: Any) -> torch.Tensor:
+def dequantised(layer: Any) -> torch.Tensor:
     """The weight that a 4-bit layer stands for, (out, in) in float32."""
     import bitsandbytes as bnb
 

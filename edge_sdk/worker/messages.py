@@ -64,7 +64,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes in the worker's process. `peak` is since the last training call began; 0 where not to be had.
+    """Bytes in the worker's process. `peak` is since the last training call began; 0 where unknown.
 
     `framework`: resident once the libraries were imported and before a weight was loaded; 0 if the worker
     shares its process with the application.

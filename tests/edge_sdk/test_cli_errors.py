@@ -260,7 +260,7 @@ def test_a_profile_that_nobody_knows(refused: Refusal, data: Path, tmp_path: Pat
         ("--battery-above", "100", "battery_above 100 must be a percentage"),
         ("--cpu-below", "0", "cpu_below 0 must be a percentage"),
         ("--updates", "0", "--updates 0 must be 1 or more"),
-        ("--device", "quantum", "device 'quantum' is not to be had here"),
+        ("--device", "quantum", "device 'quantum' is not available here"),
     ],
 )
 def test_a_setting_out_of_range(

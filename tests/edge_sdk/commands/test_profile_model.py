@@ -265,7 +265,7 @@ def test_configurations_that_cannot_be(
         ("--model tiny --steps 0", "--steps 0 must be 1 or more"),
         ("--model tiny --sequence-len=-5", "--sequence-len -5 must be 1 or more"),
         ("--model tiny --deadline nan", "--deadline nan must be 1 or more"),
-        ("--model tiny --device quantum", "device 'quantum' is not to be had here"),
+        ("--model tiny --device quantum", "device 'quantum' is not available here"),
         ("--model tiny --profile steam-deck --device cuda", "only auto and cpu can be asked about"),
         ("--rank 3", "--rank needs --model"),
         ("--memory-budget 3GB", "--memory-budget needs --model"),

@@ -280,7 +280,7 @@ def test_a_disk_that_takes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_device_that_is_not_to_be_had() -> None:
     check = machine_checks.device_check("cuda:77", LAPTOP)
     assert check.state == "not fine"
-    assert "device 'cuda:77' is not to be had here" in check.found
+    assert "device 'cuda:77' is not available here" in check.found
 
 
 def test_a_card_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_the_average_load_follows_slowly() -> None:
 def test_our_own_work_is_no_load() -> None:
     """A thread of this process that computes all the time; whatever others do is on both sides."""
     observer, conditions = Observer(), Conditions(cpu_below=50)
-    before = observer._times
+    before = observer.times
     done = threading.Event()
 
     def burn() -> None:
@@ -146,7 +146,7 @@ def test_our_own_work_is_no_load() -> None:
     finally:
         done.set()
         thread.join()
-    after = observer._times
+    after = observer.times
     assert found is not None
     own_s, busy_s, total_s = (after[i] - before[i] for i in (3, 1, 2))
     assert own_s > 0.2  # it was ours

@@ -200,7 +200,7 @@ def test_a_product_for_which_there_is_no_memory_is_not_measured(monkeypatch: pyt
 
 @pytest.mark.parametrize("name", ["quantum", "cuda:99", ""])
 def test_a_device_that_is_not_there(name: str) -> None:
-    with pytest.raises(InputError, match=f"device {name!r} is not to be had here; use auto or cpu"):
+    with pytest.raises(InputError, match=f"device {name!r} is not available here; use auto or cpu"):
         torch_device.torch_device(name)
 
 

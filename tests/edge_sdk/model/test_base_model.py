@@ -182,8 +182,8 @@ def test_broken_models_are_one_line(directories: Directories, tmp_path: Path) ->
         (lambda: load(damaged, device="cpu"), "weights cannot be loaded"),
         (lambda: describe(broken("config.json", '{"model_type": "no-such"}')), "cannot build this model"),
         (lambda: load(broken("tokenizer.json", "{"), device="cpu"), "tokeniser cannot be loaded"),
-        (lambda: load(str(directories["llama"]), device="cuda:99"), "device 'cuda:99' is not to be had"),
-        (lambda: load(str(directories["llama"]), device="toaster"), "device 'toaster' is not to be had"),
+        (lambda: load(str(directories["llama"]), device="cuda:99"), "device 'cuda:99' is not available"),
+        (lambda: load(str(directories["llama"]), device="toaster"), "device 'toaster' is not available"),
     ]
     for call, says in cases:
         with pytest.raises(InputError) as caught:

@@ -66,7 +66,7 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 
 def test_a_device_that_is_not_there() -> None:
-    with pytest.raises(InputError, match="device 'quantum' is not to be had here"):
+    with pytest.raises(InputError, match="device 'quantum' is not available here"):
         four_bit_works("quantum")
 
 
@@ -97,8 +97,8 @@ def test_the_trial_finds_nothing_wrong_in_either_dtype(monkeypatch: pytest.Monke
 
 
 def test_the_trial_notices_weights_that_do_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    dequantised = four_bit_child._dequantised
-    monkeypatch.setattr(four_bit_child, "_dequantised", lambda layer: 2 * dequantised(layer))
+    dequantised = four_bit_child.dequantised
+    monkeypatch.setattr(four_bit_child, "dequantised", lambda layer: 2 * dequantised(layer))
     assert four_bit_child.trial("cpu") == "weights come back 1.01 away from what was quantised"
 
 
@@ -116,13 +116,13 @@ class Detached(torch.nn.Module):
 
 
 def test_the_trial_notices_a_gradient_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = four_bit_child._layer
+    built = four_bit_child.four_bit_layer
 
     def first_detached(weight: torch.Tensor, *arguments: object) -> object:
         layer = built(weight, *arguments)  # type: ignore[arg-type]
         return Detached(layer) if weight.shape[1] == four_bit_child.WIDTHS[0] else layer
 
-    monkeypatch.setattr(four_bit_child, "_layer", first_detached)
+    monkeypatch.setattr(four_bit_child, "four_bit_layer", first_detached)
     assert four_bit_child.trial("cpu").startswith("the gradient of input is ")
 
 
@@ -153,7 +153,7 @@ def test_how_a_child_ended() -> None:
 
 
 def test_crashes_of_windows_are_named() -> None:
-    assert child_process._failure(0xC000001D, "") == "the process crashed: illegal instruction"
+    assert child_process.failure_of(0xC000001D, "") == "the process crashed: illegal instruction"
 
 
 def test_a_child_imports_what_its_parent_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
