@@ -12,7 +12,6 @@ from pathlib import Path
 
 from aiohttp import web
 
-from coordinator import __version__
 from coordinator.adapters.serving import export
 from coordinator.merging.torch_svd import decompose_on
 from coordinator.privacy import ledger
@@ -34,6 +33,7 @@ from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import decode
+from edge_sdk.core.version import __version__
 
 SHOWN_VERSIONS = 5
 BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together

@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from edge_sdk.core.version import __version__
+
 if TYPE_CHECKING:
     from edge_sdk.agent import Agent
     from edge_sdk.callbacks import Callbacks
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     )
     from edge_sdk.options import Event, Options
 
-__version__ = "0.1.0"
 __all__ = [
     "Agent",
     "BaseMismatch",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from edge_sdk import __version__
 from edge_sdk.commands import base, chat, doctor, join, profile
 from edge_sdk.core.errors import EdgeError
+from edge_sdk.core.version import __version__
 
 COMMANDS = (join, chat, base, profile, doctor)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 
-from coordinator import __version__
 from edge_sdk.core.errors import Busy
 from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE
 from edge_sdk.core.routes import (
@@ -26,6 +25,7 @@ from edge_sdk.core.routes import (
     Problem,
     Route,
 )
+from edge_sdk.core.version import __version__
 
 Json = dict[str, Any]
 

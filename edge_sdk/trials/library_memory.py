@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from edge_sdk import __version__
 from edge_sdk.core.errors import InternalError
+from edge_sdk.core.version import __version__
 from edge_sdk.system import child_process
 from edge_sdk.trials.findings import recall, remember
 from edge_sdk.trials.four_bit import installation

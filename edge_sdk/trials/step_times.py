@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_sdk import __version__
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.choice.step_time import StepTime
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.messages import Training
 from edge_sdk.core.records import decode, encode, from_json, to_json
+from edge_sdk.core.version import __version__
 from edge_sdk.system import child_process
 from edge_sdk.system.hidden_library import hide_bitsandbytes
 from edge_sdk.trials.findings import recall, remember
