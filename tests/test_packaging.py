@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.resources
 import re
 import tomllib
@@ -71,3 +72,31 @@ def test_each_public_name_loads(name: str) -> None:
 def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Agnet'"):
         _ = edge_sdk.Agnet
+
+
+def imported_by(folder: str) -> set[str]:
+    """Top-level names that the files of a folder import, anywhere in them."""
+    found = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("extra", "folder"),
+    [
+        ("edge", "edge_sdk"),
+        ("coordinator", "coordinator"),
+        ("privacy", "coordinator"),
+        ("examples", "examples"),
+        ("benchmarks", "benchmarks"),
+    ],
+)
+def test_an_extra_asks_for_nothing_that_its_package_does_not_import(extra: str, folder: str) -> None:
+    wanted = PYPROJECT["project"]["optional-dependencies"][extra]
+    names = {re.split(r"[\[<>=]", line)[0].replace("-", "_") for line in wanted}
+    assert names - imported_by(folder) == set()
