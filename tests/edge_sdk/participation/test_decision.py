@@ -55,7 +55,7 @@ def test_unequal_ranks_stay_within_the_ladder(tmp_path: Path, pair: list[int]) -
 def test_unequal_ranks_are_pairs(tmp_path: Path, value: str) -> None:
     path = tmp_path / "federation.toml"
     path.write_text(f"[federation]\nmixed_ranks = {value}\n")
-    with pytest.raises(InputError, match=r"federation\.toml: federation\.mixed_ranks"):
+    with pytest.raises(InputError, match=r"federation\.toml: key federation\.mixed_ranks"):
         load_settings(path)
 
 
@@ -120,7 +120,7 @@ def test_what_is_known_of_the_device_enters_its_choice(federation: Federation) -
 
 
 def test_what_is_settled_to_be_carried_is_carried(federation: Federation) -> None:
-    carry = replace(federation, rule="carry")
+    carry = replace(federation, rule="carry", holds_global=True)
     options = Options(device="cpu", profile=PI, memory_budget_bytes=2_000_000_000, quantise=False)
     assert decision.decide(carry, options).choice.setting.carry_rank == carry.rank_cap
     settled = decision.decide(carry, options, Known(), [Ranks.uniform(2)], 7).choice
