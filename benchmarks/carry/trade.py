@@ -11,10 +11,10 @@ components of the global adapter frozen, in some dtype. Two parts: a synthetic t
 
 from __future__ import annotations
 
-import functools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def toy(results: Results, seeds: Sequence[int], versions: int, console: Console)
         found = []
         for seed in seeds:
             case = {"part": "toy", "versions": versions, "line": line, "seed": seed}
-            found.append(results.get(case, lambda s=seed: carry_toy.federate(splits, rules, s, versions)))
+            found.append(results.get(case, partial(carry_toy.federate, splits, rules, seed, versions)))
         return spread(found)
 
     lines = Table(title="Synthetic target, equal memory: relative error of G", title_justify="left")
@@ -185,7 +185,7 @@ def training(
     results: Results, seeds: Sequence[int], versions: int, federations: dict[str, list[Choice]]
 ) -> Table:
     """Held-out loss on the embedded base after each third of `versions`; a federation is a choice each."""
-    loaded = functools.cache(Federation)  # not at all where every row is known
+    loaded = cache(Federation)  # not at all where every row is known
 
     def run(choices: list[Choice], seed: int) -> Any:
         return vars(loaded().run(choices, seed, versions, versions // 3))
@@ -198,7 +198,7 @@ def training(
     for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
         for name, choices in federations.items():
             case = {"part": "training", "versions": versions, "line": name, "seed": seed}
-            rows[name].append(results.get(case, lambda c=choices, s=seed: run(c, s)))
+            rows[name].append(results.get(case, partial(run, choices, seed)))
     for name, found in rows.items():
         cells = [spread([row["losses"][mark] for row in found]) for mark in marks]
         step = statistics.median(row["step_s"] for row in found)

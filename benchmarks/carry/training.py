@@ -149,7 +149,7 @@ class Federation:
             served = {n: serve(f, min(choice.rank, *f.shape), "balanced", n) for n, f in whole.items()}
             return Start(served, None, choice.rank, seed)
         kept = {n: min(choice.carry_rank, live_rank(f)) for n, f in whole.items()}
-        carried = {n: split(f.leading(kept[n]), "balanced") for n, f in whole.items()}
+        carried: Adapter = {n: split(f.leading(kept[n]), "balanced") for n, f in whole.items()}
         if choice.fresh == "top":
             fresh: Adapter = {n: _top(f, choice.rank) for n, f in whole.items()}
         elif choice.fresh in ("warm", "some"):

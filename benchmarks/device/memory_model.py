@@ -174,6 +174,11 @@ def run_point(directory: Path, setting: Setting) -> dict[str, Any]:
     return found
 
 
+def built_and_run(model: Model, folder: Path, setting: Setting) -> dict[str, Any]:
+    """Run one point on a model that is built if it is not in `folder`."""
+    return run_point(build(model, folder), setting)
+
+
 def table(rows: list[Row]) -> str:
     """All points, one a line."""
     lines = ["model         r batch tokens again  predicted   measured   error     step"]
@@ -255,7 +260,7 @@ def run_grid(folder: Path, quick: bool) -> list[Row]:
     for model, setting in grid(quick):
         case = {"model": model.name, "ranks": str(setting.ranks), "batch": setting.micro_batch}
         case |= {"sequence_len": setting.sequence_len, "recomputes": setting.checkpointing}
-        found = results.get(case, lambda m=model, s=setting: run_point(build(m, folder), s))
+        found = results.get(case, functools.partial(built_and_run, model, folder, setting))
         found["predicted_bytes"] = predict(build(model, folder), setting, found["framework_bytes"])
         rows.append(
             Row(

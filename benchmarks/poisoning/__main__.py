@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def toy(results: Results, seeds: Sequence[int], rules: Sequence[str], quick: boo
 
     for case in [case for rule in rules for case in cases(rule, quick)]:
         for seed in seeds:
-            results.get(key(case, seed), lambda c=case, s=seed: poisoning_toy.federate(c, s))
+            results.get(key(case, seed), partial(poisoning_toy.federate, case, seed))
 
     def found(case: Case) -> list[float]:
         errors = [results.find(key(case, seed)) for seed in seeds]
@@ -97,8 +98,7 @@ def training(
         federation = Federation(Path(folder))
         for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
             for case in [case for rule in rules for case in cases(rule, quick)]:
-                run: Callable[[], Any] = lambda c=case, s=seed: federation.run(c, s, versions)  # noqa: E731
-                losses = results.get(key(case, seed), run)
+                losses = results.get(key(case, seed), partial(federation.run, case, seed, versions))
                 name = f"{case.rule}/{case.attack}/{case.defence}/{seed}"
                 print(name, f"{losses[str(versions)]:.3f}", flush=True)
 

@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -78,12 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     versions = 2 if options.quick else VERSIONS
     lines = [LINES[0], LINES[4], LINES[-1]] if options.quick else LINES
     federation = functools.cache(Federation)  # not at all where every row is known
+
+    def run(line: tuple[float, float], seed: int) -> dict[str, Any]:
+        return vars(federation().run(*line, seed, versions))
+
     rows: dict[tuple[float, float], list[Outcome]] = {line: [] for line in lines}
     console.print(f"{cpu_name()}, one thread; {versions} versions of {BUFFER_SIZE} updates")
     for seed in range(1 if options.quick else options.seeds):  # a stopped run leaves whole comparisons
         for line in lines:
             case = {"versions": versions, "C": f"{line[0]:g}", "z": f"{line[1]:g}", "seed": seed}
-            found = results.get(case, lambda ln=line, s=seed: vars(federation().run(*ln, s, versions)))
+            found = results.get(case, functools.partial(run, line, seed))
             rows[line].append(Outcome(**found))
             console.print(f"C={case['C']} z={case['z']}, seed {seed}: {rows[line][-1]}")
     console.print(table_of(rows))

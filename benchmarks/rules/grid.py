@@ -109,7 +109,7 @@ class Grid:
         ranks = dealt(case.mix, len(clients.participants), case.seed)
         if case.seed not in self._base_losses:
             self._base_losses[case.seed] = self._federation.losses(None, clients)
-        row = {"ranks": ranks, "begins": case.way.begins, "base": self._base_losses[case.seed]}
+        row: Row = {"ranks": ranks, "begins": case.way.begins, "base": self._base_losses[case.seed]}
         row |= self._federation.run(case.way, ranks, clients, case.seed, case.marks)
         last = ", ".join(f"{group} {loss:.3f}" for group, loss in row["losses"][str(case.marks[-1])].items())
         self._said(f"{case.mix}, {case.way.name}, seed {case.seed}: {last} ({row['seconds']:.0f} s)")

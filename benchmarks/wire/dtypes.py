@@ -11,12 +11,12 @@ has at the end: the final version as it is downloaded in that dtype.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def measure(results: Results, rows: Sequence[tuple[str, Wire]], seeds: Sequence[
         table.add_column(column, justify="left" if column in ("rule", "wire") else "right")
     found: dict[tuple[str, Wire], list[dict[str, Any]]] = {row: [] for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        loaded = functools.cache(training.Federation)  # not at all where every row is known
+        loaded = cache(training.Federation)  # not at all where every row is known
 
         def run(rule: str, wire: Wire, seed: int) -> Any:
             return vars(federate(loaded(), Path(folder), RULES[rule], wire, seed, versions))
@@ -156,7 +156,7 @@ def measure(results: Results, rows: Sequence[tuple[str, Wire]], seeds: Sequence[
         for seed in seeds:  # seeds outside, so that a run that is stopped leaves whole comparisons
             for (rule, wire), measured in found.items():
                 case = {"versions": versions, "rule": rule, "wire": wire.name, "seed": seed}
-                measured.append(results.get(case, lambda r=rule, w=wire, s=seed: run(r, w, s)))
+                measured.append(results.get(case, partial(run, rule, wire, seed)))
     for (rule, wire), measured in found.items():
         sizes = (statistics.mean(row[key] for row in measured) for key in ("download_bytes", "upload_bytes"))
         cells = [spread([row["losses"][mark] for row in measured]) for mark in marks]

@@ -40,17 +40,26 @@ def test_every_command_that_a_docstring_names_is_there() -> None:
     assert all(importlib.util.find_spec(f"benchmarks.{name}") for name in others)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_says_what_it_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def help_of(name: str, capsys: pytest.CaptureFixture[str]) -> str:
     found = importlib.import_module(f"benchmarks.{name}")
     if not hasattr(found, "main"):
         found = importlib.import_module(f"benchmarks.{name}.__main__")
     with pytest.raises(SystemExit) as ended:
         found.main(["--help"])
     assert ended.value.code == 0
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_says_what_it_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = help_of(name, capsys)
     assert said.startswith(f"usage: python -m benchmarks.{name} ")
     assert COMMANDS[name] in said  # a thin file says what the benchmark itself says
+
+
+@pytest.mark.parametrize("name", ["carry_trade", "poisoning", "privacy", "wire_dtypes"])
+def test_the_log_has_its_former_name_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--log LOG, --json LOG" in help_of(name, capsys)
 
 
 def test_the_list_holds_every_command(capsys: pytest.CaptureFixture[str]) -> None:
