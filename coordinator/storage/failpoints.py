@@ -2,8 +2,8 @@
 
 A crash is harmless only if it is harmless between any two steps. So each step is followed by a point with a
 name; `tests/faults/` kills a real coordinator at every one of them and looks at what is left. The table in
-docs/DESIGN.md says what each leaves behind. Unset, which is always but in those tests, a point is one look at
-a variable.
+docs/DURABILITY.md says what each leaves behind. Unset, which is always but in those tests, a point is one
+look at a variable.
 
 The command line arms points from the environment and from nowhere else: nothing on the network can.
 

@@ -1,7 +1,7 @@
 """Measures this machine: memory that is truly there, cores that truly help, the accelerators, the disk.
 
 PyTorch is asked about accelerators and timed only if it is installed, and is imported by the call, not by
-this module. Importing it is what takes the time: see docs/DESIGN.md.
+this module. Importing it is what takes the time: see docs/DEVICE_LIFE.md.
 """
 
 from __future__ import annotations
