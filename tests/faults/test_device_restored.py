@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import shutil
 import threading
 import time
@@ -151,12 +152,12 @@ def test_a_coordinator_of_before_starts_is_worked_with(
     """Its records hold no `start`: files are named by version and rank alone."""
     from edge_sdk.connection import transport
 
-    decode = transport.from_json
+    decode = transport.decode
 
-    def without(kind: type, value: object, where: str = "") -> object:
-        return decode(kind, {k: v for k, v in value.items() if k != "start"})  # type: ignore[attr-defined]
+    def without(kind: type, content: bytes) -> object:
+        return decode(kind, json.dumps({k: v for k, v in json.loads(content).items() if k != "start"}))
 
-    monkeypatch.setattr(transport, "from_json", without)
+    monkeypatch.setattr(transport, "decode", without)
     it = device(coordinator.url, coordinator.join_token, tmp_path / "device", data)
     trained(it, 2)
     assert it.agent.refresh() == 2
