@@ -70,7 +70,7 @@ class Training:
     learning_rate: float = 2e-3  # of version 0
     learning_rate_decay: float = 1.0  # factor from one version to the next; see `learning_rate_at`
     checkpoint_s: float = 30.0  # at most this much work is done again after a crash
-    sparse_versions: int = 0  # versions before this one train whole input columns; see columns.py
+    sparse_versions: int = 0  # versions before this one train whole input columns, as in SLoRA
 
     def learning_rate_at(self, version: int) -> float:
         """The rate for an assignment from `version`: falling geometrically where devices' texts differ.
