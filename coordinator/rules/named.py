@@ -16,11 +16,12 @@ from importlib import metadata
 
 from coordinator.rules.columns import serve_columns
 from coordinator.rules.rule import Rule
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, one_line
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
 
 GROUP = "flexlora_edge.rules"
+_INSTALL = "install flexlora-edge by pip, also where it runs from a checkout: `pip install -e .`"
 
 
 @cache
@@ -39,6 +40,8 @@ def rule_named(name: str) -> Rule:
         )
     if not targets and ":" not in name:
         known = known_rules()
+        if not known:
+            raise InputError(f"rule {name!r} is not known: no installed package offers rules; {_INSTALL}")
         near = difflib.get_close_matches(name, known, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise InputError(
@@ -86,8 +89,8 @@ def _imported(name: str, target: str) -> object:
     module, _, attribute = target.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"rule {name!r} cannot be imported from {target}: {error}") from error
+    except Exception as error:
+        raise InputError(f"rule {name!r} cannot be imported from {target}: {one_line(error)}") from error
 
 
 def _made(name: str, found: object) -> Rule:
@@ -109,8 +112,8 @@ def _made(name: str, found: object) -> Rule:
             raise InputError(f"rule {name!r}: {found.__name__}.{method} takes ({takes}), not ({should})")
     try:
         return found()
-    except TypeError as error:
-        raise InputError(f"rule {name!r}: {found.__name__} must need no arguments ({error})") from error
+    except Exception as error:
+        raise InputError(f"rule {name!r}: {found.__name__}() fails: {one_line(error)}") from error
 
 
 _INTERFACE = [name for name, _ in inspect.getmembers(Rule, inspect.isfunction) if not name.startswith("_")]

@@ -144,9 +144,11 @@ WRONG = {
     "from coordinator.rules.carry import Carry\nclass NotAClass(Carry):\n"
     "    def merge(self, updates): return None": r"NotAClass.merge takes \(updates\), not \(merging, rank\)",
     "from coordinator.rules.carry import Carry\nclass NotAClass(Carry):\n"
-    "    def __init__(self, share): pass": "must need no arguments",
+    "    def __init__(self, share): pass": r"NotAClass\(\) fails: .*missing 1 required positional argument",
     "import no_such_library": "cannot be imported from household_rules.wrong:NotAClass: No module named",
     "": "cannot be imported from household_rules.wrong:NotAClass",
+    "class NotAClass(": "cannot be imported from household_rules.wrong:NotAClass: .*was never closed",
+    "1 / 0": "cannot be imported from household_rules.wrong:NotAClass: .*division by zero",
 }
 
 
@@ -163,6 +165,13 @@ def test_an_unknown_rule_is_refused_with_those_that_are_known() -> None:
         rule_named("cary")
     with pytest.raises(InputError, match="cannot be imported from no_such.module:Rule"):
         rule_named("no_such.module:Rule")
+
+
+def test_a_checkout_that_was_never_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "entry_points", lambda group: ())
+    rule_named.cache_clear()
+    with pytest.raises(InputError, match="no installed package offers rules; install flexlora-edge by pip"):
+        rule_named("carry")
 
 
 def test_a_name_that_two_packages_offer_is_nobody_s(importable: Path) -> None:
