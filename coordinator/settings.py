@@ -31,12 +31,12 @@ from coordinator.engine.policy import Policy
 from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
-from coordinator.rules.named import RULES, rule_named
+from coordinator.rules.named import rule_named
 from edge_sdk.core import toml_file
 from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
-from edge_sdk.core.messages import Base, Federation, Training
+from edge_sdk.core.messages import OWN_RULES, Base, Federation, Training
 from edge_sdk.core.records import decode
 
 # Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
@@ -45,7 +45,7 @@ NEW_DTYPE: WireDtype = "int8"
 
 @dataclass(frozen=True)
 class Storage:
-    """`[storage]`. Versions that a device may still need are kept besides."""
+    """`[storage]`. Versions that a device may still need are kept as well."""
 
     keep_versions: int = 20  # the newest, which can be exported
 
@@ -216,8 +216,8 @@ def _check_privacy(settings: Settings, where: str) -> None:
 
 
 def _those(able: str) -> list[str]:
-    """The known rules that have an ability, which is the name of an attribute."""
-    return [name for name, rule in RULES.items() if getattr(rule, able)]
+    """This project's rules that have an ability, which is the name of an attribute."""
+    return [name for name in OWN_RULES if getattr(rule_named(name), able)]
 
 
 def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:

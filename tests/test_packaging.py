@@ -31,13 +31,6 @@ def test_profiles_are_found_where_they_are_installed() -> None:
     assert names == {path.name for path in (ROOT / "profiles").glob("*.toml")}
 
 
-@pytest.mark.parametrize(("extra", "folder"), [("edge", "edge_sdk"), ("examples", "examples")])
-def test_an_extra_asks_for_nothing_that_is_not_imported(extra: str, folder: str) -> None:
-    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / folder).rglob("*.py"))
-    wanted = (re.split(r"[\[<>=]", line)[0] for line in PYPROJECT["project"]["optional-dependencies"][extra])
-    assert [name for name in wanted if not re.search(rf"^ *(from|import) {name}\b", text, re.MULTILINE)] == []
-
-
 def test_one_version() -> None:
     assert metadata.version("flexlora-edge") == edge_sdk.__version__ == coordinator.__version__
 

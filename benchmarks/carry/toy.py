@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.common.regression import Adam, Problem
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from coordinator.rules.rule import Change, Merging
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import fresh_row, live_rank, serve
@@ -74,7 +74,7 @@ def federate(
         starts = {v: history[v] for v in set(begun.values()) if history[v].rank} if rules.corrected else {}
         updates = [Change(weights[d], changes[d], begun[d], splits[d].carry_rank) for d in devices]
         merging = Merging(history[-1], updates, version, starts)
-        history.append(RULES[rules.rule].next(merging, RANK_CAP).factors)
+        history.append(rule_named(rules.rule).next(merging, RANK_CAP).factors)
         if history[-1].norm() > DIVERGED:
             return float("inf")
     return problem.error(history[-1])
@@ -86,7 +86,7 @@ def _trained(
     """What devices that share a start and a split send: their changes, or states where nothing is carried."""
     held = start.leading(min(split.carry_rank, live_rank(start)))
     begun, targets, subtracted = [], [], []
-    rule = RULES[rules.rule]
+    rule = rule_named(rules.rule)
     for place, copy in enumerate(copies):
         seed = f"{at}/{place}"
         if rule.carries:

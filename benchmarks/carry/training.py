@@ -26,7 +26,7 @@ from benchmarks.common.federation import (
     merged,
     plan_of,
 )
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.flexlora import live_rank, serve, split
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
@@ -134,7 +134,7 @@ class Federation:
             steps_s.append(done.step_s)
             return Update(turn, _changes(choice, start, road.up(done.adapter, turn)), choice.carry_rank)
 
-        rule = RULES[choices[0].rule]
+        rule = rule_named(choices[0].rule)
         return grown(
             history,
             last,

@@ -14,9 +14,6 @@ from edge_sdk.machine.processor import cpu_name
 if TYPE_CHECKING:
     from rich.console import Console
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 
 def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m benchmarks.NAME`, whose --help is the module's docstring."""

@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.common.regression import Adam, Problem
 from coordinator.merging.admission import Admission, admit, bound, measure
 from coordinator.merging.robust import RobustName, gram, reweight
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from coordinator.rules.rule import Change, Merging, SumRule
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
@@ -73,7 +73,7 @@ def merged(
     recent: list[tuple[str, float]],
 ) -> LoraFactors:
     """The next global factors, as the coordinator makes them of its files; adds to the norms in `recent`."""
-    rule, choices = RULES[case.rule], case.admission
+    rule, choices = rule_named(case.rule), case.admission
     assert isinstance(rule, SumRule)
     begun = rule.serve(start, RANK, "balanced", "") if start.rank and not rule.carries else start
     norms = [measure([("w", rule.change(update, begun))]) for _, update in sent]
@@ -97,7 +97,7 @@ def merged(
 
 def _sent(case: Case, device: int, start: LoraFactors, copy: Matrix, at: tuple[int, int]) -> LoraFactors:
     """What a device hands in: trained from the version as its rule serves it; poisoned if it is hostile."""
-    rule = RULES[case.rule]
+    rule = rule_named(case.rule)
     begun = rule.serve(LoraFactors.empty(WIDTH, WIDTH) if rule.carries else start, RANK, "balanced", f"{at}")
     held = start.product() if rule.carries else np.zeros((WIDTH, WIDTH))
     end = LoraFactors(*ADAM.fit(begun.b, begun.a, copy - held))

@@ -29,7 +29,7 @@ from benchmarks.poisoning.toy import TIMES, Case
 from coordinator.engine.weights import polynomial
 from coordinator.merging.admission import admit, bound, measure
 from coordinator.merging.sources import Addend, StartVersion
-from coordinator.rules.named import RULES, served
+from coordinator.rules.named import rule_named, served
 from edge_sdk.core import messages
 from edge_sdk.core.flexlora import combine, live_rank
 from edge_sdk.core.lora import Adapter, LoraFactors
@@ -114,7 +114,7 @@ class Federation:
         begun = start.adapter or self._base.empty()
         if _is_hostile(turn):
             adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
-        changes = {n: RULES[case.rule].change(f, begun[n]) for n, f in adapter.items()}
+        changes = {n: rule_named(case.rule).change(f, begun[n]) for n, f in adapter.items()}
         norms, choices = measure(changes.items()), case.admission
         factor = admit(norms, bound(past.norms[-choices.history :], choices), refuse=False)
         past.norms.append((str(turn.device), factor * norms.total))
@@ -124,13 +124,13 @@ class Federation:
             past.files.keep(adapter),
             RANKS[turn.device],
             past.versions[turn.begin],
-            RANK_CAP if RULES[case.rule].carries else 0,
+            RANK_CAP if rule_named(case.rule).carries else 0,
             factor=factor,
         )
 
     def _start(self, case: Case, seed: int, turn: Turn, past: Past) -> TrainingStart:
         """What the household begins with, as the coordinator serves it. Under `carry` all of G is held."""
-        rule, rank = RULES[case.rule], RANKS[turn.device]
+        rule, rank = rule_named(case.rule), RANKS[turn.device]
         own_seed = seed * 10_000 + turn.version * 10 + turn.device
         stored = past.files.adapter(past.versions[turn.begin]) or self._base.empty()
         if rule.carries:
@@ -151,7 +151,7 @@ def _is_hostile(turn: Turn) -> bool:
 
 def _poisoned(rule: str, adapter: Adapter, begun: Adapter, times: float) -> Adapter:
     """`times` the change, in an adapter of the rank that was assigned: all that a hostile device may send."""
-    if RULES[rule].carries:
+    if rule_named(rule).carries:
         return {n: LoraFactors(np.float32(times) * f.b, f.a) for n, f in adapter.items()}
     return {
         name: combine([(times, end), (1.0 - times, begun[name])], end.rank).factors

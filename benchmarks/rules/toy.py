@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.carry import toy as carry_toy
 from benchmarks.carry.toy import DEVICES, RANK_CAP, WIDTH, Rules, Split
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from edge_sdk.training.trainer import FRESH_ROWS
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ def applies(way: str, mix: str) -> bool:
 
 def splits(rule: str, ranks: Sequence[int]) -> list[Split]:
     """What each device trains and carries: all of the global adapter in int8 where the rule carries."""
-    if not RULES[rule].carries:
+    if not rule_named(rule).carries:
         return [Split(rank) for rank in ranks]
     carried = WIDTH if rule == "flora" else RANK_CAP
     return [Split(rank, carried, "int8") for rank in ranks]

@@ -28,7 +28,7 @@ from benchmarks.common.federation import (
     merged,
 )
 from coordinator.rules.columns import serve_columns
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from edge_sdk.core.choice.carried import held_bytes
 from edge_sdk.core.flexlora import fresh_row
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
@@ -107,7 +107,7 @@ class Federation:
             return Update(turn, _changes(way, start, done.adapter))
 
         def merge(updates: list[Update]) -> Adapter:
-            newest, share = merged(RULES[way.rule], history, updates)
+            newest, share = merged(rule_named(way.rule), history, updates)
             discarded.append(share)
             return newest
 
@@ -151,7 +151,7 @@ def _start(way: Way, rank: int, whole: Adapter, begin: int, seed: int) -> tuple[
     if way.is_sparse(begin):
         return _columns(whole, rank, seed)
     if way.begins in ("given", "sparse"):
-        rule = RULES[way.rule]
+        rule = rule_named(way.rule)
         served = {n: rule.serve(f, min(rank, *f.shape), "balanced", n) for n, f in whole.items()}
         return Start(served, None, rank, seed), served
     live = live_parts(whole)

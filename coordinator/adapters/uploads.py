@@ -59,7 +59,7 @@ class Uploads:
         return self._blobs.append(assignment.id, offset, pieces, self.cap(assignment))
 
     def stored_bytes(self, id: str) -> int:
-        """How much of an upload is here. A device that heard no acknowledgement needs not send it again."""
+        """How much of an upload is here. A device that heard no acknowledgement need not send it again."""
         return self._blobs.offset(id) or self._store.update_bytes(id)
 
     def is_known(self, id: str, update: Update) -> bool:

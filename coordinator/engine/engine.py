@@ -23,10 +23,9 @@ from coordinator.engine.events import (
     Effect,
     Event,
     Merged,
-    MergeFailed,
-    Restarted,
     Stored,
     Tick,
+    VersionEvent,
 )
 from coordinator.engine.policy import Policy
 from coordinator.engine.state import MergePhase, Ration, Situation, State, WorkPhase
@@ -34,13 +33,13 @@ from coordinator.engine.transitions import VERSION, WORK, AnyRow, OnEvent, Pass,
 from edge_sdk.core.errors import InternalError
 
 Answer = TypeVar("Answer")
-Place = tuple[str, type[Event[object]]]
+PhaseAndEvent = tuple[str, type[Event[object]]]
 """A phase, and a kind of event that may come in it."""
 
 
-def _by_place(table: Iterable[OnEvent[Phase]]) -> Mapping[Place, list[AnyRow[Phase]]]:
+def _by_place(table: Iterable[OnEvent[Phase]]) -> Mapping[PhaseAndEvent, list[AnyRow[Phase]]]:
     """The rows for each phase and event, in their order."""
-    found: dict[Place, list[AnyRow[Phase]]] = {}
+    found: dict[PhaseAndEvent, list[AnyRow[Phase]]] = {}
     for one in table:
         for row in one.rows:
             for phase in row.phases:
@@ -86,7 +85,7 @@ class Engine:
             for device in sorted(lease.device for lease in self.state.leases() if now >= lease.expires_at):
                 effects += self._work(device, event, now)[1]
             effects += self._version(event, now)
-        elif isinstance(event, Merged | MergeFailed | Restarted):
+        elif isinstance(event, VersionEvent):
             effects = self._version(event, now)
             if isinstance(event, Merged):
                 effects += self._version(Tick(), now)
@@ -124,7 +123,7 @@ class Engine:
 
 
 def first_row(
-    table: Mapping[Place, list[AnyRow[Phase]]], phase: str, at: Situation[Event[object]]
+    table: Mapping[PhaseAndEvent, list[AnyRow[Phase]]], phase: str, at: Situation[Event[object]]
 ) -> tuple[AnyRow[Phase], Situation[Never]]:
     """The row to take, and the situation as that row may look at it.
 

@@ -206,7 +206,8 @@ WorkEvent = VersionedEvent | BytesArrived | Refused
 """About one assignment of one device."""
 
 DeviceEvent = WorkEvent | Joined | Asked
-FederationEvent = Tick | Merged | MergeFailed | Restarted
+VersionEvent = Tick | Merged | MergeFailed | Restarted
+"""About a version in the making."""
 
 # --- effects ---
 

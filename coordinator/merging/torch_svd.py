@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, first_line
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.svd.decompose import decompose
 from edge_sdk.core.svd.stack import Stack, Wide
@@ -37,13 +37,14 @@ def decompose_on(device: str) -> Decompose:
     try:
         torch.zeros(1, device=device, dtype=torch.float64)
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device} cannot be used ({reason}); leave --device out") from error
+        raise InputError(
+            f"--device {device} cannot be used ({first_line(error)}); leave --device out"
+        ) from error
     return lambda stack, rank: torch_decompose(stack, rank, device)
 
 
 def torch_decompose(stack: Stack, rank: int, device: str) -> Triplets:
-    """The leading min(rank, R) singular triplets; as `low_rank.decompose`.
+    """The leading min(rank, R) singular triplets; as `svd.decompose`.
 
     Raises:
         AdapterError: a value is not finite.

@@ -32,7 +32,7 @@ class AsGiven(Weighing):
     """The engine's weights, and the factors that admission decided on."""
 
     def weigh(self, sources: Sources) -> Sources:
-        """As they are."""
+        """The same, unchanged."""
         return sources
 
 

@@ -19,7 +19,9 @@ class Carry(SumRule):
 
     In FRLoRA (ICLR 2025) and FedMomentum (arXiv:2603.08014), too, fresh factors are trained on top of a
     global update that is held or merged. Not found there: the frozen part beside a 4-bit base in int8 or NF4,
-    less than all of it carried, and updates of unequal versions.
+    less than all of it carried, and updates of unequal versions. Fed-PLoRA (arXiv:2602.16936) folds what a
+    device does not train into the frozen part; the server of FLoRIST (arXiv:2506.09199), too, takes the SVD
+    of a small core.
     """
 
     carries = True

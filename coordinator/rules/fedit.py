@@ -46,7 +46,7 @@ class FedIt(Rule):
         return NewFactors(mean, rank, mean.norm() ** 2)
 
     def stored_rank(self, ranks: Ranks, shape: tuple[int, int], rank_cap: int, eta: float) -> int:
-        """That of the widest, which the cap never is below: see `settings`."""
+        """That of the widest update; settings keep the cap at or above it."""
         return min(max(*ranks.updates, ranks.current if eta != 1.0 else 0), *shape)
 
     def serve(self, stored: LoraFactors, rank: int, how: Split, seed: str) -> LoraFactors:

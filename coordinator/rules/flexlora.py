@@ -14,7 +14,7 @@ class FlexLora(SumRule):
     Devices train their truncation of the global adapter itself, and their states are averaged: a device of
     rank 8 pulls the other components of everybody towards zero (raFLoRA, arXiv:2602.13486, proves that the
     average collapses to the smallest shared rank). With η < 1 the old global adapter keeps the
-    share 1 − η, which the paper has not.
+    share 1 − η, which is not in the paper.
     """
 
     warms_up = True

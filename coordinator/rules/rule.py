@@ -144,7 +144,7 @@ class Rule(ABC):
         return change
 
     def shorter_rank(self, rank: int, begun: int) -> int:
-        """The rank of that, from those of the factors and of `begun`."""
+        """The rank of what `shorter` returns, from the ranks of the factors and of `begun`."""
         return rank
 
     def next(self, merging: Merging, rank_cap: int) -> NewFactors:

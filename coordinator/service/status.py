@@ -13,7 +13,7 @@ from coordinator.storage.store import Store
 from edge_sdk.core.messages import DeviceStatus, Federation, Status
 
 NEWEST = 20  # versions that are shown
-FRESH_BELOW_S = 0.05  # what is made within this is made anew for everybody who asks later
+FRESH_BELOW_S = 0.05  # an answer that takes no longer than this is made anew for each later request
 SHARE = 20  # an answer serves this many times as long as it took: making it never takes over a twentieth
 
 

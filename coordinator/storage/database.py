@@ -1,7 +1,7 @@
 """A SQLite file: one connection that writes, two that read, and what its disk's faults are called.
 
 Write-ahead log with full synchronous commits: when a transaction is over, it is on disk. What is asked and
-written is `store.py`'s; this is the seam where another database will stand.
+written, in SQL, is `store.py`'s; another database would stand here.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def _wrong_with(path: Path) -> str | None:
 def only_coordinator(folder: Path) -> Iterator[None]:
     """Hold the lock of a data folder, which is made if it is not there, while the block runs.
 
-    Two coordinators on one folder would each merge the same updates. The system lets go
-    of it when the process ends, however that is: a kill leaves no lock behind.
+    Two coordinators on one folder would each merge the same updates. The system releases the lock when the
+    process ends, however that is: a kill leaves none behind.
 
     Raises:
         InputError: another process holds it, or the folder cannot be one; names it.

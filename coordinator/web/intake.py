@@ -1,8 +1,8 @@
 """Uploads on their way through the event loop: few at a time, the rest unread, and beyond that told to wait.
 
-However many devices send, memory stays what `PLACES` fast uploads need. Who comes then waits in a bounded
-queue with its connection paused, so that its bytes stay in its own machine; who comes when the queue is full
-is told to come back, each at another moment. A slow sender holds next to nothing in memory, and so gives its
+However many devices send, memory stays what `PLACES` fast uploads need. Further uploads wait in a bounded
+queue with their connections paused, so their bytes stay on the sender; when the queue is full, senders are
+told to come back, each at another moment. A slow sender holds next to nothing in memory, and so gives its
 place to another until it becomes fast: no number of slow links keeps a fast one waiting.
 """
 

@@ -39,7 +39,12 @@ def add_to(commands: Any) -> None:
     model.add_argument("--memory-budget", help="e.g. 6GB (default: half of what is free)")
     model.add_argument("--ladder", help="ranks to choose from (default 2,4,8,16,32)")
     model.add_argument("--rank", help="this rank alone: a number, or attention=30,mlp=200")
-    model.add_argument("--rule", choices=OWN_RULES, help="of the federation (default flexlora)")
+    model.add_argument("--rule", help="of the federation (default flexlora)")
+    model.add_argument(
+        "--carries",
+        action=argparse.BooleanOptionalAction,
+        help="whether devices hold the global adapter frozen under a rule that is not one of this project's",
+    )
     model.add_argument("--rank-cap", type=int, help="rank of the global adapter that `carry` carries (32)")
     model.add_argument("--steps", type=int, help="of an assignment (default 20)")
     model.add_argument("--batch", type=int, help="examples in a step (default 8)")
@@ -97,6 +102,12 @@ def question(flags: Mapping[str, Any]) -> FitQuestion:
             raise InputError(f"--{name.replace('_', '-')} {value} must be 1 or more")
     if flags["rank"] and flags["ladder"]:
         raise InputError("give --rank, which is one rank, or --ladder, not both")
+    rule, carries = flags["rule"], flags["carries"]
+    if rule is not None and rule not in OWN_RULES and carries is None:
+        raise InputError(
+            f"--rule {rule} is none of {', '.join(OWN_RULES)}; for a rule from elsewhere add --carries if "
+            "its devices hold the global adapter frozen, --no-carries otherwise"
+        )
     names = ("profile", "memory_budget", "rank", "device", "threads", "quantise")
     chosen = DeviceConfig(**{name: flags[name] for name in names}).options()
     training = {name: flags[name] for name in ("steps", "batch", "sequence_len") if flags[name]}
@@ -107,7 +118,7 @@ def question(flags: Mapping[str, Any]) -> FitQuestion:
         training=Training(**training),
         deadline_s=flags["deadline"],
         calibrate=not flags["quick"],
-        **{name: flags[name] for name in ("rule", "rank_cap") if flags[name]},
+        **{name: flags[name] for name in ("rule", "rank_cap", "carries") if flags[name] is not None},
     )
 
 

@@ -199,7 +199,7 @@ class OutOfMemory(EdgeError):
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of an error's message, at most so many characters, or its name where it has none."""
+    """The first line of an error's message, cut to `most` characters; its class where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 

@@ -101,7 +101,7 @@ class Federation:
     download_dtype: WireDtype = "float32"
     upload_dtype: WireDtype = "float32"
     protocol: int = PROTOCOL_VERSION
-    # What `carries` says; None in a record from before rules could come from elsewhere: its name tells.
+    # What `carries` says; None in records older than this field, where the name of the rule decides.
     holds_global: bool | None = None
 
     @property

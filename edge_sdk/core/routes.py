@@ -95,6 +95,8 @@ SAFETENSORS, JSON = Bytes("application/octet-stream"), Bytes("application/json")
 FILE = (
     Answer(200, SAFETENSORS, "The whole file; it never changes.", (ETAG,)),
     Answer(206, SAFETENSORS, "The part that was asked for.", (ETAG, CONTENT_RANGE)),
+    Answer(304, None, "It is the one that If-None-Match names.", (ETAG,)),
+    Answer(412, None, "It is not the one that If-Match names."),
     Answer(416, None, "The file has no such part.", (CONTENT_RANGE,)),
 )
 OF_A_BODY = (ProtocolError, TooLarge)
@@ -123,7 +125,7 @@ ROUTES = (
         "ask",
         "POST",
         messages.ASSIGNMENTS,
-        "Ask for work. Who has an assignment in hand gets that one again.",
+        "Ask for work. A device that has an assignment in hand is given that one again.",
         caller="credential",
         body=messages.Ask,
         answers=(

@@ -27,7 +27,8 @@ from edge_sdk.participation.decision import BUDGET_SHARE, budget_bytes, quantisa
 class FitQuestion:
     """What to look at. `options` as a device would join with them: a profile there is a class of devices.
 
-    `calibrate`: measure step times, which takes from 4 to 20 seconds and more for large models.
+    `carries`: whether devices hold the global adapter frozen; None: as this project's rule of that name has
+    it. `calibrate`: measure step times, which takes from 4 to 20 seconds and more for large models.
     """
 
     model: str
@@ -38,6 +39,12 @@ class FitQuestion:
     rank_cap: int = 32  # of the global adapter: what there is to carry under the rule `carry`
     deadline_s: float | None = None
     calibrate: bool = True
+    carries: bool | None = None
+
+    @property
+    def holds_global(self) -> bool:
+        """Whether devices hold the global adapter frozen and train fresh factors beside it."""
+        return self.rule in CARRYING if self.carries is None else self.carries
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,7 @@ def _placement(options: Options, measured: bool, quantised: bool) -> tuple[Place
 
 
 def class_placement(profile: DeviceProfile, quantised: bool) -> Placement:
-    """How training would compute on a device of this class, by the rule of `device.compute_dtype`."""
+    """How training would compute on a device of this class, by the rule of `torch_device.compute_dtype`."""
     accelerator = profile.accelerator
     if accelerator is None:
         native = profile.gemm_dtype == "bfloat16" or "avx512_bf16" in (profile.cpu_features or ())
@@ -210,7 +217,7 @@ def _times(
     base_model.use_threads(question.options.threads)
     training = question.training
     largest = step_times_child.LargestStep(
-        training.batch, training.sequence_len, tuple(ladder), carries=question.rule in CARRYING
+        training.batch, training.sequence_len, tuple(ladder), carries=question.holds_global
     )
     return step_times_child.step_times(config, largest, question.options.device, quantised)
 
@@ -223,7 +230,7 @@ def _choose(
     device: Device,
 ) -> tuple[tuple[Candidate, ...], Candidate | None, str]:
     """(candidates, the chosen one or None, why)."""
-    carry = Carry(question.rank_cap if question.rule in CARRYING else 0)
+    carry = Carry(question.rank_cap if question.holds_global else 0)
     asked = (facts, question.training, ladder, carry, limits, device)
     try:
         chosen = choose(*asked)

@@ -158,7 +158,7 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
 
     Args:
         model: `tiny`, a directory or a Hugging Face id.
-        device: `auto` (see `device.torch_device`), `cpu`, `cuda`, `cuda:1`, `mps`.
+        device: `auto` (see `machine.torch_device`), `cpu`, `cuda`, `cuda:1`, `mps`.
         quantise: NF4 with double quantisation of the linear layers; otherwise weights stay in `dtype`.
         dtype: of computation and of all that is not quantised. `auto` is bfloat16 where the processor has it.
 

@@ -137,7 +137,7 @@ class Participation:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Be the only one who trains with the state folder; a device that only asks needs not be."""
+        """Be the only one who trains with the state folder; a device that only asks need not be."""
         if self._data is None:
             yield
             return

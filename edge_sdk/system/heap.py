@@ -19,5 +19,8 @@ def _malloc_trim() -> Callable[[int], int] | None:
     """`malloc_trim` of <malloc.h>; None where the C library has none, as musl and macOS."""
     if sys.platform != "linux":
         return None
-    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # a program that was linked without a dynamic loader; another library
+        return None
     return found

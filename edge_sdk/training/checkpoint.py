@@ -103,7 +103,7 @@ OF_THE_SETTING = frozenset({"ranks", "sequence_len", "optimizer", "carried_dtype
 
 
 def may_continue(kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a run marked `wanted` may go on from a checkpoint marked `kept` (see `training.identity`).
+    """Whether a run marked `wanted` may go on from a checkpoint marked `kept` (see `plan.identity`).
 
     It may if they are the same, or the same assignment at ranks and a sequence length no larger.
     """

@@ -28,7 +28,7 @@ from edge_sdk.worker.messages import Job, Question, Setup, line, parsed, problem
 if TYPE_CHECKING:
     from edge_sdk.worker.worker import Worker
 
-log = logging.getLogger("edge_sdk.worker.worker")
+log = logging.getLogger("edge_sdk.worker")
 
 PR_SET_PDEATHSIG = 1
 # The kernel adds this, in thousandths of all memory, to what a process takes when it looks for one to kill. A
@@ -87,9 +87,8 @@ class Endpoint:
             setup = from_json(Setup, body)
             if not setup.bitsandbytes:  # PEFT would import it wherever it finds it
                 hide_bitsandbytes()
-            from edge_sdk.worker.worker import (
-                Worker,  # takes seconds, in which the application can end already
-            )
+            # Takes seconds, in which the application can end already.
+            from edge_sdk.worker.worker import Worker
 
             self._worker = Worker(setup)
             return to_json(self._worker.prepared)

@@ -45,10 +45,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """One assignment, in files. `adapter` and `carried` are those of `training.Start`, cut to `ranks` and to
+    """One assignment, in files.
 
-    `carry_rank` where they hold more. `checkpoint` is continued from if it is of this assignment, at this
-    setting or a larger one, and `outbox` is where the finished adapter goes.
+    `adapter` and `carried` are those of `plan.Start`, cut to `ranks` and to `carry_rank` where they hold
+    more. `checkpoint` is continued from if it is of this assignment, at this setting or a larger one, and
+    `outbox` is where the finished adapter goes.
     """
 
     ranks: Ranks

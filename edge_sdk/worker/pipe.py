@@ -23,7 +23,7 @@ from edge_sdk.system.child_process import Ending, ending_of
 from edge_sdk.system.out_of_memory import out_of_memory
 from edge_sdk.worker.messages import line, parsed, raised
 
-log = logging.getLogger("edge_sdk.worker.worker")
+log = logging.getLogger("edge_sdk.worker")
 
 CLOSING_S = 5.0
 CLOSED = "it was closed"

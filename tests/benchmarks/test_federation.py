@@ -13,7 +13,7 @@ from benchmarks.common.federation import (
     merged,
     staleness_weights,
 )
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from edge_sdk.core.lora import LoraFactors
 from tests.edge_sdk.core.draws import factors
 
@@ -55,7 +55,7 @@ def test_a_version_is_the_rules_own_sum() -> None:
     turns = [Turn(0, 0, device) for device in range(2)]
     for number in (1, 2):
         updates = [Update(turn, change) for turn, change in zip(turns, changes, strict=True)]
-        newest, discarded = merged(RULES["carry"], history, updates)
+        newest, discarded = merged(rule_named("carry"), history, updates)
         expected = number * sum(0.5 * change["w"].product() for change in changes)
         np.testing.assert_allclose(newest["w"].product(), expected, atol=1e-5)
         assert discarded < 1e-9
@@ -67,8 +67,8 @@ def test_a_rule_gets_the_starts_that_it_asks_for() -> None:
     draw = np.random.default_rng(0)
     start = factors(draw, 12, 8, 2)
     first, _ = merged(
-        RULES["innovation"], [{"w": LoraFactors.empty(12, 8)}], [Update(Turn(0, 0, 0), {"w": start})]
+        rule_named("innovation"), [{"w": LoraFactors.empty(12, 8)}], [Update(Turn(0, 0, 0), {"w": start})]
     )
     unchanged = Update(Turn(1, 1, 0), first)
-    second, _ = merged(RULES["innovation"], [{"w": LoraFactors.empty(12, 8)}, first], [unchanged])
+    second, _ = merged(rule_named("innovation"), [{"w": LoraFactors.empty(12, 8)}, first], [unchanged])
     np.testing.assert_allclose(second["w"].product(), first["w"].product(), atol=1e-5)

@@ -11,8 +11,11 @@ from coordinator.engine.events import (
     Decline,
     Effect,
     Event,
+    Expired,
     Grant,
     Merge,
+    Published,
+    Restarted,
     Stored,
     Tell,
     Wait,
@@ -24,6 +27,9 @@ Said = Effect | Grant | Wait | Tell | Accept | Decline
 def said(engine: Engine, event: Event[Any], now: float) -> list[Said]:
     """All that an event came to: what is to be done, and last the answer to whoever brought it."""
     done = engine.handle(event, now)
+    # Only what a start finds is declined without anybody to answer.
+    assert isinstance(event, Restarted) or not any(isinstance(effect, Decline) for effect in done.effects)
+    assert done.answer is None or not isinstance(done.answer, Expired | Merge | Published)
     return [*done.effects, *([] if done.answer is None else [done.answer])]
 
 

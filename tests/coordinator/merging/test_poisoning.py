@@ -14,7 +14,7 @@ from coordinator.merging.aggregation import aggregate
 from coordinator.merging.robust import RobustName
 from coordinator.merging.sources import Addend, StartVersion
 from coordinator.merging.weighing import Robust, weighing
-from coordinator.rules.named import RULES, served
+from coordinator.rules.named import rule_named, served
 from coordinator.settings import load_settings
 from coordinator.storage.blobs import Blobs
 from edge_sdk.core.adapter_file import codec
@@ -98,7 +98,7 @@ def test_files_are_merged_by_robust_weights_over_all_modules(
     start = version_one(tmp_path, made, blobs)
     assert start.path is not None
     stored = dict(codec.open_own(start.path, SCALING).modules())
-    carries = RULES[rule].carries
+    carries = rule_named(rule).carries
     begun = {n: served(made, 1, n, f, min(4, *f.shape)) for n, f in stored.items()}
     sent = [random_adapter(4, seed) for seed in range(4)]
     sent.append({n: LoraFactors(f.b * np.float32(50.0), f.a) for n, f in random_adapter(4, 4).items()})

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from coordinator.rules.rule import Change, Merging
 from edge_sdk.core.flexlora import combine
 from edge_sdk.core.lora import LoraFactors, Matrix
@@ -40,7 +40,7 @@ def canonical(seed: int, rank: int) -> LoraFactors:
 
 def merged(rule: str, merging: Merging, cap: int = CAP) -> Matrix:
     """The next global update, dense."""
-    return RULES[rule].next(merging, cap).factors.product()
+    return rule_named(rule).next(merging, cap).factors.product()
 
 
 def total(changes: Sequence[Change]) -> Matrix:

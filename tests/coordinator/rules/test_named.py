@@ -13,7 +13,7 @@ import pytest
 
 from coordinator.rules.carry import Carry
 from coordinator.rules.flexlora import FlexLora
-from coordinator.rules.named import GROUP, RULES, known_rules, rule_named
+from coordinator.rules.named import GROUP, known_rules, rule_named
 from coordinator.settings import load_settings
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import InputError
@@ -54,15 +54,19 @@ def importable(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
 
 
 def test_the_built_in_rules_come_by_the_same_way_as_others() -> None:
-    assert known_rules() == sorted(OWN_RULES) == list(RULES)
+    assert known_rules() == sorted(OWN_RULES)
     found = {point.name: point.load() for point in metadata.entry_points(group=GROUP)}
-    assert {name: type(rule) for name, rule in RULES.items()} == found
+    assert {
+        name: type(rule) for name, rule in {name: rule_named(name) for name in OWN_RULES}.items()
+    } == found
     assert rule_named("coordinator.rules.carry:Carry").carries
     assert type(rule_named("flexlora")) is FlexLora
 
 
 def test_devices_know_which_of_them_carry() -> None:
-    assert {name for name, rule in RULES.items() if rule.carries} == CARRYING
+    assert {
+        name for name, rule in {name: rule_named(name) for name in OWN_RULES}.items() if rule.carries
+    } == CARRYING
 
 
 # --- a rule from a package outside the tree -------------------------------------------------------
@@ -145,6 +149,9 @@ WRONG = {
     "    def merge(self, updates): return None": r"NotAClass.merge takes \(updates\), not \(merging, rank\)",
     "from coordinator.rules.carry import Carry\nclass NotAClass(Carry):\n"
     "    def __init__(self, share): pass": r"NotAClass\(\) fails: .*missing 1 required positional argument",
+    "from coordinator.rules.carry import Carry\nclass NotAClass(Carry): merge = None": "lacks merge",
+    "from coordinator.rules.carry import Carry\nclass NotAClass(Carry):\n"
+    "    carries = 'no'": r"NotAClass\.carries must be True or False",
     "import no_such_library": "cannot be imported from household_rules.wrong:NotAClass: No module named",
     "": "cannot be imported from household_rules.wrong:NotAClass",
     "class NotAClass(": "cannot be imported from household_rules.wrong:NotAClass: .*was never closed",
@@ -158,6 +165,36 @@ def test_what_is_no_rule_is_refused_with_what_it_lacks(importable: Path, text: s
     with pytest.raises(InputError, match=said) as caught:
         rule_named(f"{PACKAGE}.wrong:NotAClass")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "def merge(self, merging, rank, more=1): return None",
+        "def merge(self, *given, **named): return None",
+        "@staticmethod\n    def merge(merging, rank): return None",
+    ],
+)
+def test_a_method_may_take_more_than_it_must(importable: Path, method: str) -> None:
+    text = f"from coordinator.rules.carry import Carry\nclass Own(Carry):\n    {method}\n"
+    (importable / "wide.py").write_text(text)
+    assert type(rule_named(f"{PACKAGE}.wide:Own")).__name__ == "Own"
+
+
+def test_a_rule_may_stand_inside_another_class(importable: Path) -> None:
+    text = "from coordinator.rules.carry import Carry\nclass Outer:\n    class Inner(Carry): pass\n"
+    (importable / "nested.py").write_text(text)
+    assert type(rule_named(f"{PACKAGE}.nested:Outer.Inner")).__name__ == "Inner"
+
+
+def test_a_broken_rule_of_somebody_else_spoils_no_other_message(importable: Path, tmp_path: Path) -> None:
+    info = importable.parent / "broken-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nbroken = no_such_module:Rule\n")
+    (tmp_path / "c.toml").write_text("[training]\nsparse_versions = 2\n")
+    with pytest.raises(InputError, match=r"c\.toml: training\.sparse_versions is 2.*but flexlora, not carry"):
+        load_settings(tmp_path / "c.toml")
 
 
 def test_an_unknown_rule_is_refused_with_those_that_are_known() -> None:

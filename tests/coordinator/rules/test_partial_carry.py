@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.rules.carry import relearnt
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from coordinator.rules.rule import Change, Merging
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import ProtocolError
@@ -96,7 +96,7 @@ def test_a_merge_of_two_versions_is_the_dense_sum(seed: int, carry_ranks: list[i
     updates = [Change(weight, f, 2 - at, c) for at, c, f in rows]
     begun = {2: starts[0], 1: starts[1]}
     merging = Merging(starts[0], updates, 2, begun, eta)
-    found = RULES["carry"].next(merging, min(OUT, IN)).factors.product()
+    found = rule_named("carry").next(merging, min(OUT, IN)).factors.product()
     expected = starts[0].product().astype(np.float64)
     for at, c, f in rows:
         change = f.product().astype(np.float64)
@@ -108,9 +108,9 @@ def test_without_the_correction_the_tail_counts_twice() -> None:
     """A device that carries nothing and learns the whole truth again must leave it as it is."""
     truth = version(3)
     change = Change(1.0, LoraFactors(truth.b, truth.a), 1, 0)
-    naive = RULES["carry"].next(Merging(truth, [change], 1), RANK).factors.product()
+    naive = rule_named("carry").next(Merging(truth, [change], 1), RANK).factors.product()
     close(naive, 2 * truth.product(), truth.product())
-    mended = RULES["carry"].next(Merging(truth, [change], 1, {1: truth}), RANK).factors.product()
+    mended = rule_named("carry").next(Merging(truth, [change], 1, {1: truth}), RANK).factors.product()
     close(mended, truth.product(), truth.product())
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rules.named import RULES
+from coordinator.rules.named import rule_named
 from coordinator.rules.rule import Change, Merging, Ranks
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.messages import CARRYING
+from edge_sdk.core.messages import CARRYING, OWN_RULES
 from tests.coordinator.rules.merges import (
     CAP,
     IN,
@@ -29,14 +29,16 @@ from tests.coordinator.rules.merges import (
 from tests.edge_sdk.core.draws import factors, seeds
 
 SUMS: tuple[str, ...] = ("flexlora", "innovation", "carry", "flora")
-ALL: tuple[str, ...] = tuple(RULES)
+ALL: tuple[str, ...] = OWN_RULES
 
 ranks = st.lists(st.integers(1, 7), min_size=1, max_size=4)
 etas = st.sampled_from([0.25, 0.5, 1.0, 1.5])
 
 
 def test_a_device_knows_which_rules_carry() -> None:
-    assert {name for name, rule in RULES.items() if rule.carries} == CARRYING
+    assert {
+        name for name, rule in {name: rule_named(name) for name in ALL}.items() if rule.carries
+    } == CARRYING
 
 
 @given(seeds, ranks, etas)
@@ -103,7 +105,7 @@ def test_the_stack_grows_by_a_block_for_each_version_not_for_each_device(
     merging = Merging(current, changes, 9, starts)
     older = len(starts) - 1  # version 9 is among them, for the first device starts there
     for name, blocks in (("innovation", older), ("carry", older + 1)):
-        rule = RULES[name]
+        rule = rule_named(name)
         stacked = sum(f.rank for _, f in rule.addends(merging))  # type: ignore[attr-defined]
         assert stacked == 2 * devices + 4 + 4 * blocks
         assert rule.stored_rank(merging.ranks(), (99, 99), 99, 1.0) == min(99, stacked)
@@ -117,8 +119,8 @@ def test_the_file_can_announce_the_rank_before_the_factors_come(
     current = canonical(seed, old) if old else NOTHING
     starts = {3: current} if old else {}
     merging = Merging(current, from_versions(drawn(seed, ranks), [3] * len(ranks)), 3, starts, eta)
-    announced = RULES[rule].stored_rank(merging.ranks(), (OUT, IN), cap, eta)
-    assert RULES[rule].merge(merging, announced).factors.rank == announced
+    announced = rule_named(rule).stored_rank(merging.ranks(), (OUT, IN), cap, eta)
+    assert rule_named(rule).merge(merging, announced).factors.rank == announced
     assert rule not in ("flexlora", "innovation", "carry") or announced <= cap
 
 
@@ -163,28 +165,32 @@ def test_numbers_by_hand(rule: str, expected: list[list[float]]) -> None:
 @pytest.mark.parametrize("rule", ["flexlora", "innovation", "carry"])
 def test_the_cap_keeps_the_largest_components_and_knows_what_it_dropped(rule: str) -> None:
     update = LoraFactors(np.diag([5.0, 3.0, 1.0]), np.eye(3))
-    result = RULES[rule].next(Merging(LoraFactors.empty(3, 3), [Change(1.0, update)]), 2)
+    result = rule_named(rule).next(Merging(LoraFactors.empty(3, 3), [Change(1.0, update)]), 2)
     np.testing.assert_allclose(result.factors.product(), np.diag([5.0, 3.0, 0.0]), atol=1e-6)
     assert (result.rank, result.energy, result.discarded_energy) == pytest.approx((2, 35.0, 1.0))
 
 
 def test_flora_truncates_nothing() -> None:
     update = LoraFactors(np.diag([5.0, 3.0, 1.0]), np.eye(3))
-    result = RULES["flora"].next(Merging(LoraFactors.empty(3, 3), [Change(1.0, update)]), 2)
+    result = rule_named("flora").next(Merging(LoraFactors.empty(3, 3), [Change(1.0, update)]), 2)
     np.testing.assert_allclose(result.factors.product(), np.diag([5.0, 3.0, 1.0]), atol=1e-6)
     assert result.discarded_energy == 0.0
 
 
 def test_a_cap_above_the_module_is_the_modules_own() -> None:
-    for rule in RULES.values():
+    for rule in map(rule_named, ALL):
         assert rule.stored_rank(Ranks([2, 9]), (3, 5), 99, 1.0) <= 3
 
 
 def test_what_rules_need_of_the_start() -> None:
     """An update of rank 4 that carried 3 of 5 live components."""
-    needing = {name for name, rule in RULES.items() if rule.needs_start(4, 3, 5)}
+    needing = {
+        name for name, rule in {name: rule_named(name) for name in ALL}.items() if rule.needs_start(4, 3, 5)
+    }
     assert needing == {"innovation", "carry", "flora"}
-    needing = {name for name, rule in RULES.items() if rule.needs_start(4, 5, 5)}
+    needing = {
+        name for name, rule in {name: rule_named(name) for name in ALL}.items() if rule.needs_start(4, 5, 5)
+    }
     assert needing == {"innovation"}
 
 

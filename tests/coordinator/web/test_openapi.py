@@ -159,10 +159,13 @@ def test_answers_of_a_running_coordinator_are_as_described(running: CoordinatorP
         call(name, credential, file)
     call("adapter", credential, file, headers={"Range": "bytes=8-"})
     call("adapter", credential, file, headers={"Range": "bytes=1000000000-"})
+    tag = call("adapter", credential, file).headers["ETag"]
+    call("adapter", credential, file, headers={"If-None-Match": tag})
+    call("adapter", credential, file, headers={"If-Match": '"another"'})
     assert call("status", credential).json()["devices"][0]["name"] == "attic"
     successes = {(name, status) for name, status in call.seen if status < 300}
     assert {name for name, _ in successes} == {route.name for route in ROUTES}
-    assert call.seen >= {("ask", 503), ("adapter", 206), ("adapter", 416)}
+    assert call.seen >= {("ask", 503), ("adapter", 206), ("adapter", 304), ("adapter", 412), ("adapter", 416)}
 
 
 def test_refusals_of_a_running_coordinator_are_as_described(running: CoordinatorProcess) -> None:

@@ -299,3 +299,18 @@ def test_a_measurement_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(Exception, match="cannot be measured: RuntimeError: no torch today"):
         library_memory.framework_bytes("cpu", quantise=True)
+
+
+def test_a_rule_from_elsewhere_must_say_whether_devices_carry(capsys: pytest.CaptureFixture[str]) -> None:
+    about = ["profile", "--model", "tiny", "--quick", "--json", "--profile", "rtx-4090-24gb"]
+    assert main([*about, "--rule", "own_rule:EvenHanded"]) == 2
+    said = capsys.readouterr().err
+    assert "--rule own_rule:EvenHanded is none of flexlora, innovation, carry," in said
+    assert len(said.splitlines()) == 1
+    peaks = {}
+    for flag, like in (("--carries", "carry"), ("--no-carries", "flexlora")):
+        for rule in (["own_rule:EvenHanded", flag], [like]):
+            assert main([*about, "--rule", *rule]) == 0
+            peaks[rule[0], like] = json.loads(capsys.readouterr().out)["candidates"]
+        assert peaks["own_rule:EvenHanded", like] == peaks[like, like]
+    assert peaks["carry", "carry"] != peaks["flexlora", "flexlora"]
