@@ -18,7 +18,7 @@ from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.collection import Collector
-from coordinator.upkeep.data_folder import join_token, require_sound
+from coordinator.upkeep.data_folder import join_token, require_new, require_sound
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
 from edge_sdk.core.records import decode, encode, to_json
@@ -50,7 +50,10 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
         blobs = Blobs(folder)
     except OSError as error:
         raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error
-    store = Store(folder / DATABASE)
+    database = folder / DATABASE
+    if not database.exists() or not database.stat().st_size:
+        require_new(folder)
+    store = Store(database)
     federation = _fixed_federation(store, settings, folder)
     ledger.open_ledger(store, settings.privacy, folder)
     collector = Collector(store, blobs, settings.storage.keep_versions, settings.policy.staleness_limit)
@@ -64,6 +67,7 @@ def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federat
     """The federation of this folder; settings that contradict it are refused by name."""
     stored = store.meta("federation")
     if stored is None:
+        require_new(folder)
         made = settings.build(secrets.token_hex(8))
         store.set_meta("federation", encode(made).decode())
         return made

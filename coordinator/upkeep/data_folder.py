@@ -11,12 +11,29 @@ from filelock import FileLock, Timeout
 
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.failpoints import reach
-from coordinator.storage.store import Store
+from coordinator.storage.store import DATABASE, Store
 from edge_sdk.core.adapter_file.header import read_header
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.system.durable import Step, replacing
 
 TOKEN_FILE = "join-token"
+
+
+def require_new(folder: Path) -> None:
+    """Refuse to begin a federation where one was: collection would remove every file that its rows needed.
+
+    For a folder whose database is missing, empty, or knows of no federation.
+
+    Raises:
+        InputError: there are blobs, uploads, a join token or a copy of the database; names one.
+    """
+    for left in ("blobs/??/*", "uploads/*.part", TOKEN_FILE, f"{DATABASE}.schema-*.bak"):
+        if found := next(folder.glob(left), None):
+            raise InputError(
+                f"{folder} held a federation ({found.relative_to(folder)} is there), but its database "
+                f"{DATABASE} is gone or empty; restore the folder from a backup, or name another one to "
+                "begin anew"
+            )
 
 
 def require_sound(folder: Path, store: Store, blobs: Blobs, newest: int) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.storage.failpoints import VARIABLE
+from coordinator.storage.store import Store
 from tests.coordinator.devices import configuration, member
 from tests.faults.conftest import Run
 from tests.faults.outside import blob, rows
 from tests.faults.test_backup import waited_for
-from tests.processes import CoordinatorProcess
+from tests.processes import CoordinatorProcess, command
 
 
 def refused(run: Run, data: Path, config: Path) -> str:
@@ -101,6 +103,63 @@ def test_a_damaged_database_is_told_at_the_start(
     assert "database" in refused(run, data, original.config)
     with pytest.raises(sqlite3.DatabaseError):
         sqlite3.connect(path).execute("SELECT * FROM meta, devices, updates").fetchall()
+
+
+def other_federation(path: Path) -> None:
+    """A database with all tables, and no federation in it."""
+    Store(path).close()
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(b""), other_federation])
+@pytest.mark.parametrize(
+    ("left", "named"),
+    [
+        (["blobs"], "blobs/"),
+        (["join-token"], "join-token"),
+        (["coordinator.sqlite.schema-5.bak"], "coordinator.sqlite.schema-5.bak"),
+        (["blobs", "join-token", "uploads", "cache"], "blobs/"),
+    ],
+)
+def test_a_folder_that_held_a_federation_is_never_begun_anew(
+    run: Run,
+    original: CoordinatorProcess,
+    tmp_path: Path,
+    spoil: Callable[[Path], object],
+    left: list[str],
+    named: str,
+) -> None:
+    """A new federation would collect every blob of the old one."""
+    data, database = tmp_path / "data", tmp_path / "data" / "coordinator.sqlite"
+    shutil.copytree(original.data, data)
+    shutil.copyfile(database, data / "coordinator.sqlite.schema-5.bak")
+    for path in data.iterdir():
+        if path.name not in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    if spoil is not Path.unlink:
+        spoil(database)
+    for _ in range(2):  # the first try leaves nothing that a second one takes for a federation
+        said = refused(run, data, original.config)
+        assert f"held a federation ({named}" in said
+        assert "restore the folder from a backup" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_start_that_was_killed_before_it_began_begins_again(tmp_path: Path) -> None:
+    data, config = tmp_path / "data", tmp_path / "coordinator.toml"
+    config.write_text(configuration(tmp_path))
+    for point in (
+        "migration-written",
+        "migration-committed",
+        "meta-written",
+        "meta-committed",
+        "token-written",
+    ):
+        serve = ("serve", "--data", data, "--config", config, "--port", 0)
+        done = command("coordinator.cli", *serve, environ={VARIABLE: f"{point}=kill"})
+        assert "held a federation" not in done.stderr
+    with CoordinatorProcess(tmp_path, config.read_text()) as coordinator, member(coordinator) as device:
+        assert device.work().version == 0
 
 
 def test_an_export_of_what_was_collected_says_which_there_are(run: Run, tmp_path: Path) -> None:
