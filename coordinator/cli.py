@@ -178,7 +178,14 @@ def _export(options: argparse.Namespace) -> int:
     rank = options.rank or max(1, version.rank)
     if not 1 <= rank <= federation.rank_cap:
         raise InputError(f"--rank {rank}: this federation keeps 1 to {federation.rank_cap}")
-    export(federation, number, Blobs(options.data).path(version.digest), rank, options.out)
+    blobs = Blobs(options.data)
+    if not blobs.is_intact(version.digest):
+        path = blobs.path(version.digest).relative_to(options.data)
+        raise InputError(
+            f"{options.data}: the file of version {number}, {path}, is damaged or gone; restore it from a "
+            "backup, or export another version"
+        )
+    export(federation, number, blobs.path(version.digest), rank, options.out)
     print(f"version {number} at rank {rank} written to {options.out}")
     return 0
 

@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.storage.failpoints import VARIABLE
 from coordinator.storage.store import Store
+from edge_sdk.core.errors import OurFault
 from tests.coordinator.devices import configuration, member
 from tests.faults.conftest import Run
 from tests.faults.outside import blob, rows
@@ -89,6 +90,39 @@ def test_a_version_that_is_not_what_it_was_is_told_at_the_start(
     said = refused(run, data, original.config)
     assert f"the file of version {version}, blobs/{digest[:2]}/{digest}, {reason}" in said
     assert "restore the folder from a backup" in said
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, flip, cut])
+def test_an_export_of_a_damaged_version_is_refused(
+    run: Run, original: CoordinatorProcess, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(original.data, data)
+    ((digest,),) = rows(data, "SELECT digest FROM versions WHERE version = 2")
+    spoil(blob(data, digest))
+    done = run("export", "--version", 2, "--data", data, "--out", out)
+    assert done.returncode == 2
+    assert f"the file of version 2, blobs/{digest[:2]}/{digest}, is damaged or gone" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
+    assert run("export", "--version", 3, "--data", data, "--out", out).returncode == 0
+
+
+def test_a_version_that_is_damaged_while_it_runs_is_served_to_nobody(
+    original: CoordinatorProcess, tmp_path: Path
+) -> None:
+    coordinator = CoordinatorProcess(tmp_path, original.config.read_text())
+    shutil.copytree(original.data, coordinator.data)
+    with coordinator, member(coordinator) as device:
+        ((digest,),) = rows(coordinator.data, "SELECT digest FROM versions WHERE version = 3")
+        damaged = blob(coordinator.data, digest)
+        whole = damaged.read_bytes()
+        flip(damaged)
+        with pytest.raises(OurFault, match="version 3 is not what was published"):
+            device.transport.download(3, 4, tmp_path / "adapter", None, "int8")
+        device.transport.download(2, 4, tmp_path / "adapter", None, "int8")
+        damaged.write_bytes(whole)  # restored from a backup, while it runs
+        device.transport.download(3, 4, tmp_path / "adapter", None, "int8")
 
 
 def test_a_damaged_database_is_told_at_the_start(
