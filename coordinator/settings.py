@@ -217,7 +217,7 @@ def _check_privacy(settings: Settings, where: str) -> None:
 
 def _those(able: str) -> list[str]:
     """This project's rules that have an ability, which is the name of an attribute."""
-    return [name for name in OWN_RULES if getattr(rule_named(name), able)]
+    return [name for name in sorted(OWN_RULES) if getattr(rule_named(name), able)]
 
 
 def _check_rule(chosen: FederationSettings, widest: int, where: str) -> None:

@@ -69,8 +69,8 @@ class Serving:
             with self._blobs.pins.hold(*([stored.digest] if stored else [])):
                 if stored and not self._blobs.is_intact(stored.digest):
                     raise InternalError(
-                        f"version {version} is not what was published: blob {stored.digest[:12]} is damaged or "
-                        "gone; its host must restore it from a backup"
+                        f"version {version} is not what was published: blob {stored.digest[:12]} is damaged "
+                        "or gone; its host must restore it from a backup"
                     )
                 write_rungs(self._federation, version, current, missing, self._blobs.caching)
         except AdapterError as error:  # not the fault of the device that asks

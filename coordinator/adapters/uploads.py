@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from coordinator.merging.admission import Admission, admit, bound, measure
@@ -83,8 +84,10 @@ class Uploads:
         """Raise ProtocolError or TooLarge for a record that cannot be true."""
         if not 1 <= update.rank <= assignment.rank:  # lower where the device's memory did not suffice
             raise ProtocolError(f"Update.rank: {update.rank}, but rank {assignment.rank} was assigned")
-        if update.examples < 1 or update.steps < 1:
-            raise ProtocolError("Update.examples and Update.steps must be 1 or more")
+        if update.examples < 1 or update.size_bytes < 1:
+            raise ProtocolError("Update.examples and Update.size_bytes must be 1 or more")
+        if not 1 <= update.steps <= assignment.steps:
+            raise ProtocolError(f"Update.steps must be 1 to {assignment.steps}, as many as were assigned")
         cap = self.cap(assignment)
         if update.size_bytes > cap:
             raise TooLarge(f"Update.size_bytes: {update.size_bytes} exceeds the {cap} that its rank needs")
@@ -125,6 +128,9 @@ class Uploads:
         file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
         if not any(r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()):
             raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
+        # What a device says of itself weighs no more than what it was asked to do.
+        most = update.steps * federation.training.batch
+        update = replace(update, examples=min(update.examples, most))
         norms = measure(self._changes(file, assignment.version))
         factor = admit(norms, self.norm_bound(), self._refuses())
         return StoredUpdate(assignment.id, device, assignment.version, update, factor, factor * norms.total)
