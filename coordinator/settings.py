@@ -105,9 +105,10 @@ class Settings:
         chosen = {f.name: getattr(self.federation, f.name) for f in dataclasses.fields(self.federation)}
         for name in ("download_dtype", "upload_dtype"):
             chosen[name] = chosen[name] or (getattr(stored, name) if stored else NEW_DTYPE)
-        # A folder from before the record said so; whether it is still true is compared by what it comes to.
-        unsaid = stored is not None and stored.holds_global is None and stored.carries == self.carries
-        chosen["holds_global"] = None if unsaid else self.carries
+        # An older record leaves it to the rule's name, which may say the same.
+        chosen["holds_global"] = (
+            stored.holds_global if stored and stored.carries == self.carries else self.carries
+        )
         lease_s = self.policy.lease_s
         return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 

@@ -67,11 +67,8 @@ class Serving:
         missing = [one for one in wanted if not self._path(version, one).exists()]
         try:
             with self._blobs.pins.hold(*([stored.digest] if stored else [])):
-                if stored and not self._blobs.is_intact(stored.digest):
-                    raise InternalError(
-                        f"version {version} is not what was published: blob {stored.digest[:12]} is damaged "
-                        "or gone; its host must restore it from a backup"
-                    )
+                if stored:
+                    self._blobs.require_published(stored.digest, version)
                 write_rungs(self._federation, version, current, missing, self._blobs.caching)
         except AdapterError as error:  # not the fault of the device that asks
             raise InternalError(f"version {version} cannot be had in {rung.dtype}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,14 +35,16 @@ class Uploads:
         self._rule, self._admission = rule_named(federation.rule), admission
         # More at a time would hold more in memory, and hand the interpreter around.
         self._checks = threading.Semaphore(cores())
+        # Asked for at every piece of an upload; adding up 224 modules takes 0.4 ms.
+        modules, dtype = federation.base.modules, federation.upload_dtype
+        self._cap_of_rank = functools.cache(lambda rank: codec.max_adapter_bytes(modules, rank, dtype))
 
     def cap(self, assignment: Assignment) -> int:
         """The most bytes that the adapter of this assignment can have in the federation's dtype.
 
         It may come in another that takes no more.
         """
-        federation = self._federation
-        return codec.max_adapter_bytes(federation.base.modules, assignment.rank, federation.upload_dtype)
+        return self._cap_of_rank(assignment.rank)
 
     def require_fits(self, assignment: Assignment, size_bytes: int) -> None:
         """Raise TooLarge for more bytes than the rank of an assignment needs."""

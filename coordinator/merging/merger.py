@@ -17,7 +17,7 @@ from coordinator.rules.named import rule_named
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate, Version
 from coordinator.storage.store import Store
-from edge_sdk.core.errors import BadUpdates, InternalError, NotFound
+from edge_sdk.core.errors import BadUpdates, NotFound
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.svd.decompose import decompose
@@ -74,11 +74,8 @@ class Merger:
         What an update holds was checked when it came in; so an intact file needs no second look.
         """
         for start in {base, *(addend.start for addend in addends)}:
-            if start.path and not self._blobs.is_intact(start.path.name):
-                raise InternalError(
-                    f"version {start.version} is not what was published: {start.path} is damaged or gone; "
-                    "restore it from a backup"
-                )
+            if start.path:
+                self._blobs.require_published(start.path.name, start.version)
         changed = [addend for addend in addends if not self._blobs.is_intact(addend.path.name)]
         if changed:
             found = faults(self._federation, changed)

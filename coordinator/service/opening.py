@@ -12,7 +12,6 @@ from coordinator.engine.events import Buffered, Lease, Restarted
 from coordinator.engine.state import Ration
 from coordinator.privacy import ledger
 from coordinator.privacy.mechanism import Privacy
-from coordinator.rules.named import rule_named
 from coordinator.settings import Settings
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
@@ -72,13 +71,13 @@ def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federat
         store.set_meta("federation", encode(made).decode())
         return made
     federation = decode(Federation, stored)
+    if settings.federation.rule == federation.rule and settings.carries != federation.carries:
+        raise InputError(
+            f"{folder}: rule {federation.rule} {_holding(settings.carries)}, but this federation began with "
+            f"one of that name which {_holding(federation.carries)}; restore that"
+        )
     wanted = to_json(settings.build(federation.id, federation))
     for key, value in to_json(federation).items():
-        if key == "holds_global" and wanted[key] != value:
-            raise InputError(
-                f"{folder}: rule {federation.rule} {_holding(rule_named(federation.rule).carries)}, but this "
-                f"federation began with one of that name which {_holding(federation.carries)}; restore that"
-            )
         if wanted[key] != value:
             raise InputError(
                 f"{folder} holds a federation with another {key}; restore that or use another folder"

@@ -26,7 +26,7 @@ from coordinator.storage.failpoints import reach
 from coordinator.storage.pins import Pins
 from coordinator.storage.running_digests import RunningDigests
 from edge_sdk.core.adapter_file.codec import sha256_file
-from edge_sdk.core.errors import OffsetConflict, ProtocolError, TooLarge, UploadLost
+from edge_sdk.core.errors import InternalError, OffsetConflict, ProtocolError, TooLarge, UploadLost
 from edge_sdk.system.durable import Step, fsync_file, fsync_folder, replacing
 
 Writer = Callable[[Iterable[bytes]], str]
@@ -57,6 +57,14 @@ class Blobs:
         path = self.path(digest)
         with blaming(_shown(path)):
             return path.exists() and sha256_file(path) == digest
+
+    def require_published(self, digest: str, version: int) -> None:
+        """Raise InternalError unless the blob of a version has the bytes that it was published with."""
+        if not self.is_intact(digest):
+            raise InternalError(
+                f"version {version} is not what was published: {_shown(self.path(digest))} is damaged or "
+                "gone; its host must restore it from a backup"
+            )
 
     def write(self, chunks: Iterable[bytes], keep: contextlib.ExitStack | None = None) -> str:
         """Store a blob durably and return its digest. Until `keep` is closed it is not collected."""

@@ -103,7 +103,10 @@ def question(flags: Mapping[str, Any]) -> FitQuestion:
     if flags["rank"] and flags["ladder"]:
         raise InputError("give --rank, which is one rank, or --ladder, not both")
     rule, carries = flags["rule"], flags["carries"]
-    if rule is not None and rule not in OWN_RULES and carries is None:
+    own = rule is None or rule in OWN_RULES
+    if own and carries is not None:
+        raise InputError("--carries is for a --rule from elsewhere; of this project's rules it is known")
+    if not own and carries is None:
         raise InputError(
             f"--rule {rule} is none of {', '.join(OWN_RULES)}; for a rule from elsewhere add --carries if "
             "its devices hold the global adapter frozen, --no-carries otherwise"

@@ -307,6 +307,9 @@ def test_a_rule_from_elsewhere_must_say_whether_devices_carry(capsys: pytest.Cap
     said = capsys.readouterr().err
     assert "--rule own_rule:EvenHanded is none of flexlora, innovation, carry," in said
     assert len(said.splitlines()) == 1
+    for own in ([], ["--rule", "carry"]):
+        assert main([*about, *own, "--no-carries"]) == 2
+        assert "--carries is for a --rule from elsewhere" in capsys.readouterr().err
     peaks = {}
     for flag, like in (("--carries", "carry"), ("--no-carries", "flexlora")):
         for rule in (["own_rule:EvenHanded", flag], [like]):
