@@ -74,10 +74,11 @@ class Engine:
         Returns:
             The answer that such an event is due, and what is to be done about it, in order.
         """
-        effects: tuple[Effect, ...] = ()
+        effects: list[Effect] = []
         answer: object = None
         if isinstance(event, DeviceEvent):
-            answer, effects = self._work(event.device, event, now)
+            answer, of_work = self._work(event.device, event, now)
+            effects += of_work
             if isinstance(event, Stored):
                 effects += self._version(event, now)
         elif isinstance(event, Tick):
@@ -86,11 +87,11 @@ class Engine:
                 effects += self._work(device, event, now)[1]
             effects += self._version(event, now)
         elif isinstance(event, VersionEvent):
-            effects = self._version(event, now)
+            effects += self._version(event, now)
             if isinstance(event, Merged):
                 effects += self._version(Tick(), now)
         # Which rows an event has decides what it is answered with; a test compares them with its parameter.
-        return Done(cast("Answer", answer), effects)
+        return Done(cast("Answer", answer), tuple(effects))
 
     def _work(self, device: str, event: Event[object], now: float) -> tuple[object, tuple[Effect, ...]]:
         """Take the row of one device: the answer, and what is to be done."""
