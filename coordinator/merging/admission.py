@@ -67,14 +67,23 @@ def measure(changes: Iterable[tuple[str, LoraFactors]]) -> Norms:
     """The norms of what a device changed, one module in memory at a time.
 
     Raises:
-        AdapterError: a module's is above MAX_NORM.
+        AdapterError: a module's is above MAX_NORM, or that of one of its components.
     """
     found = {}
     for name, factors in changes:
         found[name] = _norm(factors)
         if not found[name] <= MAX_NORM:
             raise AdapterError(f"module {name} has norm {found[name]:.3g}, above {MAX_NORM:g}")
+        if not _size(factors) <= MAX_NORM:
+            raise AdapterError(f"module {name} has components above {MAX_NORM:g} that cancel each other")
     return Norms(found)
+
+
+def _size(factors: LoraFactors) -> float:
+    """The largest ‖b_i‖‖a_i‖ of a component: what is left in a sum of such that cancel is rounding."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sizes = np.linalg.norm(factors.b, axis=0) * np.linalg.norm(factors.a, axis=1)
+    return float(np.nan_to_num(sizes, nan=0.0, posinf=np.inf).max(initial=0.0))
 
 
 def _norm(factors: LoraFactors) -> float:
@@ -106,15 +115,17 @@ def bound(recent: Sequence[tuple[str, float]], choices: Admission) -> float | No
         choices: the host's.
 
     Returns:
-        None while there are fewer than `history_least`, or where the median is 0.
+        None while there are fewer than `history_least`. Zeros are left out: who changes nothing does not say
+        how much a device changes, and half of the devices could take the bound away with them.
     """
-    if len(recent) < choices.history_least:
+    if sum(norm > 0 for _, norm in recent) < choices.history_least:
         return None
     of_device: dict[str, list[float]] = {}
     for device, norm in recent:
-        of_device.setdefault(device, []).append(norm)
+        if norm > 0:
+            of_device.setdefault(device, []).append(norm)
     middle = lower_median([lower_median(own) for own in of_device.values()])
-    return choices.norm_factor * middle if middle > 0 else None
+    return choices.norm_factor * middle
 
 
 def admit(norms: Norms, limit: float | None, refuse: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 from dataclasses import dataclass
@@ -63,7 +64,10 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
 
 
 def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federation:
-    """The federation of this folder; settings that contradict it are refused by name."""
+    """The federation of this folder; settings that contradict it are refused by name.
+
+    What the host may change between starts, the time of a lease, is as the settings have it now.
+    """
     stored = store.meta("federation")
     if stored is None:
         require_new(folder)
@@ -76,13 +80,14 @@ def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federat
             f"{folder}: rule {federation.rule} {_holding(settings.carries)}, but this federation began with "
             f"one of that name which {_holding(federation.carries)}; restore that"
         )
-    wanted = to_json(settings.build(federation.id, federation))
+    now = settings.build(federation.id, federation)
+    wanted, fixed = to_json(now), {field.name for field in dataclasses.fields(Federation) if field.compare}
     for key, value in to_json(federation).items():
-        if wanted[key] != value:
+        if key in fixed and wanted[key] != value:
             raise InputError(
                 f"{folder} holds a federation with another {key}; restore that or use another folder"
             )
-    return federation
+    return now
 
 
 def _holding(carries: bool) -> str:

@@ -225,7 +225,7 @@ class Store:
         """Acknowledged updates that no version holds yet, oldest first."""
         rows = self.db.rows(
             "SELECT assignment, device, version, record, factor, norm FROM updates "
-            "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY received_at"
+            "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY +rowid"
         )
         return [
             StoredUpdate(i, d, v, decode(Update, record), factor, norm)
@@ -233,10 +233,13 @@ class Store:
         ]
 
     def recent_norms(self, count: int) -> list[tuple[str, float]]:
-        """(device, norm as merged) of the newest `count` updates that were accepted, newest first."""
+        """(device, norm as merged) of the newest `count` updates that were accepted, newest first.
+
+        By their order here, not by the clock, which may be a year off. An update of zeros says nothing.
+        """
         return self.db.rows(
-            "SELECT device, norm FROM updates WHERE norm IS NOT NULL AND rejected IS NULL "
-            "ORDER BY received_at DESC LIMIT ?",
+            "SELECT device, norm FROM updates WHERE norm > 0 AND rejected IS NULL "
+            "ORDER BY rowid DESC LIMIT ?",
             count,
         )
 

@@ -116,9 +116,9 @@ def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tupl
     `directory`: of a model, or a bare `config.json`.
     """
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except UNUSABLE as error:
         raise InputError(f"{directory}: transformers cannot build this model: {one_line(error)}") from error
     linear = block_linears(skeleton)
@@ -201,6 +201,7 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
             quantization_config=_nf4(compute) if quantise else None,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
@@ -264,7 +265,7 @@ def _let_go_of_files(model: Any) -> None:
 def _tokenizer(directory: Path) -> Any:
     """The tokeniser beside the weights, with a pad token (eos where it has none of its own)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:
         raise InputError(f"{directory}: its tokeniser cannot be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:

@@ -79,7 +79,7 @@ def _skeleton(config: Mapping[str, Any], layers: int) -> Any:
         setattr(text, name, None)  # they lie outside the small vocabulary
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(built)
+            return AutoModelForCausalLM.from_config(built, trust_remote_code=False)
     except base_model.UNUSABLE as error:
         raise InputError(f"config.json: transformers cannot build this model: {one_line(error)}") from error
 

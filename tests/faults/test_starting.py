@@ -43,6 +43,16 @@ def test_one_coordinator_on_one_folder_and_a_kill_leaves_no_lock(run: Run, tmp_p
         coordinator.start()
 
 
+def test_the_time_of_a_lease_may_change_between_starts(tmp_path: Path) -> None:
+    with CoordinatorProcess(tmp_path, configuration(tmp_path, {"lease_s": 600.0})) as coordinator:
+        assert coordinator.stop() == 0
+        coordinator.config.write_text(configuration(tmp_path, {"lease_s": 900.0}))
+        coordinator.start()
+        with member(coordinator) as device:
+            assert device.transport.federation().lease_s == 900.0
+            assert 600.0 < device.work().expires_in_s <= 900.0
+
+
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> CoordinatorProcess:
     """Three versions, stopped."""

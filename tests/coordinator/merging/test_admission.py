@@ -59,6 +59,16 @@ def test_a_module_beyond_all_measure_is_named(scale: float) -> None:
         measure(huge.items())
 
 
+def test_components_that_cancel_are_refused_by_their_own_size() -> None:
+    """Their product is small; what is left of them in a sum is rounding, and averaged alone they are huge."""
+    column, row = np.ones((OUT, 1)), np.ones((1, IN))
+    for size in (1e7, 1e31):
+        cancelling = LoraFactors(np.hstack([size * column, -size * column]), np.vstack([row, row]))
+        assert cancelling.norm() == 0.0
+        with pytest.raises(AdapterError, match=r"module up has (components|norm) .*above 1e\+06"):
+            measure([("up", cancelling)])
+
+
 # --- the bound ------------------------------------------------------------------------------------
 
 
@@ -74,7 +84,14 @@ def test_the_bound_by_hand() -> None:
     assert bound([("a", 1.0), ("b", 2.0)], choices) == 3.0  # the lower of two
     assert bound([("a", 1.0), ("a", 3.0), ("a", 5.0)], choices) == 9.0
     assert bound([("a", 1.0), ("b", 7.0), *[("c", 100.0)] * 40], choices) == 21.0  # c counts once
-    assert bound([("a", 0.0), ("b", 0.0), ("c", 1.0)], choices) is None
+
+
+def test_zeros_do_not_take_the_bound_away() -> None:
+    """Four of eight devices that send zeros made the median 0, and the bound none."""
+    zeros, honest = [(f"zero {k}", 0.0) for k in range(4)], [(f"d{k}", 1.0) for k in range(8)]
+    assert bound([*zeros, *honest[:4]], Admission(history_least=4)) == 5.0
+    assert bound([*zeros, *honest[:7]], Admission()) is None  # zeros are no history either
+    assert bound(zeros, Admission(history_least=1)) is None
 
 
 @given(
