@@ -62,6 +62,6 @@ def _problem(response: httpx.Response) -> EdgeError | None:
         return kind(f"{response.request.url} answered {response.status_code}") if kind else None
     try:
         document = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return from_problem(document) if isinstance(document, dict) and "title" in document else None

@@ -155,7 +155,26 @@ def check_whole(header: Mapping[str, Any], data_bytes: int) -> None:
         if module_of(name) == name or not (sized and isinstance(dtype, str) and dtype in ITEM_BYTES):
             raise AdapterError(f"tensor {name[:120]!r} is none of an adapter")
         _check_range(name, entry, data_bytes)
+    ends = ends_of(header)
+    shapes, ranks = _claimed(header, ends)
+    for name, entry in header.items():
+        _check_entry(name, entry, ends, shapes, ranks)
     _check_layout(header, data_bytes)
+
+
+def _claimed(
+    header: Mapping[str, Any], ends: tuple[str, ...]
+) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
+    """Shape and rank of every module as the two factors have them, whose entries have two sizes each."""
+    shapes, ranks = {}, {}
+    for module in sorted({module_of(name) for name in header}):
+        for end in ends:
+            if PREFIX + module + end not in header:
+                raise AdapterError(f"tensor {(PREFIX + module + end)[:160]} is missing")
+        a, b = (header[PREFIX + module + end]["shape"] for end in ends[:2])
+        ranks[module] = a[0]
+        shapes[module] = (b[1] if ends == INTEGER else b[0], a[1])
+    return shapes, ranks
 
 
 def own_contents(header: Mapping[str, Any]) -> Contents:
