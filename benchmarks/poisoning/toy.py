@@ -7,7 +7,7 @@ devices are hostile from the first version on: on average two of the ten, at mos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -48,18 +48,35 @@ class Case:
         )
 
 
+@dataclass
+class Known:
+    """What the coordinator has learnt of norms: each device's latest, and the bound.
+
+    All of a run is within a day or so, in which a learnt bound hardly moves: it stays what it was at first.
+    """
+
+    latest: dict[int, float] = field(default_factory=dict)
+    limit: float | None = None
+
+    def bound(self, choices: Admission) -> float | None:
+        """The longest change that is merged whole."""
+        if self.limit is None:
+            self.limit = bound(list(self.latest.values()), choices)
+        return self.limit
+
+
 def federate(case: Case, seed: int, versions: int = VERSIONS) -> float:
     """The relative error after `versions`; infinite where the global matrix is lost."""
     rng = np.random.default_rng(seed)
     problem = Problem.drawn(WIDTH, TRUE_RANK, DEVICES, rng)
-    history, recent = [LoraFactors.empty(WIDTH, WIDTH)], list[tuple[str, float]]()
+    history, known = [LoraFactors.empty(WIDTH, WIDTH)], Known()
     for version in range(versions):
         devices = [int(d) for d in rng.permutation(DEVICES)[:BUFFER_SIZE]]
         if case.attack == "absent":
             devices = [d for d in devices if d >= HOSTILE]
         start = history[-1]
         sent = [_sent(case, d, start, problem.copies[d], (seed, version)) for d in devices]
-        history.append(merged(case, version, start, list(zip(devices, sent, strict=True)), recent))
+        history.append(merged(case, version, start, list(zip(devices, sent, strict=True)), known))
         if not history[-1].norm() < DIVERGED:
             return float("inf")
     return problem.error(history[-1])
@@ -70,20 +87,18 @@ def merged(
     version: int,
     start: LoraFactors,
     sent: Sequence[tuple[int, LoraFactors]],
-    recent: list[tuple[str, float]],
+    known: Known,
 ) -> LoraFactors:
-    """The next global factors, as the coordinator makes them of its files; adds to the norms in `recent`."""
+    """The next global factors, as the coordinator makes them of its files; notes norms in `known`."""
     rule, choices = rule_named(case.rule), case.admission
     assert isinstance(rule, SumRule)
     begun = rule.serve(start, RANK, "balanced", "") if start.rank and not rule.carries else start
     norms = [measure([("w", rule.change(update, begun))]) for _, update in sent]
-    recent += [(str(device), norm.total) for (device, _), norm in zip(sent, norms, strict=True)]
-    limit = bound(recent[-choices.history :], choices)
+    known.latest |= {device: norm.total for (device, _), norm in zip(sent, norms, strict=True)}
+    limit = known.bound(choices)
     factors = [admit(norm, limit, refuse=False) for norm in norms]
-    recent[-len(sent) :] = [
-        (str(device), factor * norm.total)
-        for (device, _), factor, norm in zip(sent, factors, norms, strict=True)
-    ]
+    for (device, _), factor, norm in zip(sent, factors, norms, strict=True):
+        known.latest[device] = factor * norm.total
     inner = gram([rule.change(update, begun) for _, update in sent]) * np.outer(factors, factors)
     weights = np.full(len(sent), 1 / len(sent))
     found = reweight(choices.robust, inner, weights, choices.trimmed_share)

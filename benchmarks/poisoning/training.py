@@ -25,9 +25,9 @@ from benchmarks.common.federation import (
     plan_of,
 )
 from benchmarks.common.files import Files
-from benchmarks.poisoning.toy import TIMES, Case
+from benchmarks.poisoning.toy import TIMES, Case, Known
 from coordinator.engine.weights import polynomial
-from coordinator.merging.admission import admit, bound, measure
+from coordinator.merging.admission import admit, measure
 from coordinator.merging.sources import Addend, StartVersion
 from coordinator.rules.named import rule_named, served
 from edge_sdk.core import messages
@@ -51,11 +51,11 @@ class Past:
 
     files: Files
     versions: list[StartVersion] = field(default_factory=lambda: [StartVersion(0)])
-    norms: list[tuple[str, float]] = field(default_factory=list)
+    known: Known = field(default_factory=Known)  # of norms
 
     def branch(self) -> Past:
         """The same past, for another future."""
-        return Past(self.files, list(self.versions), list(self.norms))
+        return Past(self.files, list(self.versions), Known(dict(self.known.latest), self.known.limit))
 
 
 class Federation:
@@ -116,8 +116,8 @@ class Federation:
             adapter = _poisoned(case.rule, adapter, begun, TIMES[case.attack])
         changes = {n: rule_named(case.rule).change(f, begun[n]) for n, f in adapter.items()}
         norms, choices = measure(changes.items()), case.admission
-        factor = admit(norms, bound(past.norms[-choices.history :], choices), refuse=False)
-        past.norms.append((str(turn.device), factor * norms.total))
+        factor = admit(norms, past.known.bound(choices), refuse=False)
+        past.known.latest[turn.device] = factor * norms.total
         return Addend(
             str(turn.device),
             polynomial(turn.version - turn.begin),

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.carry import toy as carry_toy
 from benchmarks.carry.toy import DEVICES, RANK_CAP, WIDTH, Rules, Split
 from coordinator.rules.named import rule_named
-from edge_sdk.training.trainer import FRESH_ROWS
+from edge_sdk.core.flexlora import FRESH_ROWS
 
 Row = dict[str, Any]
 

@@ -30,10 +30,9 @@ from benchmarks.common.federation import (
 from coordinator.rules.columns import serve_columns
 from coordinator.rules.named import rule_named
 from edge_sdk.core.choice.carried import held_bytes
-from edge_sdk.core.flexlora import fresh_row
+from edge_sdk.core.flexlora import FRESH_ROWS, fresh_row
 from edge_sdk.core.lora import Adapter, LoraFactors, stacked
 from edge_sdk.training.plan import Plan, Start
-from edge_sdk.training.trainer import FRESH_ROWS
 
 BUFFER_SIZE = 4
 STEPS, BATCH, SEQUENCE_LEN = 10, 4, 128

@@ -5,34 +5,24 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Sequence
 
-from coordinator.merging.admission import Admission, admit, bound, measure
+from coordinator.adapters.examination import Examination
 from coordinator.merging.parallel import cores
-from coordinator.rules.named import rule_named, served
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.disk import blaming
 from coordinator.storage.rows import StoredUpdate
 from coordinator.storage.store import Store
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError, ProtocolError, StaleUpdate, TooLarge
-from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Assignment, Federation, Update
 
 
 class Uploads:
-    """What devices hand in. Methods that read or write files are for a worker thread.
+    """What devices hand in. Methods that read or write files are for a worker thread."""
 
-    `admission`: None under differential privacy, where no update may tell how another is treated.
-    """
-
-    def __init__(
-        self, federation: Federation, store: Store, blobs: Blobs, admission: Admission | None
-    ) -> None:
-        self._federation, self._store, self._blobs = federation, store, blobs
-        self._rule, self._admission = rule_named(federation.rule), admission
+    def __init__(self, federation: Federation, store: Store, blobs: Blobs, examination: Examination) -> None:
+        self._store, self._blobs, self._examination = store, blobs, examination
         # More at a time would hold more in memory, and hand the interpreter around.
         self._checks = threading.Semaphore(cores())
         # Asked for at every piece of an upload; adding up 224 modules takes 0.4 ms.
@@ -121,48 +111,10 @@ class Uploads:
             path = self._blobs.whole(assignment.id, update.digest)
             try:
                 with blaming(f"{path.parent.name}/{path.name}"):
-                    return self._checked(device, assignment, update, path)
+                    return self._examination.examine(device, assignment, update, path, self.cap(assignment))
             except (AdapterError, TooLarge):
                 self._blobs.discard(assignment.id)
                 raise
-
-    def _checked(self, device: str, assignment: Assignment, update: Update, path: Path) -> StoredUpdate:
-        federation, cap = self._federation, self.cap(assignment)
-        file = codec.open_adapter(path, federation.base.modules, update.rank, federation.scaling, cap)
-        if not any(r == min(update.rank, *federation.base.modules[name]) for name, r in file.ranks.items()):
-            raise AdapterError(f"no module has rank {update.rank}, which Update.rank says")
-        # What a device says of itself weighs no more than what it was asked to do.
-        most = update.steps * federation.training.batch
-        update = replace(update, examples=min(update.examples, most))
-        norms = measure(self._changes(file, assignment.version))
-        factor = admit(norms, self.norm_bound(), self._refuses())
-        return StoredUpdate(assignment.id, device, assignment.version, update, factor, factor * norms.total)
-
-    def _changes(self, file: codec.AdapterFile, version: int) -> Iterator[tuple[str, LoraFactors]]:
-        """What the device changed, module by module."""
-        federation, rule = self._federation, self._rule
-        stored = None if rule.carries else self._store.version(version)
-        start = codec.open_own(self._blobs.path(stored.digest), federation.scaling) if stored else None
-        for name, factors in file.modules():
-            begun = LoraFactors.empty(*factors.shape)
-            if start:
-                begun = served(federation, version, name, start.module(name), factors.rank)
-            yield name, rule.change(factors, begun)
-
-    def norm_bound(self) -> float | None:
-        """The longest change that is merged whole at present; None while there is no history."""
-        if self._admission is None:
-            return None
-        return bound(self._store.recent_norms(self._admission.history), self._admission)
-
-    def _refuses(self) -> bool:
-        """Whether an update above the bound is refused.
-
-        A change can be shortened only where products are summed: between two pairs of factors lie products
-        that are longer than both.
-        """
-        refuses = self._admission is not None and self._admission.over_norm == "refuse"
-        return refuses or not self._rule.sums_products
 
     def keep(self, stored: StoredUpdate) -> bool:
         """Acknowledge a checked update: once this returns it is on disk. False if it was before."""

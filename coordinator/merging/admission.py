@@ -28,15 +28,20 @@ class Admission:
     """The host's choices on updates that are out of the ordinary."""
 
     over_norm: Literal["clip", "refuse"] = "clip"  # an update longer than the bound
-    norm_factor: float = 5.0  # the bound, as a multiple of the median norm of recent updates
-    history: int = 50  # updates that count as recent
-    history_least: int = 8  # updates from which on there is a bound; before that MAX_NORM alone
+    norm_factor: float = 5.0  # the learnt bound, as a multiple of the median of devices' latest norms
+    history: int = 200  # devices that count in that median: those whose last update is newest
+    history_least: int = 4  # devices from which on there is a learnt bound
+    daily_factor: float = 10.0  # by which the learnt bound may move in a day, up or down
+    reach_factor: float = 2.0  # the bound of always, as a multiple of what rate × steps can reach; reach.py
     robust: RobustName = "none"  # how a buffer is merged; see robust.py
     trimmed_share: float = 0.2  # of a buffer, for robust = "trimmed"
 
     def __post_init__(self) -> None:
         if not 1.0 <= self.norm_factor < math.inf:
             raise InputError(f"admission.norm_factor is {self.norm_factor}; it must be 1 or more")
+        for name in ("daily_factor", "reach_factor"):
+            if not 1.0 <= getattr(self, name) < math.inf:
+                raise InputError(f"admission.{name} is {getattr(self, name)}; it must be 1 or more")
         if not 1 <= self.history_least <= self.history:
             raise InputError(
                 f"admission.history_least is {self.history_least}; it must lie between 1 and "
@@ -102,30 +107,27 @@ def _norm(factors: LoraFactors) -> float:
     return factors.norm()
 
 
-def bound(recent: Sequence[tuple[str, float]], choices: Admission) -> float | None:
-    """The longest change that is admitted whole: `norm_factor` × the median norm of recent updates.
+def bound(latest: Sequence[float], choices: Admission, tiny: float = 0.0) -> float | None:
+    """The longest change that is admitted whole: `norm_factor` × the median of the devices' latest norms.
 
-    A device counts once, by the median of its own, however often it hands in; and medians are lower ones. So
+    A device counts once, by its latest update, however often it hands in; and the median is the lower one. So
     half of the devices together cannot raise the bound above `norm_factor` × what the others send, however
     slowly they grow. An update that was clipped counts by what is left of it: where everybody's changes grow,
     as they may, the bound follows.
 
     Args:
-        recent: (device, norm as it is merged) of the newest accepted updates.
+        latest: the norm, as it is merged, of the newest accepted update of each device.
         choices: the host's.
+        tiny: norms up to this are left out: who changes next to nothing does not say how much a device
+            changes, and half of the devices could shrink what the others do, or take the bound away.
 
     Returns:
-        None while there are fewer than `history_least`. Zeros are left out: who changes nothing does not say
-        how much a device changes, and half of the devices could take the bound away with them.
+        None while fewer than `history_least` devices are left.
     """
-    if sum(norm > 0 for _, norm in recent) < choices.history_least:
+    told = [norm for norm in latest if norm > tiny]
+    if len(told) < choices.history_least:
         return None
-    of_device: dict[str, list[float]] = {}
-    for device, norm in recent:
-        if norm > 0:
-            of_device.setdefault(device, []).append(norm)
-    middle = lower_median([lower_median(own) for own in of_device.values()])
-    return choices.norm_factor * middle
+    return choices.norm_factor * lower_median(told)
 
 
 def admit(norms: Norms, limit: float | None, refuse: bool) -> float:
@@ -139,6 +141,7 @@ def admit(norms: Norms, limit: float | None, refuse: bool) -> float:
     if refuse:
         raise AdapterError(
             f"the update changes the model by {norms.total:.3g} (Frobenius norm), above the {limit:.3g} that "
-            f"follows from recent updates; module {norms.largest} alone by {norms.modules[norms.largest]:.3g}"
+            f"follows from other devices and from rate × steps; module {norms.largest} alone by "
+            f"{norms.modules[norms.largest]:.3g}"
         )
     return limit / norms.total

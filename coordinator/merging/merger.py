@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from coordinator.engine.events import Merge
-from coordinator.merging.admission import Admission, bound
+from coordinator.merging.admission import Admission
 from coordinator.merging.aggregation import Outcome, aggregate
+from coordinator.merging.norm_bound import NormBound
 from coordinator.merging.sources import Addend, StartVersion, faults
 from coordinator.merging.weighing import weighing
 from coordinator.privacy.mechanism import Noise
@@ -27,6 +28,7 @@ class Merger:
     """Does what the engine's Merge says. For a worker thread.
 
     `eta`: the server's learning rate. `noise`: None without differential privacy. `by` decomposes sums.
+    `learnt` is the bound that uploads are held to as well; None with differential privacy.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Merger:
         self._federation, self._store, self._blobs = federation, store, blobs
         self._rule = rule_named(federation.rule)
         self._admission = admission or Admission()
+        # A bound learnt from other devices' updates would say something of these, which privacy forbids.
+        self.learnt = None if noise else NormBound(federation, store, self._admission)
         self._eta, self._noise, self._by = eta, noise, by
 
     def merge(self, effect: Merge) -> Version:
@@ -52,9 +56,7 @@ class Merger:
             InternalError: the file of a published version is damaged.
         """
         records = {stored.id: stored for stored in self._store.unmerged()}
-        limit = None
-        if self._noise is None:  # a bound learnt from other devices' updates would say something of these
-            limit = bound(self._store.recent_norms(self._admission.history), self._admission)
+        limit = self.learnt.now() if self.learnt else None
         addends = [
             self._addend(self._clipped(records[b.update], limit), weight) for b, weight, _ in effect.weights
         ]
@@ -63,9 +65,11 @@ class Merger:
         how = weighing(self._admission, self._noise)
         with self._blobs.keeping() as write:  # until its row is there
             outcome = aggregate(self._federation, self._eta, base, addends, write, how, self._by)
-            version = _version(effect.version, outcome, self._noise)
+            version = _version(effect.version, outcome, self._noise, limit)
             merged = zip(effect.weights, outcome.weights, strict=True)
             self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])
+        if self.learnt:
+            self.learnt.published(limit)
         return version
 
     def _check(self, addends: Sequence[Addend], base: StartVersion) -> None:
@@ -113,7 +117,7 @@ class Merger:
         return self._blobs.path(stored.digest) if stored else None
 
 
-def _version(number: int, outcome: Outcome, noise: Noise | None) -> Version:
+def _version(number: int, outcome: Outcome, noise: Noise | None, norm_bound: float | None) -> Version:
     """The row of a version that was just written."""
     return Version(
         number,
@@ -124,4 +128,5 @@ def _version(number: int, outcome: Outcome, noise: Noise | None) -> Version:
         time.time(),
         noise.multiplier if noise else 0.0,
         noise.clip_norm if noise else 0.0,
+        norm_bound,
     )

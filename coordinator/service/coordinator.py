@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
+from coordinator.adapters.examination import Examination
 from coordinator.adapters.ladder import Rung
 from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
@@ -71,14 +72,15 @@ class Coordinator:
         self._seen: dict[str, float] = {}
         self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
         self._restore()
-        learnt = None if self.privacy else settings.admission
-        self.uploads = Uploads(self.federation, self.store, opened.blobs, learnt)
-        self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
-        self._status = SharedAnswer(self._status_text)
-        self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
         noise = self.privacy.noise(settings.policy.buffer_size) if self.privacy else None
         eta = settings.policy.server_learning_rate
         merger = Merger(self.federation, self.store, opened.blobs, settings.admission, eta, noise, by)
+        chosen = None if self.privacy else settings.admission
+        self._examination = Examination(self.federation, self.store, opened.blobs, chosen, merger.learnt)
+        self.uploads = Uploads(self.federation, self.store, opened.blobs, self._examination)
+        self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
+        self._status = SharedAnswer(self._status_text)
+        self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
         self._background = Background(self.store, merger, opened.collector, self.faults, self._apply)
 
     # --- life ---
@@ -265,7 +267,7 @@ class Coordinator:
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
-        return encode(overview.status(seen_s_ago, self.uploads.norm_bound(), spent))
+        return encode(overview.status(seen_s_ago, self._examination.norm_bound(), spent))
 
 
 def _hash(token: str) -> str:

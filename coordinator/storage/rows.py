@@ -27,8 +27,9 @@ class StoredUpdate:
 class Version:
     """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
 
-    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it. `collected`: its blob
-    is gone, because nobody may need it any more.
+    `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it. `norm_bound`: the
+    learnt bound that its updates were merged within; None while none was known. `collected`: its blob is
+    gone, because nobody may need it any more.
     """
 
     version: int
@@ -39,6 +40,7 @@ class Version:
     published_at: float
     noise_multiplier: float = 0.0
     clip_norm: float = 0.0
+    norm_bound: float | None = None
     collected: bool = False
 
     @property

@@ -73,6 +73,19 @@ MIGRATIONS = [
     CREATE INDEX updates_merged ON updates(merged_version) WHERE merged_version IS NOT NULL;
     CREATE INDEX updates_clipped ON updates(factor) WHERE factor < 1.0;
     """,
+    # What the bound on norms is learnt from, and what it was at each version: each device counts by its
+    # latest update, which is the one that came last, whatever the clock said.
+    """
+    ALTER TABLE devices ADD COLUMN latest_norm REAL;
+    ALTER TABLE devices ADD COLUMN latest_arrival INTEGER;
+    UPDATE devices SET (latest_norm, latest_arrival) = (
+        SELECT norm, rowid FROM updates WHERE device = devices.id AND rejected IS NULL
+        ORDER BY rowid DESC LIMIT 1
+    );
+    CREATE INDEX devices_heard ON devices(latest_arrival) WHERE latest_norm IS NOT NULL;
+    ALTER TABLE versions ADD COLUMN norm_bound REAL;
+    DROP INDEX updates_norms;
+    """,
 ]
 
 

@@ -203,6 +203,11 @@ class Store:
                 ),
             )
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (stored.id,))
+            db.execute(
+                "UPDATE devices SET latest_norm = ?, latest_arrival = (SELECT MAX(rowid) FROM updates) "
+                "WHERE id = ?",
+                (stored.norm, stored.device),
+            )
         return True
 
     def update_digest(self, assignment: str) -> str | None:
@@ -232,16 +237,17 @@ class Store:
             for i, d, v, record, factor, norm in rows
         ]
 
-    def recent_norms(self, count: int) -> list[tuple[str, float]]:
-        """(device, norm as merged) of the newest `count` updates that were accepted, newest first.
+    def latest_norms(self, devices: int) -> list[float]:
+        """The norm as merged of the newest accepted update of each device; of so many, those heard last.
 
-        By their order here, not by the clock, which may be a year off. An update of zeros says nothing.
+        By the order in which updates came, not by the clock, which may be a year off.
         """
-        return self.db.rows(
-            "SELECT device, norm FROM updates WHERE norm > 0 AND rejected IS NULL "
-            "ORDER BY rowid DESC LIMIT ?",
-            count,
+        rows = self.db.rows(
+            "SELECT latest_norm FROM devices WHERE latest_norm IS NOT NULL "
+            "ORDER BY latest_arrival DESC LIMIT ?",
+            devices,
         )
+        return [float(norm) for (norm,) in rows]
 
     def clip(self, shorter: StoredUpdate) -> None:
         """Merge less of an update's change than was stored with it."""
@@ -249,6 +255,11 @@ class Store:
             db.execute(
                 "UPDATE updates SET factor = ?, norm = ? WHERE assignment = ? AND merged_version IS NULL",
                 (shorter.factor, shorter.norm, shorter.id),
+            )
+            db.execute(
+                "UPDATE devices SET latest_norm = ? WHERE id = ? "
+                "AND latest_arrival = (SELECT rowid FROM updates WHERE assignment = ?)",
+                (shorter.norm, shorter.device, shorter.id),
             )
 
     def clipped(self) -> int:
@@ -269,6 +280,11 @@ class Store:
                 db.execute(
                     "UPDATE updates SET rejected = ? WHERE assignment = ? AND merged_version IS NULL",
                     (reason, id),
+                )
+                db.execute(
+                    "UPDATE devices SET latest_norm = NULL "
+                    "WHERE latest_arrival = (SELECT rowid FROM updates WHERE assignment = ?)",
+                    (id,),
                 )
 
     # --- versions ---
@@ -307,6 +323,11 @@ class Store:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
         rows = self.db.rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [_version(*row) for row in rows]
+
+    def newest_version(self) -> int:
+        """The number of the newest version; 0 before there is any."""
+        ((number,),) = self.db.rows("SELECT COALESCE(MAX(version), 0) FROM versions")
+        return int(number)
 
     def merged_updates(self, version: int) -> int:
         """How many updates a version was made of."""

@@ -28,6 +28,11 @@ Decompose = Callable[[Stack, int], Triplets]
 # A component whose singular value is below this share of the largest is numerical noise of float32 input.
 DEAD_BELOW = 1e-6
 
+# Fresh factors begin with rows of A so many times as long as peft draws them (±1/√in, so of norm 0.58).
+# Adam's steps on B have one size whatever the gradient, and what they change is that times A: an assignment
+# is too short for fresh factors to get as far as trained ones, whose rows have grown. See docs/CARRY.md.
+FRESH_ROWS = 4.0
+
 
 @dataclass(frozen=True)
 class Combined:

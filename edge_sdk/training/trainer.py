@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from edge_sdk.core.adapter_file.codec import Shapes
 from edge_sdk.core.errors import InputError, OutOfMemory
-from edge_sdk.core.flexlora import pad
+from edge_sdk.core.flexlora import FRESH_ROWS, pad
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.model.base_model import LoadedBase
 from edge_sdk.model.generation import OnText, answers
@@ -48,10 +48,6 @@ from edge_sdk.training.plan import (
 from edge_sdk.training.recompute import recomputed, tight_heap
 from edge_sdk.training.run import CheckpointSchedule, Run
 
-# Fresh factors begin with rows of A so many times as long as peft draws them (±1/√in, so of norm 0.58).
-# Adam's steps on B have one size whatever the gradient, and what they change is that times A: an assignment
-# is too short for fresh factors to get as far as trained ones, whose rows have grown. See docs/CARRY.md.
-FRESH_ROWS = 4.0
 GENERATION_BATCH = 16
 
 

@@ -41,10 +41,11 @@ def configuration(
     sections: dict[str, dict[str, object]] = {
         "federation": {"ladder": LADDER, "rank_cap": 12, "scaling": SCALING, "rule": rule},
         "policy": {"buffer_size": 2, "timeout_s": 600.0, "retry_s": 0.1} | (policy or {}),
-        "admission": admission,
+        # Random adapters are no training: how far that gets does not bound them.
+        "admission": {"reach_factor": 1e9} | admission,
     }
     if privacy is not None:
-        sections["privacy"] = privacy
+        sections |= {"privacy": privacy, "admission": admission}
     return toml(sections, base)
 
 

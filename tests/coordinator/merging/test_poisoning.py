@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.poisoning.toy import Attack, Case, Defence, federate, merged
+from benchmarks.poisoning.toy import Attack, Case, Defence, Known, federate, merged
 from coordinator.merging.admission import Admission
 from coordinator.merging.aggregation import aggregate
 from coordinator.merging.robust import RobustName
@@ -152,7 +152,9 @@ def test_the_toy_merges_as_files_are_merged(tmp_path: Path) -> None:
     )
     found = codec.open_own(blobs.path(outcome.digest), SCALING).module(name)
     updates = [(k, adapter[name]) for k, adapter in enumerate(adapters)]
-    toy = merged(Case("carry", "nobody", "norm_median"), 0, LoraFactors.empty(*SHAPES[name]), updates, [])
+    toy = merged(
+        Case("carry", "nobody", "norm_median"), 0, LoraFactors.empty(*SHAPES[name]), updates, Known()
+    )
     np.testing.assert_allclose(found.product(), toy.product(), atol=1e-4)
     plain = combine([(1 / 3, f) for _, f in updates], 12).factors
     assert np.abs(plain.product() - dense([(1.0, toy)])).max() > 1e-3

@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.load import coordinator_load, soak
 from benchmarks.load.client import BrokenOff, Connection, head_of
+from coordinator.adapters.examination import Examination
 from coordinator.adapters.ladder import Rung
 from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
@@ -195,7 +196,7 @@ def test_no_more_uploads_are_checked_at_a_time_than_there_are_cores(tmp_path: Pa
     federation = Federation("f", Base("m", FINGERPRINT, {"q": (8, 8)}), "carry", (2, 4), 4, 2.0, "balanced")
     blobs = Blobs(tmp_path)
     with contextlib.closing(Store(tmp_path / "coordinator.sqlite")) as store:
-        uploads = CountedUploads(federation, store, blobs, None)
+        uploads = CountedUploads(federation, store, blobs, Examination(federation, store, blobs, None, None))
         work, update = Assignment("a", 0, 2, 2, 5, 0, 60.0), Update("0" * 64, 1, 2, 1, 1, 1.0, 1.0, 1.0)
         with ThreadPoolExecutor(3 * cores()) as pool:
             taken = [pool.submit(uploads.take_in, "new", work, update) for _ in range(3 * cores())]

@@ -179,19 +179,22 @@ def measured(store: Store, id: str, device: str, at: float, norm: float, factor:
     assert store.add_update(StoredUpdate(id, device, number, UPDATE, factor, norm), at)
 
 
-def test_recent_norms_are_those_of_accepted_updates_newest_first(path: Path, store: Store) -> None:
-    """By their order here: a clock may have been put back in between. An update of zeros says nothing."""
+def test_each_device_counts_by_the_norm_of_its_latest_accepted_update(path: Path, store: Store) -> None:
+    """Latest by the order in which they came: a clock may have been put back in between."""
     for id, device, at, norm in (("a", "d", 5.0, 1.0), ("b", "e", 7.0, 2.0), ("c", "d", 6.0, 3.0)):
         measured(store, id, device, at, norm)
     deliver(store, "from before norms were kept", version=8, at=8.0)
     measured(store, "x", "e", 9.0, 9.0)
+    assert store.latest_norms(50) == [9.0]  # of the other device nothing is known of its last
     store.reject_updates({"x": "rotten"})
-    measured(store, "z", "e", 10.0, 0.0)
+    assert store.latest_norms(50) == []
+    measured(store, "y", "d", 10.0, 4.0)
+    measured(store, "z", "e", 11.0, 2.0)
     store.publish(version(1), [("a", 1.0, 0)])  # merged or not
     store.close()
     again = Store(path)  # and they survive a restart
-    assert again.recent_norms(50) == [("d", 3.0), ("e", 2.0), ("d", 1.0)]
-    assert again.recent_norms(2) == [("d", 3.0), ("e", 2.0)]
+    assert again.latest_norms(50) == [2.0, 4.0]
+    assert again.latest_norms(1) == [2.0]
     again.close()
 
 
@@ -234,7 +237,7 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
     store = Store(path)
     assert [(d.updates, d.mean_staleness) for d in store.devices()] == [(2, 2.5)]
     assert store.unmerged() == [StoredUpdate("a", "d", 0, UPDATE)]
-    assert store.recent_norms(50) == []
+    assert store.latest_norms(50) == []
     assert [d.refused for d in store.devices()] == [0]
     store.close()
 

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from coordinator.adapters.examination import Examination
 from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.settings import Settings, load_settings
@@ -295,7 +296,9 @@ def keeping(host: Host, chosen: Settings) -> tuple[Uploads, StoredUpdate]:
     """A device that has sent the very same bytes, checked and about to be acknowledged."""
     id = host.grant()
     host.blobs.append(id, 0, CONTENT, 1 << 20)
-    uploads = Uploads(chosen.build("f"), host.store, host.blobs, None)
+    federation = chosen.build("f")
+    examination = Examination(federation, host.store, host.blobs, None, None)
+    uploads = Uploads(federation, host.store, host.blobs, examination)
     return uploads, StoredUpdate(id, f"d-{id}", 1, update_of(CONTENT, 4))
 
 
