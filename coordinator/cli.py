@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import signal
 import sys
@@ -29,11 +28,14 @@ from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.backup import back_up, require_finished
 from coordinator.upkeep.data_folder import only_coordinator
 from coordinator.web.app import KEEP_ALIVE_S, build_app
-from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import decode
 from edge_sdk.core.version import __version__
+from edge_sdk.core.words import printable
+from edge_sdk.system.durable import for_others, make_private
+from edge_sdk.system.terminal import log_to_terminal, run_command, say
 
 SHOWN_VERSIONS = 5
 BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together
@@ -42,14 +44,12 @@ BACKLOG = 2048  # connections that may wait to be accepted, when many devices wa
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 2 on bad input, with one line that says what to do."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> int:
         failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
         return int(options.run(options))
-    except EdgeError as error:
-        print(f"edge-coordinator: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+    return run_command("edge-coordinator", run)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,14 +84,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    log_to_terminal()
     settings, by = load_settings(options.config), decompose_on(options.device)
     require_finished(options.data)
+    if mended := make_private(options.data):
+        say(mended)
     give_memory_back()
     take_turns_often()
     if notice := raise_file_limit():
-        print(notice, flush=True)
+        say(notice)
     with only_coordinator(options.data):
         asyncio.run(_listen(options, settings, by))
     return 0
@@ -105,7 +106,9 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(options.data, settings, by)
-    runner = web.AppRunner(build_app(coordinator), shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S)
+    runner = web.AppRunner(
+        build_app(coordinator), access_log=None, shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S
+    )
     await runner.setup()
     try:
         site = web.TCPSite(runner, options.host, options.port, backlog=BACKLOG)
@@ -118,12 +121,12 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
             ) from error
         port = runner.addresses[0][1]
         federation = coordinator.federation
-        print(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}", flush=True)
+        say(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}")
         if coordinator.privacy:
-            print(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}", flush=True)
-        print(f"listening on http://{options.host}:{port}", flush=True)
-        print(f"join token in {options.data / 'join-token'}; on a device:", flush=True)
-        print(f"  edge-sdk join http://{options.host}:{port} --token TOKEN --data notes.jsonl", flush=True)
+            say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
+        say(f"listening on http://{options.host}:{port}")
+        say(f"join token in {options.data / 'join-token'}; on a device:")
+        say(f"  edge-sdk join http://{options.host}:{port} --token TOKEN --data notes.jsonl")
         await stop.wait()
     finally:
         await runner.cleanup()
@@ -144,22 +147,22 @@ def _open(folder: Path) -> tuple[Store, Federation]:
 def _status(options: argparse.Namespace) -> int:
     store, federation = _open(options.data)
     versions = store.versions(SHOWN_VERSIONS)
-    print(f"federation  {federation.id}  ({federation.base.model}, rule {federation.rule})")
-    print(f"version     {versions[0].version if versions else '0 (nothing merged yet)'}")
-    print(f"buffered    {len(store.unmerged())} updates")
+    say(f"federation  {federation.id}  ({federation.base.model}, rule {federation.rule})")
+    say(f"version     {versions[0].version if versions else '0 (nothing merged yet)'}")
+    say(f"buffered    {len(store.unmerged())} updates")
     if chosen := ledger.choices(store):
-        print(f"privacy     {ledger.worst(store, chosen.delta)}")
+        say(f"privacy     {ledger.worst(store, chosen.delta)}")
     else:
-        print(f"clipped     {store.clipped()} updates")
-    print(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
+        say(f"clipped     {store.clipped()} updates")
+    say(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
     for device in store.devices():
         shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
-        print(f"{device.name[:23]:<24}{device.rank:>6}{shown}")
+        say(f"{printable(device.name, 23):<24}{device.rank:>6}{shown}")
     if versions:
-        print(f"{'version':<24}{'rank':>6}{'updates':>8}{'dropped':>11}  (rank cap {federation.rank_cap})")
+        say(f"{'version':<24}{'rank':>6}{'updates':>8}{'dropped':>11}  (rank cap {federation.rank_cap})")
     for version in versions:
         merged = store.merged_updates(version.version)
-        print(f"{version.version:<24}{version.rank:>6}{merged:>8}{version.discarded_share:>11.2%}")
+        say(f"{version.version:<24}{version.rank:>6}{merged:>8}{version.discarded_share:>11.2%}")
     return 0
 
 
@@ -185,14 +188,15 @@ def _export(options: argparse.Namespace) -> int:
             f"{options.data}: the file of version {number}, {path}, is damaged or gone; restore it from a "
             "backup, or export another version"
         )
-    export(federation, number, blobs.path(version.digest), rank, options.out)
-    print(f"version {number} at rank {rank} written to {options.out}")
+    with for_others():
+        export(federation, number, blobs.path(version.digest), rank, options.out)
+    say(f"version {number} at rank {rank} written to {options.out}")
     return 0
 
 
 def _backup(options: argparse.Namespace) -> int:
     made = back_up(options.data, options.out)
-    print(f"{made} copied to {options.out}; `serve --data {options.out}` goes on from there")
+    say(f"{made} copied to {options.out}; `serve --data {options.out}` goes on from there")
     return 0
 
 

@@ -13,7 +13,6 @@ leave the device.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,8 +30,9 @@ from edge_sdk.options import Event, Options
 from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.participation.loop import Participation
 from edge_sdk.system import priority
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from edge_sdk.core.words import printable
 from edge_sdk.options import Event, Kind
+from edge_sdk.system.terminal import MOST, logger
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 PAUSED = "paused: "  # begins the text of that event; the reason follows
 
@@ -48,6 +50,7 @@ class Teller:
         version: int = 0,
     ) -> None:
         """Tell an event, and call the callback that its kind has."""
+        text = printable(text, MOST)
         event = Event(kind, text, step, steps, loss, version)
         _call(self._on_event, event)
         if kind == "step":

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from edge_sdk.commands import base, chat, doctor, join, profile
-from edge_sdk.core.errors import EdgeError
 from edge_sdk.core.version import __version__
+from edge_sdk.system.terminal import run_command
 
 COMMANDS = (join, chat, base, profile, doctor)
 
@@ -15,13 +15,7 @@ COMMANDS = (join, chat, base, profile, doctor)
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 2 on bad input, with one line that says what to do."""
     options = _parser().parse_args(arguments)
-    try:
-        return int(options.run(options))
-    except EdgeError as error:
-        print(f"edge-sdk: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command("edge-sdk", lambda: int(options.run(options)))
 
 
 def _parser() -> argparse.ArgumentParser:

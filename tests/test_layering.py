@@ -33,7 +33,8 @@ HOUSE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cli",),
     ),
     "edge_sdk.core": (
-        ("version", "errors"),
+        ("version", "words"),
+        ("errors",),
         ("records", "lora"),
         ("toml_file", "adapter_file", "svd"),
         ("profile", "flexlora"),
@@ -56,7 +57,7 @@ TORCH = ("edge_sdk.model", "edge_sdk.training", "edge_sdk.trials", "edge_sdk.wor
 TORCH += ("edge_sdk.machine.torch_device", "coordinator.merging.torch_svd")
 
 # Besides the core, what the coordinator shares with devices. These need Python alone.
-SHARED = ("edge_sdk.system.durable", "edge_sdk.system.heap")
+SHARED = ("edge_sdk.system.durable", "edge_sdk.system.heap", "edge_sdk.system.terminal")
 
 LEARNING = {"torch", "transformers", "peft", "bitsandbytes", "accelerate"}
 OF_THE_DEVICE = LEARNING | {"httpx"}

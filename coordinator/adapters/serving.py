@@ -19,7 +19,7 @@ from coordinator.storage.store import Store
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError, InputError, InternalError, NotFound
 from edge_sdk.core.messages import Federation
-from edge_sdk.system.durable import Step, fsync_folder, replacing
+from edge_sdk.system.durable import FOR_OTHERS, Step, fsync_folder, replacing
 
 
 class Serving:
@@ -101,8 +101,14 @@ def export(federation: Federation, version: int, current: Path | None, rank: int
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with replacing(config) as file:
+        with replacing(config, mode=FOR_OTHERS) as file:
             file.write(json.dumps(said, indent=1).encode() + b"\n")
-            write_rungs(federation, version, current, [Rung(rank)], lambda _: replacing(adapter, at=parted))
+            write_rungs(
+                federation,
+                version,
+                current,
+                [Rung(rank)],
+                lambda _: replacing(adapter, mode=FOR_OTHERS, at=parted),
+            )
     except OSError as error:
         raise InputError(f"{out}: the adapter cannot be written ({error.strerror or error})") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
@@ -15,8 +14,9 @@ from coordinator.storage.store import Store
 from coordinator.upkeep.collection import Collector
 from edge_sdk.core.errors import BadUpdates, OurFault
 from edge_sdk.system.heap import trim_heap
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("coordinator")
+log = logger("coordinator")
 TICK_S = 0.5
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import logging
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -53,8 +52,10 @@ from edge_sdk.core.messages import (
 )
 from edge_sdk.core.records import encode
 from edge_sdk.core.svd.decompose import decompose
+from edge_sdk.core.words import printable
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("coordinator")
+log = logger("coordinator")
 Answer = TypeVar("Answer")
 
 
@@ -144,12 +145,13 @@ class Coordinator:
             )
         self.federation.base.require(request.fingerprint)
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
-        row = device, request.name[:80], _hash(credential), request.profile, time.time()
+        name = printable(request.name, 80)
+        row = device, name, _hash(credential), request.profile, time.time()
         await asyncio.to_thread(self.store.add_device, *row)
         self._credentials.add(_hash(credential), device)
         self._seen[device] = self.now()
         self._apply(events.Joined(device))
-        log.info("device %s (%s) joined", device, request.name[:80])
+        log.info("device %s (%s) joined", device, name)
         return JoinReply(device, credential, self.federation)
 
     async def ask(self, device: str, ask: Ask) -> Assignment | NotNow:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
 from edge_sdk.core.errors import OurFault
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("coordinator")
+log = logger("coordinator")
 AGAIN_S = 60.0
 
 

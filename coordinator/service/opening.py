@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from coordinator.upkeep.data_folder import join_token, require_new, require_soun
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
 from edge_sdk.core.records import decode, encode, to_json
+from edge_sdk.system.durable import make_folder
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("coordinator")
+log = logger("coordinator")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
             describe; one line that says what to do.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         blobs = Blobs(folder)
     except OSError as error:
         raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error

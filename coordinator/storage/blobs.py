@@ -27,7 +27,7 @@ from coordinator.storage.pins import Pins
 from coordinator.storage.running_digests import RunningDigests
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InternalError, OffsetConflict, ProtocolError, TooLarge, UploadLost
-from edge_sdk.system.durable import Step, fsync_file, fsync_folder, replacing
+from edge_sdk.system.durable import Step, fsync_file, fsync_folder, make_folder, privately, replacing
 
 Writer = Callable[[Iterable[bytes]], str]
 """Stores a blob durably and returns its digest."""
@@ -40,7 +40,7 @@ class Blobs:
         self.pins = Pins()
         self._blobs, self._uploads, self._cache = folder / "blobs", folder / "uploads", folder / "cache"
         for part in (self._blobs, self._uploads, self._cache):
-            part.mkdir(parents=True, exist_ok=True)
+            make_folder(part)
         # An upload is written by one thread at a time; ids share locks, so that there are not ever more.
         self._locks = [threading.Lock() for _ in range(64)]
         self._digests = RunningDigests()
@@ -72,7 +72,7 @@ class Blobs:
         digest = hashlib.sha256()
         with blaming(_shown(temporary)):
             try:
-                with temporary.open("xb") as file:
+                with open(temporary, "xb", opener=privately) as file:
                     for chunk in chunks:
                         digest.update(chunk)
                         file.write(chunk)
@@ -125,7 +125,7 @@ class Blobs:
         size_bytes = sum(map(len, pieces))
         path = self.upload_path(id)
         with blaming(_shown(path)), self._lock(id):
-            with path.open("ab", buffering=0) as file:
+            with open(path, "ab", buffering=0, opener=privately) as file:
                 end = file.tell()
                 if offset != end:
                     raise OffsetConflict(
@@ -203,7 +203,7 @@ class Blobs:
         reach("blob-fsynced")
         target = self.path(digest)
         if target.parent not in self._durable_folders:
-            target.parent.mkdir(exist_ok=True)
+            make_folder(target.parent)
             reach("blob-folder-made")
         file.replace(target)
         reach("blob-renamed")

@@ -7,15 +7,15 @@ is copied beside itself: a kill in between leaves the old one, the copy, or both
 from __future__ import annotations
 
 import contextlib
-import logging
 import sqlite3
 from pathlib import Path
 
 from coordinator.storage.failpoints import reach
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.durable import Step, fsync_file, move_into_place
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("coordinator")
+log = logger("coordinator")
 
 MIGRATIONS = [
     """

@@ -21,7 +21,7 @@ from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.data_folder import TOKEN_FILE, write_token
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InputError
-from edge_sdk.system.durable import fsync_file, fsync_folder, move_into_place
+from edge_sdk.system.durable import fsync_file, fsync_folder, make_folder, move_into_place
 
 _UNFINISHED = f".{DATABASE}-new"
 TRIES = 20  # each is a version later than the one before; versions come no faster than blobs are copied
@@ -56,7 +56,7 @@ def back_up(data: Path, out: Path) -> Backup:
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is there and not empty; name a new folder for the backup")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         return _back_up(data, out)
     except (OSError, sqlite3.Error) as error:
         raise InputError(f"{out}: the backup failed ({error}); remove it and try again") from error
@@ -111,7 +111,7 @@ def _copied(source: Blobs, copies: Blobs, digest: str) -> bool:
     target = copies.path(digest)
     if target.exists():
         return True
-    target.parent.mkdir(exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{digest}-new")
     temporary.unlink(missing_ok=True)
     try:

@@ -14,7 +14,7 @@ from coordinator.storage.failpoints import reach
 from coordinator.storage.store import DATABASE, Store
 from edge_sdk.core.adapter_file.header import read_header
 from edge_sdk.core.errors import EdgeError, InputError
-from edge_sdk.system.durable import Step, replacing
+from edge_sdk.system.durable import PRIVATE, Step, make_folder, replacing
 
 TOKEN_FILE = "join-token"
 
@@ -82,9 +82,9 @@ def only_coordinator(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it, or the folder cannot be one; names it.
     """
-    lock = FileLock(folder / "coordinator.lock", timeout=0)
+    lock = FileLock(folder / "coordinator.lock", timeout=0, mode=PRIVATE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire()
     except Timeout as error:
         raise InputError(
@@ -118,7 +118,7 @@ def join_token(folder: Path) -> str:
 
 def write_token(path: Path, token: str) -> None:
     """Put it in its place whole and durably: half a token lets nobody in."""
-    with replacing(path, mode=0o600, at=_writing_token) as file:
+    with replacing(path, at=_writing_token) as file:
         file.write(f"{token}\n".encode())
 
 

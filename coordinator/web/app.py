@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
@@ -34,8 +33,9 @@ from edge_sdk.core.errors import (
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import decode, encode
 from edge_sdk.core.routes import ROUTES
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("coordinator")
+log = logger("coordinator")
 COORDINATOR = web.AppKey("coordinator", Coordinator)
 INTAKE = web.AppKey("intake", Intake)
 Record = TypeVar("Record")

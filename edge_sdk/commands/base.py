@@ -9,6 +9,8 @@ from typing import Any
 
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.records import to_json
+from edge_sdk.system.durable import for_others
+from edge_sdk.system.terminal import say, say_text
 
 
 def add_to(commands: Any) -> None:
@@ -29,11 +31,12 @@ def run(options: argparse.Namespace) -> int:
     record = base_model.describe(options.model, options.targets)
     text = json.dumps(to_json(record), indent=1) + "\n"
     if options.out is None:
-        print(text, end="")
+        say_text(text)
         return 0
     try:
-        options.out.write_text(text)
+        with for_others():
+            options.out.write_text(text)
     except OSError as error:
         raise InputError(f"{options.out}: {error.strerror}") from error
-    print(f"{options.model}: {len(record.modules)} target modules, fingerprint {record.fingerprint[:12]}")
+    say(f"{options.model}: {len(record.modules)} target modules, fingerprint {record.fingerprint[:12]}")
     return 0

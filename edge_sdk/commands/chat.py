@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from edge_sdk.commands.device_config import TOKEN_VARIABLE
 from edge_sdk.core.errors import InputError
+from edge_sdk.system.terminal import complain, write_text
 
 if TYPE_CHECKING:
     from edge_sdk.agent import Agent
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
             agent.load()
             chat.answer_lines(sys.stdin)
             return 0
-        print(HELP, "Loading the base model …", sep="\n", file=sys.stderr)
+        complain(HELP, "Loading the base model …")
         agent.load()
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  `input` then has a history and edits the line
@@ -110,8 +111,7 @@ class Chat:
             if prompt:
                 self._look()
                 answer = self._agent.generate(prompt, self._max_new_tokens)
-                self._out.write(" ".join(answer.split()) + "\n")
-                self._out.flush()
+                self._say(" ".join(answer.split()) + "\n")
 
     def _answer(self, prompt: str) -> None:
         """Stream one answer. Ctrl-C cuts it short, and the conversation goes on."""
@@ -122,8 +122,7 @@ class Chat:
         self._say("\n")
 
     def _say(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        write_text(self._out, text)
 
     def _look(self) -> None:
         """Pick up a newer version, and say what has changed."""
@@ -142,5 +141,4 @@ class Chat:
             self._note(f"answering: {named}" if first else f"now answering: {named}")
 
     def _note(self, text: str) -> None:
-        self._notes.write(text + "\n")
-        self._notes.flush()
+        write_text(self._notes, text + "\n")

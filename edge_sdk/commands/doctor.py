@@ -12,6 +12,7 @@ from typing import Any
 
 from edge_sdk.commands.device_config import TOKEN_VARIABLE
 from edge_sdk.core.records import to_json
+from edge_sdk.system.terminal import say_text
 
 
 def add_to(commands: Any) -> None:
@@ -35,7 +36,7 @@ def add_to(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print each check as it is made, and the verdict: 0 if the machine is fit, otherwise 1."""
     from edge_sdk.diagnosis import doctor
-    from edge_sdk.diagnosis.check import rendered
+    from edge_sdk.diagnosis.check import painted, rendered
     from edge_sdk.options import Options
 
     plan = doctor.JoinPlan(
@@ -45,15 +46,17 @@ def run(options: argparse.Namespace) -> int:
         data=options.data,
     )
     terminal = sys.stdout.isatty()
+    colours = terminal and "NO_COLOR" not in os.environ
     width = shutil.get_terminal_size().columns if terminal else None
     checks = []
     for check in doctor.examine(plan):
         checks.append(check)
         if not options.json:
-            print(rendered(check, width, terminal and "NO_COLOR" not in os.environ), flush=True)
+            head = painted(check.state) if colours else ""
+            say_text(rendered(check, width, colours).removeprefix(head) + "\n", head)
     fit = doctor.fit(checks)
     if options.json:
-        print(json.dumps({"fit": fit, "checks": [to_json(check) for check in checks]}, indent=1))
+        say_text(json.dumps({"fit": fit, "checks": [to_json(check) for check in checks]}, indent=1) + "\n")
     else:
-        print(f"\n{doctor.verdict(plan, checks)}")
+        say_text(f"\n{doctor.verdict(plan, checks)}\n")
     return 0 if fit else 1

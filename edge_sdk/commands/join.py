@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.commands.device_config import TOKEN_VARIABLE, DeviceConfig, load_device_config
 from edge_sdk.conditions import Conditions
 from edge_sdk.core.errors import InputError
+from edge_sdk.system.terminal import say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +148,5 @@ def _say(text: str) -> None:
     """A line with the time, above a progress bar if there is one."""
     from tqdm import tqdm
 
-    with contextlib.suppress(BrokenPipeError):  # nobody reads any more; that is no reason to stop
-        tqdm.write(f"{time.strftime('%H:%M:%S')}  {text}")
-        sys.stdout.flush()
+    with tqdm.external_write_mode(sys.stdout):
+        say(f"{time.strftime('%H:%M:%S')}  {text}")

@@ -13,6 +13,7 @@ from edge_sdk.commands.device_config import DeviceConfig
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import OWN_RULES, Training
 from edge_sdk.core.records import to_json
+from edge_sdk.system.terminal import complain, say_text
 
 if TYPE_CHECKING:
     from edge_sdk.diagnosis.model_fit import FitQuestion
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} needs --model, the model that it is about")
     measured = probe(quick=options.quick, folder=cache_dir())
-    print(json.dumps(to_json(measured), indent=1) + "\n" if options.json else to_toml(measured), end="")
+    say_text(json.dumps(to_json(measured), indent=1) + "\n" if options.json else to_toml(measured))
     return 0
 
 
@@ -78,13 +79,13 @@ def _about_model(options: argparse.Namespace) -> int:
 
     def say(text: str) -> None:
         if sys.stderr.isatty():
-            print(f"{text} …", file=sys.stderr, flush=True)
+            complain(f"{text} …")
 
     found = model_fit.examine(question(vars(options)), say)
     if options.json:
-        print(json.dumps(model_fit_report.as_json(found), indent=1))
+        say_text(json.dumps(model_fit_report.as_json(found), indent=1) + "\n")
     else:
-        print(model_fit_report.as_text(found, shutil.get_terminal_size((100, 24)).columns), end="")
+        say_text(model_fit_report.as_text(found, shutil.get_terminal_size((100, 24)).columns))
     return 0 if found.chosen else 1
 
 

@@ -7,7 +7,6 @@ latency, not throughput, and are left out; so are those that broke off, of which
 
 from __future__ import annotations
 
-import logging
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 from edge_sdk.core.errors import ProtocolError, Unwritable
 from edge_sdk.core.records import decode, encode
 from edge_sdk.system.durable import write_durably
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 KEPT = 5
 LEAST_BYTES = 64 << 10  # a connection sends about 14 kB before the first answer (RFC 6928)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError, TooLarge, Unreachable
-from edge_sdk.system.durable import move_durably, unwritable
+from edge_sdk.system.durable import move_durably, privately, unwritable
 
 STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]*"')  # a weak one does not promise the same bytes
 CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
@@ -46,13 +47,13 @@ class Part:
             Unwritable: the disk is full.
         """
         try:
-            with self._part.open(self._mode(response)) as file:
+            with open(self._part, self._mode(response), opener=privately) as file:
                 for chunk in response.iter_raw():
                     yield file.write(chunk)
         except OSError as error:
             raise unwritable(self._part, error) from error
 
-    def _mode(self, response: httpx.Response) -> str:
+    def _mode(self, response: httpx.Response) -> Literal["ab", "wb"]:
         """How to open the part for this answer: at its end, or anew after noting which file this is."""
         tag = response.headers.get("ETag", "")
         if response.status_code == 206:
@@ -66,7 +67,8 @@ class Part:
         length = response.headers.get("Content-Length", "")
         self._size_bytes = int(length) if length.isdigit() else None
         if STRONG_TAG.fullmatch(tag):
-            self._tag.write_text(tag)
+            with open(self._tag, "wb", opener=privately) as file:
+                file.write(tag.encode())
         return "wb"
 
     def finish(self) -> None:

@@ -28,6 +28,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from edge_sdk.core.words import printable
+
 
 class EdgeError(Exception):
     """Base of every error raised on purpose by this project.
@@ -222,7 +224,7 @@ def from_problem(document: dict[str, Any]) -> EdgeError:
     An unknown title becomes TheirFault for 4xx statuses and InternalError otherwise.
     """
     status = document.get("status")
-    message = str(document.get("detail", "no detail given"))
+    message = printable(document.get("detail", "no detail given"), 1000)
     reserved = {"type", "title", "status", "detail", "instance"}
     details = {key: value for key, value in document.items() if key not in reserved}
     for kind in subclasses(EdgeError):

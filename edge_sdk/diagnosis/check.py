@@ -6,6 +6,9 @@ import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
+from edge_sdk.core.words import printable
+from edge_sdk.system.terminal import MOST
+
 State = Literal["fine", "warning", "not fine"]
 
 COLOURS = {"fine": "32", "warning": "33", "not fine": "1;31"}  # ANSI: green, yellow, bold red
@@ -40,13 +43,17 @@ def not_fine(subject: str, found: str, mend: str) -> Check:
 def rendered(check: Check, width: int | None = None, colour: bool = False) -> str:
     """A check for people: one line, and one with what mends it; folded to `width` columns if given."""
     indent = " " * (STATE_WIDTH + SUBJECT_WIDTH)
-    state = f"{check.state:<{STATE_WIDTH}}"
-    lines = _folded(check.found, indent, width)
+    lines = _folded(printable(check.found, MOST), indent, width)
     if check.mend:
-        lines += _folded(f"→ {check.mend}", indent, width)
-    head = f"\x1b[{COLOURS[check.state]}m{state}\x1b[0m" if colour else state
+        lines += _folded(printable(f"→ {check.mend}", MOST), indent, width)
+    head = painted(check.state) if colour else f"{check.state:<{STATE_WIDTH}}"
     lines[0] = f"{head}{check.subject:<{SUBJECT_WIDTH}}{lines[0].lstrip()}"
     return "\n".join(lines)
+
+
+def painted(state: State) -> str:
+    """A state in its colour."""
+    return f"\x1b[{COLOURS[state]}m{state:<{STATE_WIDTH}}\x1b[0m"
 
 
 def _folded(text: str, indent: str, width: int | None) -> list[str]:

@@ -13,7 +13,7 @@ from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError, ProtocolError, TooLarge
 from edge_sdk.core.lora import Adapter
 from edge_sdk.membership.membership import Membership
-from edge_sdk.system.durable import unwritable
+from edge_sdk.system.durable import make_folder, unwritable
 
 Purpose = Literal["work", "answer"]  # to train from, and to answer with
 SUFFIX = ".safetensors"
@@ -93,7 +93,7 @@ class AdapterCache:
 
     def _download(self, key: AdapterKey, path: Path, stopping: Callable[[], bool] | None) -> None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
         except OSError as error:
             raise unwritable(self._folder, error) from error
         dtype = self._membership.federation.download_dtype

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.records import decode, encode
 from edge_sdk.membership.session import Session
-from edge_sdk.system.durable import write_durably
+from edge_sdk.system.durable import PRIVATE, make_folder, write_durably
 
 SESSION, DIGESTS = "session.json", "digests.json"
 LEFT_BEHIND = (".*.tmp", "*.new")  # by a process that was killed while it wrote; `.new` by earlier releases
@@ -33,14 +33,14 @@ class Journal:
         self.folder = folder
         self.adapters = folder / "adapters"
         try:
-            self.adapters.mkdir(parents=True, exist_ok=True)
+            make_folder(self.adapters)
         except OSError as error:
             raise InputError(f"{folder}: no usable state folder ({error.strerror}); name another") from error
         self.checkpoint = folder / "checkpoint.safetensors"
         self.outbox = folder / "outbox.safetensors"
         self.link = folder / "link.json"
         self._session = folder / SESSION
-        self._lock = FileLock(folder / "lock", thread_local=False)
+        self._lock = FileLock(folder / "lock", thread_local=False, mode=PRIVATE)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -91,7 +91,7 @@ class Journal:
         Raises:
             Unwritable: the one before survives.
         """
-        write_durably(self._session, encode(session, indent=1), mode=0o600)
+        write_durably(self._session, encode(session, indent=1))
 
     def clear_work(self) -> None:
         """Forget checkpoint and outbox, once the session no longer needs them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 from edge_sdk.callbacks import Teller
 from edge_sdk.connection.transport import Transport
@@ -110,7 +111,7 @@ class Membership:
             return
         federation.base.require(self._fingerprint(federation))
         self._require_same(known.federation, federation)
-        self._session = known
+        self._session = replace(known, federation=federation)  # its lease may be another by now
 
     def _join(self, before: Federation | None) -> None:
         """Become a member; `before` is the federation that this state folder is of, if it is of one."""

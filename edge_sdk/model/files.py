@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InputError, Unwritable
 from edge_sdk.system.durable import write_durably
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 TINY = "tiny"
 

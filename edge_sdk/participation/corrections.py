@@ -19,15 +19,15 @@ predictions. How the factor moves:
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_sdk.core.errors import ProtocolError, Unwritable
 from edge_sdk.core.records import decode, to_json
 from edge_sdk.system.durable import write_durably
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FAILURE_MARGIN = (
     1.1  # the least that a failure raises the factor by, over what it proved and over what it was

@@ -1,18 +1,26 @@
 """Files that survive a crash: written beside their place, and moved there whole. Needs Python alone.
 
 The order is what makes it hold: a file's bytes are on the disk before it gets its name, and the name is on
-the disk before anybody is told.
+the disk before anybody is told. And they are their owner's alone: text can be recovered from updates, so what
+is made here is 0600 in folders of 0700, whatever the umask of the application says. Windows has no modes;
+there the folder of the user keeps others out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from edge_sdk.core.errors import Unwritable
+
+PRIVATE, PRIVATE_FOLDER, FOR_OTHERS = 0o600, 0o700, 0o666
+_MOST_NAMED = 3
+_users_umask: int | None = None  # while `private` has another one set
 
 Step = Literal["written", "renamed"]
 """Behind what a crash may come: all bytes of the new file are there; it has its name."""
@@ -24,7 +32,7 @@ def _unwatched(step: Step) -> None:
 
 @contextlib.contextmanager
 def replacing(
-    path: Path, mode: int = 0o644, lasting: bool = True, at: Callable[[Step], None] = _unwatched
+    path: Path, mode: int = PRIVATE, lasting: bool = True, at: Callable[[Step], None] = _unwatched
 ) -> Iterator[BinaryIO]:
     """Write a file that takes the place of `path` if the block ends well; otherwise nothing is changed.
 
@@ -33,7 +41,7 @@ def replacing(
 
     Args:
         path: the file to replace or make; its folder must be there.
-        mode: permissions of the new file.
+        mode: permissions of the new file, of which the umask takes some away.
         lasting: whether that must hold for a power cut as well; a file that can be made again need not wait
             for the disk.
         at: called after each step.
@@ -59,10 +67,15 @@ def replacing(
         fsync_folder(path.parent)
 
 
-def create(path: Path, mode: int) -> BinaryIO:
+def create(path: Path, mode: int = PRIVATE) -> BinaryIO:
     """Make a file that was not there, with these permissions from the first moment, and open it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), mode)
     return os.fdopen(descriptor, "wb")
+
+
+def privately(path: str, flags: int) -> int:
+    """An `opener` for `open`: a file that is made by that is its owner's alone."""
+    return os.open(path, flags, PRIVATE)
 
 
 def move_into_place(source: Path, target: Path, at: Callable[[Step], None] = _unwatched) -> None:
@@ -95,18 +108,84 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+# --- whose they are ---
+
+
+@contextlib.contextmanager
+def private() -> Iterator[None]:
+    """For a command: all files that its process makes meanwhile are its user's alone, by umask 077."""
+    global _users_umask  # noqa: PLW0603 - the umask is the process's too
+    before = _users_umask
+    _users_umask = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(_users_umask)
+        _users_umask = before
+
+
+@contextlib.contextmanager
+def for_others() -> Iterator[None]:
+    """What is made in this block is to be handed on: as readable as the user's own umask says."""
+    if _users_umask is None:
+        yield
+        return
+    before = os.umask(_users_umask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder where there is none, its user's alone; those above it as well.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(PRIVATE_FOLDER, exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def make_private(folder: Path) -> str | None:
+    """Take a folder of ours, and all that is in it, away from everybody but its owner.
+
+    Links are not followed, and what belongs to somebody else stays as it is.
+
+    Returns:
+        What was mended, in words; None where nothing had to be.
+    """
+    if os.name == "nt" or not folder.is_dir():
+        return None
+    mended = []
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # it has just gone, or is another user's
+            mode = stat.S_IMODE(path.lstat().st_mode)
+            if not path.is_symlink() and mode & 0o077:
+                path.chmod(mode & 0o700)
+                mended.append(path)
+    if not mended:
+        return None
+    named = ", ".join(str(path.relative_to(folder)) for path in mended[:_MOST_NAMED])
+    more = f" and {len(mended) - _MOST_NAMED} more" if len(mended) > _MOST_NAMED else ""
+    return f"{folder}: other users could read {named}{more}; now only you can"
+
+
 # --- for a device, whose owner is told which file it is ---
 
 
-def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_durably(path: Path, data: bytes) -> None:
     """Replace `path`, whose folder is made where it is missing, as `replacing` does.
 
     Raises:
         Unwritable: the disk is full, or read-only; the old content is there, and nothing beside it.
     """
     with _named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, mode) as file:
+        make_folder(path.parent)
+        with replacing(path) as file:
             file.write(data)
 
 

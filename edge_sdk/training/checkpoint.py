@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +29,9 @@ from edge_sdk.core.flexlora import combine, serve
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
 from edge_sdk.core.records import decode
 from edge_sdk.system.durable import write_durably
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

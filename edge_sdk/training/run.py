@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,11 +13,12 @@ from edge_sdk.core.errors import Unwritable
 from edge_sdk.core.lora import Matrix
 from edge_sdk.system.backoff import Backoff
 from edge_sdk.system.out_of_memory import caught
+from edge_sdk.system.terminal import logger
 from edge_sdk.training import optimizers
 from edge_sdk.training.checkpoint import Progress
 from edge_sdk.training.plan import Plan, StepReport
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # Adam's first steps have the full size whatever the gradient says, so they are taken small: linear over the
 # first tenth of the assignment. Constant from then on: averaging over devices does what a decay would do.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.core.errors import Unwritable
 from edge_sdk.system.durable import write_durably
+from edge_sdk.system.terminal import logger
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 
 def recall(path: Path) -> dict[str, Any]:

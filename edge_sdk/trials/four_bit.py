@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import time
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,9 +18,10 @@ from pathlib import Path
 from edge_sdk.core.errors import InputError
 from edge_sdk.machine.processor import cpu_name
 from edge_sdk.system import child_process
+from edge_sdk.system.terminal import logger
 from edge_sdk.trials.findings import recall, remember
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 TRIAL_S = 180.0  # a first start on a slow disk reads a GB of libraries
 REMEMBERED = "four-bit.json"

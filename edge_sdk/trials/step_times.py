@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from edge_sdk.core.records import decode, encode, from_json, to_json
 from edge_sdk.core.version import __version__
 from edge_sdk.system import child_process
 from edge_sdk.system.hidden_library import hide_bitsandbytes
+from edge_sdk.system.terminal import logger
 from edge_sdk.trials.findings import recall, remember
 from edge_sdk.trials.four_bit import installation
 
-log = logging.getLogger("edge_sdk")
+log = logger("edge_sdk")
 
 MEASURE_S = 300.0
 REMEMBERED = "step-times.json"

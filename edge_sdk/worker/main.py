@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
 import os
 import queue
 import signal
@@ -22,13 +21,14 @@ from typing import IO, TYPE_CHECKING, Any
 from edge_sdk.core.errors import EdgeError, InternalError
 from edge_sdk.core.records import from_json, to_json
 from edge_sdk.system.hidden_library import hide_bitsandbytes
+from edge_sdk.system.terminal import logger
 from edge_sdk.training.plan import Abandoned, Interrupted, StepAnswer, StepReport
 from edge_sdk.worker.messages import Job, Question, Setup, line, parsed, problem
 
 if TYPE_CHECKING:
     from edge_sdk.worker.worker import Worker
 
-log = logging.getLogger("edge_sdk.worker")
+log = logger("edge_sdk.worker")
 
 PR_SET_PDEATHSIG = 1
 # The kernel adds this, in thousandths of all memory, to what a process takes when it looks for one to kill. A

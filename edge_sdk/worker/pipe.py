@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import os
 import queue
 import subprocess
@@ -21,9 +20,10 @@ from typing import IO, Any
 from edge_sdk.core.errors import InputError, ProtocolError, WorkerDied
 from edge_sdk.system.child_process import Ending, ending_of
 from edge_sdk.system.out_of_memory import out_of_memory
+from edge_sdk.system.terminal import logger, pass_on
 from edge_sdk.worker.messages import line, parsed, raised
 
-log = logging.getLogger("edge_sdk.worker")
+log = logger("edge_sdk.worker")
 
 CLOSING_S = 5.0
 CLOSED = "it was closed"
@@ -232,12 +232,9 @@ class StderrTail:
         with self._pipe:
             while piece := os.read(self._pipe.fileno(), 1 << 16):
                 self._kept = (self._kept + piece)[-KEPT_BYTES:]
-                if sys.stderr is None:  # a windowed application
-                    continue
                 # A terminal that is gone must not stop the worker.
                 with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.write(piece.decode(errors="replace"))
-                    sys.stderr.flush()
+                    pass_on(piece.decode(errors="replace"))
 
 
 def answer_of(message: Message) -> Any:

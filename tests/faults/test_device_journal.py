@@ -170,12 +170,12 @@ class DeviceOverTime(RuleBasedStateMachine):
         self.dies_at -= 1
         return self.dies_at < 0
 
-    def _writing(self, path: Path, data: bytes, mode: int = 0o644) -> None:
+    def _writing(self, path: Path, data: bytes) -> None:
         dies = self._may_die()
         if dies and not self.dies_after_writing:
             path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
             raise Crash
-        self._write(path, data, mode)
+        self._write(path, data)
         if path.name == journal.SESSION:
             self._note()
         if dies:
