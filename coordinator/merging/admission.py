@@ -32,7 +32,7 @@ class Admission:
     history: int = 200  # devices that count in that median: those whose last update is newest
     history_least: int = 4  # devices from which on there is a learnt bound
     daily_factor: float = 10.0  # by which the learnt bound may move in a day, up or down
-    reach_factor: float = 2.0  # the bound of always, as a multiple of what rate × steps can reach; reach.py
+    reach_factor: float = 1.0  # the bound of always, as a multiple of what rate × steps can reach; reach.py
     robust: RobustName = "none"  # how a buffer is merged; see robust.py
     trimmed_share: float = 0.2  # of a buffer, for robust = "trimmed"
 
