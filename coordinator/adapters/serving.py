@@ -1,8 +1,8 @@
-"""Adapters on their way out: immutable files for each (version, rank, dtype), made at the first request.
+"""Adapters on their way out: immutable files for each (version, rank, dtype).
 
-At the first request for one rank that devices ask for, the files of all such ranks are made. Not when a
-version is published: one that nobody fetches, because the next came before, costs nothing then, a crash
-leaves nothing to be taken up, and who comes first waits little longer than for one file (docs/WIRE.md).
+Those that devices will ask for are made before their version is published: one that cannot be served must
+not become the current one, from which everybody starts. Any of them may be removed again, by a start or where
+nobody needs it, and is then made at the next request, with all others that devices ask for (docs/WIRE.md).
 """
 
 from __future__ import annotations
@@ -57,6 +57,31 @@ class Serving:
             if not self._asking[version]:  # a lock that somebody waits for must stay the only one
                 del self._asking[version], self._making[version]
         return path
+
+    def prepare(self, version: int, digest: str, live_rank: int) -> None:
+        """Make the files of a version that is about to be published, and read the largest.
+
+        All are cut from that one. For the thread that merges. A version of that number which was not
+        published may have left files: they are replaced.
+
+        Args:
+            version: its number.
+            digest: of its stored adapter.
+            live_rank: of that.
+
+        Raises:
+            InternalError: devices could not be given what was merged; says why.
+        """
+        ladder = rungs(self._federation, live_rank)
+        if not ladder:  # there is nothing that devices would hold
+            return
+        try:
+            write_rungs(self._federation, version, self._blobs.path(digest), ladder, self._blobs.caching)
+            codec.require_whole(self._path(version, max(ladder)))
+        except FileNotFoundError:
+            return  # collected, since nobody starts from it yet: it is made again when it is asked for
+        except AdapterError as error:
+            raise InternalError(f"version {version} could not be served: {error}") from error
 
     def _make(self, version: int, rung: Rung) -> None:
         """Make this file; if it is one of those that devices ask for, all of them that are not there."""

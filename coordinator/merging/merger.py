@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,13 @@ from edge_sdk.core.errors import BadUpdates, NotFound
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.svd.decompose import decompose
+
+Prepare = Callable[[int, str, int], None]
+"""Looks at a version before it is published: its number, the digest of its adapter, its live rank."""
+
+
+def unprepared(version: int, digest: str, live_rank: int) -> None:
+    """Nothing."""
 
 
 class Merger:
@@ -48,8 +55,11 @@ class Merger:
         self.learnt = None if noise else NormBound(federation, store, self._admission)
         self._eta, self._noise, self._by = eta, noise, by
 
-    def merge(self, effect: Merge) -> Version:
+    def merge(self, effect: Merge, prepare: Prepare = unprepared) -> Version:
         """Aggregate and publish; after this returns the version is durable.
+
+        `prepare` is called before that, with the version's number, the digest of its adapter, and its live
+        rank; what it raises keeps the version from being published.
 
         Raises:
             BadUpdates: some are not what was acknowledged, all of these; nothing was published.
@@ -65,6 +75,7 @@ class Merger:
         how = weighing(self._admission, self._noise)
         with self._blobs.keeping() as write:  # until its row is there
             outcome = aggregate(self._federation, self._eta, base, addends, write, how, self._by)
+            prepare(effect.version, outcome.digest, outcome.rank)
             version = _version(effect.version, outcome, self._noise, limit)
             merged = zip(effect.weights, outcome.weights, strict=True)
             self._store.publish(version, [(b.update, weight, tau) for (b, _, tau), weight in merged])

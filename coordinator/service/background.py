@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from coordinator.engine.events import Effect, Event, Expired, Merge, Merged, MergeFailed, Published, Tick
-from coordinator.merging.merger import Merger
 from coordinator.service.fault_log import FaultLog
+from coordinator.storage.rows import Version
 from coordinator.storage.store import Store
 from coordinator.upkeep.collection import Collector
 from edge_sdk.core.errors import BadUpdates, OurFault
@@ -25,7 +25,7 @@ class Background:
 
     Args:
         store: of the federation.
-        merger: makes versions, in a thread.
+        merge: makes and publishes a version, in a thread.
         collector: removes files, in a thread.
         faults: where faults of the machine are said.
         tell: gives the engine an event, and brings back here what is to be done about it.
@@ -34,12 +34,12 @@ class Background:
     def __init__(
         self,
         store: Store,
-        merger: Merger,
+        merge: Callable[[Merge], Version],
         collector: Collector,
         faults: FaultLog,
         tell: Callable[[Event[None]], None],
     ) -> None:
-        self._store, self._merger, self._collector = store, merger, collector
+        self._store, self._make_version, self._collector = store, merge, collector
         self._faults, self._tell = faults, tell
         self._tasks: set[asyncio.Task[None]] = set()
         self._collecting: asyncio.Task[None] | None = None
@@ -106,7 +106,7 @@ class Background:
     def _merged(self, effect: Merge) -> Merged | MergeFailed:
         """A merge in a worker thread. Updates that turn out to be damaged are left out for good."""
         try:
-            version = self._merger.merge(effect)
+            version = self._make_version(effect)
         except BadUpdates as error:
             for update, reason in error.reasons.items():
                 log.error("update %s: %s; it is left out", update, reason)

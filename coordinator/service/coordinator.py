@@ -11,6 +11,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
@@ -80,9 +81,10 @@ class Coordinator:
         self._examination = Examination(self.federation, self.store, opened.blobs, chosen, merger.learnt)
         self.uploads = Uploads(self.federation, self.store, opened.blobs, self._examination)
         self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
+        merge = partial(merger.merge, prepare=self.serving.prepare)
         self._status = SharedAnswer(self._status_text)
         self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
-        self._background = Background(self.store, merger, opened.collector, self.faults, self._apply)
+        self._background = Background(self.store, merge, opened.collector, self.faults, self._apply)
 
     # --- life ---
 
