@@ -91,6 +91,8 @@ def configuration(
         f"scaling = {SCALING}",
         f'upload_dtype = "{dtype}"',
         f'download_dtype = "{dtype}"',
+        "[admission]",
+        "reach_factor = 1e9",  # random adapters are no training
         "[policy]",
         *(f"{key} = {json.dumps(value)}" for key, value in policy.items()),
     ]

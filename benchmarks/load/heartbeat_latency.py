@@ -49,6 +49,8 @@ rank_cap = {RANK}
 scaling = {SCALING}
 upload_dtype = "float32"
 download_dtype = "float32"
+[admission]
+reach_factor = 1e9
 [policy]
 buffer_size = {DEVICES}
 timeout_s = 3600.0
