@@ -37,6 +37,7 @@ from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import OWN_RULES, Base, Federation, Training
+from edge_sdk.core.ranges import Factor, Interval, Rank
 from edge_sdk.core.records import decode
 
 # Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
@@ -60,10 +61,10 @@ class FederationSettings:
 
     rule: str = "carry"
     ladder: tuple[int, ...] = (2, 4, 8, 16)
-    rank_cap: int = 32
-    scaling: float = 2.0
+    rank_cap: Rank = 32
+    scaling: Factor = 2.0
     split: Split = "balanced"
-    heartbeat_s: float = 5.0
+    heartbeat_s: Interval = 5.0
     mixed_ranks: tuple[tuple[int, int], ...] = ()
     # None: int8 in a new federation, and in one that began before there was a choice what it began with.
     download_dtype: WireDtype | None = None
@@ -172,29 +173,16 @@ def _check(settings: Settings, where: str) -> None:
     _check_mixed_ranks(chosen, where)
     _check_rule(chosen, widest, where)
     _check_admission(settings, where)
-    for name, value in (
-        ("federation.scaling", chosen.scaling),
-        ("federation.heartbeat_s", chosen.heartbeat_s),
-    ):
-        if not value > 0:
-            raise InputError(f"{where}: {name} is {value}; it must be above 0")
     _check_training(training, chosen.rule, where)
 
 
 def _check_training(training: Training, rule: str, where: str) -> None:
-    """Signs and sizes of what devices do, and what a rule makes of it."""
-    if training.learning_rate_decay > 1:
+    """What a rule makes of what devices do."""
+    if training.sparse_versions and not rule_named(rule).warms_up:
         raise InputError(
-            f"{where}: training.learning_rate_decay is {training.learning_rate_decay}; at most 1"
-        )
-    if training.sparse_versions < 0 or (training.sparse_versions and not rule_named(rule).warms_up):
-        raise InputError(
-            f"{where}: training.sparse_versions is {training.sparse_versions}; it must be 0 or more, and 0 "
+            f"{where}: training.sparse_versions is {training.sparse_versions}; it must be 0 "
             f"under any rule but {' or '.join(_those('warms_up'))}, not {rule}"
         )
-    for name, value in dataclasses.asdict(training).items():
-        if name != "sparse_versions" and not value > 0:
-            raise InputError(f"{where}: training.{name} is {value}; it must be above 0")
 
 
 def _check_privacy(settings: Settings, where: str) -> None:

@@ -34,7 +34,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "edge_sdk.core": (
         ("version", "words"),
-        ("errors",),
+        ("errors", "ranges"),
         ("records", "lora"),
         ("toml_file", "adapter_file", "svd"),
         ("profile", "flexlora"),

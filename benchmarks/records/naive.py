@@ -1,7 +1,8 @@
 """The decoder that msgspec replaced, written by hand: what `edge_sdk.core.records` must agree with.
 
-Tests compare verdicts and values of the two, and the benchmark their speed. It is what it was but for two
-points: integers count as floats up to the largest float, and halves of surrogate pairs are no keys.
+Tests compare verdicts and values of the two, and the benchmark their speed. It is what it was but for
+three points: integers count as floats up to the largest float, halves of surrogate pairs are no keys, and
+fields have ranges.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -58,7 +60,7 @@ def from_json(kind: type[Record], value: Any, where: str = "") -> Record:
 @functools.cache
 def _fields_of(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
     """Name, type and whether there is no default, of each field. Resolving hints takes a while."""
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     missing = dataclasses.MISSING
     return tuple(
         (field.name, hints[field.name], field.default is missing and field.default_factory is missing)
@@ -69,6 +71,8 @@ def _fields_of(kind: Any) -> tuple[tuple[str, Any, bool], ...]:
 def _decode(hint: Any, value: Any, where: str) -> Any:
     """Check `value` against a type hint and build it."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _within(arguments[1], _decode(arguments[0], value, where), where)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value, where)
     if origin in (typing.Union, types.UnionType):
@@ -86,9 +90,23 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ProtocolError(f"{where}: expected an object, got {_kind_of(value)}")
         for key in value:
-            _decode_scalar(str, str(key), where)
+            _decode(arguments[0], str(key), where)
         return {str(k): _decode(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
     return _decode_scalar(hint, value, where)
+
+
+def _within(meta: Any, value: Any, where: str) -> Any:
+    """Refuse a value outside a range."""
+    wrong = (
+        (meta.ge is not None and value < meta.ge)
+        or (meta.gt is not None and value <= meta.gt)
+        or (meta.le is not None and value > meta.le)
+        or (meta.max_length is not None and len(value) > meta.max_length)
+        or (meta.pattern is not None and not re.search(meta.pattern, value))
+    )
+    if wrong:
+        raise ProtocolError(f"{where}: out of range")
+    return value
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

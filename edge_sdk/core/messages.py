@@ -1,6 +1,7 @@
 """The wire: every record, path and header that a device and a coordinator exchange. Nothing else names one.
 
-Which record goes where, and who may send it, is the table of `routes.py`.
+The type of a field says its range as well (`ranges.py`): a record with a value outside is refused. Which
+record goes where, and who may send it, is the table of `routes.py`.
 
 Requests but join carry the device's credential as a bearer token. Every refusal is an RFC 9457 problem
 document (`application/problem+json`); `errors.from_problem` rebuilds the error from it. Durations travel in
@@ -10,13 +11,40 @@ seconds from receipt, never as clock times, so that no two clocks need to agree.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta
 
 from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import BaseMismatch, ProtocolError
 from edge_sdk.core.flexlora import Split
+from edge_sdk.core.ranges import (
+    ByteCount,
+    Count,
+    Credential,
+    Decay,
+    Digest,
+    Factor,
+    Id,
+    Interval,
+    Key,
+    Loss,
+    Name,
+    Rank,
+    RankOrNone,
+    Seconds,
+    Seed,
+    Several,
+    Share,
+    Size,
+    Start,
+    Text,
+    Version,
+    Width,
+)
 
 PROTOCOL_VERSION = 1
+MODULES, LADDER, VERSIONS = 1 << 16, 1 << 10, 1 << 10  # the most of each that a record lists
 
 JOIN = "/v1/join"
 FEDERATION = "/v1/federation"
@@ -47,9 +75,9 @@ Directive = Literal["continue", "finish", "abandon"]
 class Base:
     """The frozen LLM that all devices share: where to load it, what it must be, and its LoRA targets."""
 
-    model: str  # `tiny`, a Hugging Face id or a directory
-    fingerprint: str  # over config, tokenizer, weights and targets
-    modules: dict[str, tuple[int, int]]  # target module -> (out, in)
+    model: Name  # `tiny`, a Hugging Face id or a directory
+    fingerprint: Digest  # over config, tokenizer, weights and targets
+    modules: Annotated[dict[Key, tuple[Width, Width]], Meta(max_length=MODULES)]  # target module -> (out, in)
 
     def require(self, fingerprint: str) -> None:
         """Raise BaseMismatch unless a device's base model is this one."""
@@ -64,13 +92,13 @@ class Base:
 class Training:
     """What every device does locally in one assignment."""
 
-    steps: int = 20  # optimiser steps
-    batch: int = 8  # examples in a step
-    sequence_len: int = 256  # tokens; longer examples are cut
-    learning_rate: float = 2e-3  # of version 0
-    learning_rate_decay: float = 1.0  # factor from one version to the next; see `learning_rate_at`
-    checkpoint_s: float = 30.0  # at most this much work is done again after a crash
-    sparse_versions: int = 0  # versions before this one train whole input columns, as in SLoRA
+    steps: Several = 20  # optimiser steps
+    batch: Several = 8  # examples in a step
+    sequence_len: Several = 256  # tokens; longer examples are cut
+    learning_rate: Factor = 2e-3  # of version 0
+    learning_rate_decay: Decay = 1.0  # factor from one version to the next; see `learning_rate_at`
+    checkpoint_s: Interval = 30.0  # at most this much work is done again after a crash
+    sparse_versions: Version = 0  # versions before this one train whole input columns, as in SLoRA
 
     def learning_rate_at(self, version: int) -> float:
         """The rate for an assignment from `version`: falling geometrically where devices' texts differ.
@@ -85,22 +113,22 @@ class Training:
 class Federation:
     """All that a device needs to take part; fixed for the life of a federation."""
 
-    id: str
+    id: Id
     base: Base
-    rule: str
-    ladder: tuple[int, ...]  # ranks that a device may train, rising
-    rank_cap: int  # rank R of the stored global adapter
-    scaling: float  # s = lora_alpha / r, the same at every rank
+    rule: Name
+    ladder: Annotated[tuple[Rank, ...], Meta(max_length=LADDER)]  # ranks that a device may train, rising
+    rank_cap: Rank  # rank R of the stored global adapter
+    scaling: Factor  # s = lora_alpha / r, the same at every rank
     split: Split
     training: Training = field(default_factory=Training)
-    heartbeat_s: float = 5.0
+    heartbeat_s: Interval = 5.0
     # Ranks (attention, feed-forward) that a device may train besides the ladder: the paper's Type 3.
-    mixed_ranks: tuple[tuple[int, int], ...] = ()
-    lease_s: float = field(default=600.0, compare=False)  # time for an assignment; the host may change it
+    mixed_ranks: Annotated[tuple[tuple[Rank, Rank], ...], Meta(max_length=LADDER)] = ()
+    lease_s: Interval = field(default=600.0, compare=False)  # time for an assignment; the host may change it
     # How files travel; a device of before these fields, and a data folder, have float32 both ways.
     download_dtype: WireDtype = "float32"
     upload_dtype: WireDtype = "float32"
-    protocol: int = PROTOCOL_VERSION
+    protocol: Count = PROTOCOL_VERSION
     # What `carries` says; None in records older than this field, where the name of the rule decides.
     holds_global: bool | None = None
 
@@ -121,18 +149,18 @@ class Federation:
 class JoinRequest:
     """A device introduces itself. `profile` is a DeviceProfile as JSON text, for the host's eyes only."""
 
-    name: str
-    fingerprint: str
-    profile: dict[str, str] = field(default_factory=dict)
-    protocol: int = PROTOCOL_VERSION
+    name: Name
+    fingerprint: Digest
+    profile: Annotated[dict[Name, Text], Meta(max_length=100)] = field(default_factory=dict)
+    protocol: Count = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True)
 class JoinReply:
     """The device's own credential, shown once and stored hashed by the coordinator."""
 
-    device_id: str
-    credential: str
+    device_id: Id
+    credential: Credential
     federation: Federation
 
 
@@ -143,39 +171,41 @@ class Ask:
     `carry_rank`: the most components of the global adapter that it can hold frozen beside; 0 for none.
     """
 
-    rank: int
-    carry_rank: int = 0
+    rank: Rank
+    carry_rank: RankOrNone = 0
 
 
 @dataclass(frozen=True)
 class Assignment:
     """A lease: train `steps` steps at `rank` from `version`, within `expires_in_s` of receiving this."""
 
-    id: str
-    version: int
-    rank: int
-    carry_rank: int  # components of `version` to hold frozen, at most those asked for; 0 but for `carry`
-    steps: int
-    seed: int
-    expires_in_s: float
+    id: Id
+    version: Version
+    rank: Rank
+    carry_rank: (
+        RankOrNone  # components of `version` to hold frozen, at most those asked for; 0 but for `carry`
+    )
+    steps: Several
+    seed: Seed
+    expires_in_s: Seconds
     # The first 16 hex digits of the SHA-256 of the stored global adapter of `version`; "" for version 0.
     # After a restored backup one number may stand for two adapters: files are kept by number and this.
-    start: str = ""
+    start: Start = ""
 
 
 @dataclass(frozen=True)
 class NotNow:
     """No work at present; ask again after `retry_after_s`."""
 
-    retry_after_s: float
-    reason: str
+    retry_after_s: Seconds
+    reason: Text
 
 
 @dataclass(frozen=True)
 class Heartbeat:
     """Progress of an assignment."""
 
-    steps_done: int
+    steps_done: Count
 
 
 @dataclass(frozen=True)
@@ -189,55 +219,59 @@ class HeartbeatReply:
 class Update:
     """What an uploaded adapter is. `digest` is the SHA-256 of its bytes in hex."""
 
-    digest: str
-    size_bytes: int
-    rank: int
-    examples: int  # examples processed; the weight n_k of the average
-    steps: int
-    loss_before: float  # mean training loss of the first step
-    loss_after: float  # mean training loss of the last step
-    train_s: float
+    digest: Digest
+    size_bytes: ByteCount
+    rank: Rank
+    examples: Count  # examples processed; the weight n_k of the average
+    steps: Count
+    loss_before: Loss  # mean training loss of the first step
+    loss_after: Loss  # mean training loss of the last step
+    train_s: Seconds
 
 
 @dataclass(frozen=True)
 class UpdateReply:
     """The update is on disk and counts exactly once."""
 
-    update_id: str
-    current_version: int
+    update_id: Id
+    current_version: Version
 
 
 @dataclass(frozen=True)
 class DeviceStatus:
     """One device as the host sees it."""
 
-    id: str
-    name: str
-    rank: int
-    updates: int
-    mean_staleness: float
+    id: Id
+    name: Name
+    rank: RankOrNone
+    updates: Count
+    mean_staleness: Size
     state: Literal["idle", "training"]
-    steps_done: int
-    steps: int
-    seen_s_ago: float
+    steps_done: Count
+    steps: Count
+    seen_s_ago: Seconds
 
 
 @dataclass(frozen=True)
 class Status:
     """The federation at a glance."""
 
-    federation: str
-    version: int
-    buffered: int
-    buffer_size: int
+    federation: Id
+    version: Version
+    buffered: Count
+    buffer_size: Count
     aggregating: bool
-    version_ranks: dict[str, int]  # version -> live rank of its global adapter, newest 20
-    discarded_shares: dict[str, float]  # version -> share of its energy that the rank cap dropped, likewise
+    version_ranks: Annotated[
+        dict[Key, RankOrNone], Meta(max_length=VERSIONS)
+    ]  # version -> live rank of its global adapter, newest 20
+    discarded_shares: Annotated[
+        dict[Key, Share], Meta(max_length=VERSIONS)
+    ]  # version -> share of its energy that the rank cap dropped, likewise
     devices: tuple[DeviceStatus, ...]
-    refused: int = 0  # adapters that could not be merged, or changed too much
-    clipped: int = 0  # updates of which less than the whole change is merged
-    norm_bound: float | None = None  # the longest change that is merged whole; None while none is learnt
+    refused: Count = 0  # adapters that could not be merged, or changed too much
+    clipped: Count = 0  # updates of which less than the whole change is merged
+    norm_bound: Size | None = None  # the longest change that is merged whole; None while none is learnt
     # Differential privacy of the device whose updates entered most versions so far; delta is 0 without it.
-    epsilon: float = 0.0
-    delta: float = 0.0
-    start: str = ""  # of the newest version, as in Assignment
+    epsilon: Size = 0.0
+    delta: Share = 0.0
+    start: Start = ""  # of the newest version, as in Assignment

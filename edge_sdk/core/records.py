@@ -14,7 +14,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -104,6 +104,7 @@ class _Misfit:
     what: str
 
 
+_AT_THE_END = r"(?!\n)$"
 _HALF_A_PAIR = "half of a surrogate pair, which is no text"
 _NOT_FINITE, _NO_TEXT = _Misfit("a number that is not finite"), _Misfit(_HALF_A_PAIR)
 
@@ -135,14 +136,38 @@ def _converted(hint: Any, value: Any, where: str) -> Any:
     except msgspec.ValidationError as error:
         for at, inner, part in parts(hint, value):
             _converted(inner, part, where + at)
-        raise ProtocolError(where + _complaint(needed(hint), value, error)) from error
+        raise ProtocolError(where + _complaint(hint, value, error)) from error
 
 
 def needed(hint: Any) -> Any:
-    """X of `X | None`."""
+    """X of `X | None`, and of X with a range."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return next(argument for argument in typing.get_args(hint) if argument is not type(None))
-    return hint
+        return needed(next(argument for argument in typing.get_args(hint) if argument is not type(None)))
+    return needed(typing.get_args(hint)[0]) if typing.get_origin(hint) is typing.Annotated else hint
+
+
+def range_of(hint: Any) -> msgspec.Meta | None:
+    """The range of what should be a `hint`, if it has one."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return range_of(next(argument for argument in typing.get_args(hint) if argument is not type(None)))
+    if typing.get_origin(hint) is typing.Annotated:
+        return next((meta for meta in typing.get_args(hint)[1:] if isinstance(meta, msgspec.Meta)), None)
+    return None
+
+
+def in_words(meta: msgspec.Meta) -> str:
+    """What a value must be to lie in a range."""
+    if meta.pattern is not None:
+        return f"be text of the form {meta.pattern.replace(_AT_THE_END, '$')}"
+    if meta.max_length is not None:
+        return f"have at most {meta.max_length} items or characters"
+    if meta.gt is not None:
+        return f"be above {meta.gt}" + (f" and at most {_number(meta.le)}" if meta.le is not None else "")
+    return f"be {meta.ge} to {_number(meta.le)}" if meta.le is not None else f"be {meta.ge} or more"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.12g}"
 
 
 def parts(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
@@ -153,11 +178,12 @@ def parts(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
     hint = needed(hint)
     arguments = typing.get_args(hint)
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
+        hints = typing.get_type_hints(hint, include_extras=True)
         names = [field.name for field in dataclasses.fields(hint) if field.name in value]
         return [(f".{name}", hints[name], value[name]) for name in names]
     if isinstance(value, dict) and typing.get_origin(hint) is dict:
-        return [(f".{key}", arguments[1], held) for key, held in value.items()]
+        keys = [(f" key {_short(key)}", arguments[0], key) for key in value]
+        return [*keys, *((f".{_short(key, str)}", arguments[1], held) for key, held in value.items())]
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(inner) == len(value):
@@ -167,6 +193,9 @@ def parts(hint: Any, value: Any) -> list[tuple[str, Any, Any]]:
 
 def _complaint(hint: Any, value: Any, error: msgspec.ValidationError) -> str:
     """What is wrong with a value all of whose parts are right."""
+    meta, hint = range_of(hint), needed(hint)
+    if meta is not None and _is_a(hint, value):
+        return f": must {in_words(meta)}, got {_got(value)}"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         missing = [field.name for field in dataclasses.fields(hint) if _lacks(value, field)]
@@ -179,6 +208,28 @@ def _complaint(hint: Any, value: Any, error: msgspec.ValidationError) -> str:
     name = "an object" if dataclasses.is_dataclass(hint) else names.get(origin) or hint.__name__
     got = value.what if isinstance(value, _Misfit) else "null" if value is None else type(value).__name__
     return f": expected {name}, got {got}"
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether a value is of the right kind, whatever its range."""
+    kind = typing.get_origin(hint) or hint
+    kinds = {float: (int, float), tuple: (list, tuple)}.get(kind, (kind,))
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _got(value: Any) -> str:
+    """A value that is out of range, never at length."""
+    if isinstance(value, dict | list | tuple):
+        return str(len(value))
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a number of {int(math.log10(abs(value))) + 1} digits"
+    return _short(value)
+
+
+def _short(value: Any, show: Callable[[Any], str] = repr) -> str:
+    """The beginning of a value."""
+    text = show(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _lacks(value: dict[str, Any], field: dataclasses.Field[Any]) -> bool:

@@ -25,12 +25,13 @@ from edge_sdk.core.errors import (
     Unauthorised,
     UploadLost,
 )
+from edge_sdk.core.ranges import ByteCount, Count, Id, Rank, Version
 
 Caller = Literal["join token", "credential", "either", "anyone"]
 """Whose secret a request carries, as `Authorization: Bearer …`; anyone needs none."""
 
-PLACEHOLDERS: dict[str, Any] = {"id": str, "version": int, "rank": int, "dtype": WireDtype}
-"""What may stand in a path, with its type."""
+PLACEHOLDERS: dict[str, Any] = {"id": Id, "version": Version, "rank": Rank, "dtype": WireDtype}
+"""What may stand in a path, with its type and range."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Header:
     """A header that means something to this protocol, or is worth sending."""
 
     name: str
-    kind: type
+    kind: Any  # a type, with its range
     meaning: str
     required: bool = False
 
@@ -84,9 +85,13 @@ class Route:
     refusals: tuple[type[EdgeError], ...] = ()
 
 
-OFFSET = Header(messages.UPLOAD_OFFSET, int, "Bytes of the upload that are stored: where the next ones go.")
-OFFSET_OF_BODY = Header(messages.UPLOAD_OFFSET, int, "Where the body begins; what is stored so far.", True)
-RETRY_AFTER = Header("Retry-After", int, "Seconds to wait before asking again.")
+OFFSET = Header(
+    messages.UPLOAD_OFFSET, ByteCount, "Bytes of the upload that are stored: where the next ones go."
+)
+OFFSET_OF_BODY = Header(
+    messages.UPLOAD_OFFSET, ByteCount, "Where the body begins; what is stored so far.", True
+)
+RETRY_AFTER = Header("Retry-After", Count, "Seconds to wait before asking again.")
 RANGE = Header("Range", str, "The part of the file that is wanted, so a broken download goes on.")
 CONTENT_RANGE = Header("Content-Range", str, "Which part of the file this is.")
 ETAG = Header("ETag", str, "Names the content of the file.")

@@ -18,6 +18,7 @@ from typing import Literal
 from edge_sdk.core.choice.setting import Setting
 from edge_sdk.core.errors import InternalError, ProtocolError
 from edge_sdk.core.messages import Assignment, Federation, JoinReply, Update
+from edge_sdk.core.ranges import Count, Credential, Id, Name, Version
 
 Phase = Literal["idle", "training", "outbox"]
 
@@ -26,16 +27,16 @@ Phase = Literal["idle", "training", "outbox"]
 class Session:
     """A device's membership and the work in its hands."""
 
-    url: str
-    device_id: str
-    credential: str
+    url: Name
+    device_id: Id
+    credential: Credential
     federation: Federation
     phase: Phase = "idle"
     assignment: Assignment | None = None  # while training or in the outbox
     setting: Setting | None = None  # how that assignment is trained
     update: Update | None = None  # while in the outbox
-    delivered: int = 0
-    last_version: int = 0  # newest version heard of
+    delivered: Count = 0
+    last_version: Version = 0  # newest version heard of
 
     def __post_init__(self) -> None:
         """Raise ProtocolError for a phase without the records that it needs, as a damaged file may say."""

@@ -27,6 +27,7 @@ from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import combine, serve
 from edge_sdk.core.lora import Adapter, LoraFactors, Matrix
+from edge_sdk.core.ranges import Count, Loss, Seconds
 from edge_sdk.core.records import decode
 from edge_sdk.system.durable import write_durably
 from edge_sdk.system.terminal import logger
@@ -41,12 +42,12 @@ class Progress:
     `adam_since`: the step after which the optimiser began, above 0 where a run went on at another rank.
     """
 
-    step: int
-    examples: int
-    loss_first: float
-    loss_last: float
-    seconds: float
-    adam_since: int = 0
+    step: Count
+    examples: Count
+    loss_first: Loss
+    loss_last: Loss
+    seconds: Seconds
+    adam_since: Count = 0
 
 
 @dataclass(frozen=True)

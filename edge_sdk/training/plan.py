@@ -16,6 +16,7 @@ from edge_sdk.core.choice.setting import Optimizer, Ranks
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Directive
+from edge_sdk.core.ranges import Seconds, Several, Share, Size
 from edge_sdk.text.rows import Tokenised
 
 REST_SLICE_S = 0.5  # in calm mode the caller is heard at least this often
@@ -60,13 +61,13 @@ class Plan:
     `duty`: the share of wall time that may be spent computing; below 1 the trainer rests between steps.
     """
 
-    steps: int
-    batch: int
-    micro_batch: int
-    sequence_len: int
-    learning_rate: float
-    duty: float = 1.0
-    checkpoint_s: float = 30.0
+    steps: Several
+    batch: Several
+    micro_batch: Several
+    sequence_len: Several
+    learning_rate: Size
+    duty: Share = 1.0
+    checkpoint_s: Seconds = 30.0
     checkpointing: bool = False  # see core.choice.setting
     optimizer: Optimizer = "adamw"
     only_b: bool = False  # A stays as it is: it selects the columns that are trained

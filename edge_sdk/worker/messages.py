@@ -16,6 +16,20 @@ from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import EdgeError, ProtocolError, from_problem
+from edge_sdk.core.ranges import (
+    ByteCount,
+    Count,
+    Digest,
+    Factor,
+    Key,
+    Loss,
+    Rank,
+    RankOrNone,
+    Seconds,
+    Seed,
+    Several,
+    Width,
+)
 from edge_sdk.training.plan import Abandoned, Interrupted, Plan
 
 Word = Literal["finish", "abandon", "interrupt"]
@@ -30,13 +44,13 @@ class Setup:
     """What a worker is made of. `model` as `base_model.load` takes it; `modules`: target -> (out, in)."""
 
     model: str
-    modules: dict[str, tuple[int, int]]
-    scaling: float
+    modules: dict[Key, tuple[Width, Width]]
+    scaling: Factor
     upload_dtype: WireDtype = "float32"  # of the finished adapter
     data: str | None = None  # JSONL; None for a worker that only answers
     device: str = "auto"
     quantise: bool = True
-    threads: int = 1
+    threads: Several = 1
     niceness: int = 0
     progress: bool = False  # bars on stderr
     bitsandbytes: bool = True  # False: it must not be imported, because that ends the process
@@ -53,13 +67,13 @@ class Job:
     """
 
     ranks: Ranks
-    seed: int
+    seed: Seed
     plan: Plan
     checkpoint: str
     outbox: str
     adapter: str | None = None
     carried: str | None = None
-    carry_rank: int = 0  # components of `carried` to hold; 0: all
+    carry_rank: RankOrNone = 0  # components of `carried` to hold; 0: all
     carried_dtype: CarriedDtype = "float32"
 
 
@@ -72,25 +86,25 @@ class Memory:
     `accelerator_*`: torch's own figures on CUDA, what tensors took and what torch held for them.
     """
 
-    framework_bytes: int
-    resident_bytes: int
-    peak_bytes: int
-    accelerator_peak_bytes: int = 0
-    accelerator_reserved_bytes: int = 0
+    framework_bytes: ByteCount
+    resident_bytes: ByteCount
+    peak_bytes: ByteCount
+    accelerator_peak_bytes: ByteCount = 0
+    accelerator_reserved_bytes: ByteCount = 0
 
 
 @dataclass(frozen=True)
 class Finished:
     """An assignment that was trained. The file at `Job.outbox` has this digest, size and largest rank."""
 
-    rank: int
-    digest: str
-    size_bytes: int
-    examples: int
-    steps: int
-    loss_before: float
-    loss_after: float
-    seconds: float
+    rank: Rank
+    digest: Digest
+    size_bytes: ByteCount
+    examples: Count
+    steps: Count
+    loss_before: Loss
+    loss_after: Loss
+    seconds: Seconds
     memory: Memory
 
 
@@ -98,8 +112,8 @@ class Finished:
 class Prepared:
     """A worker that is ready: how many examples it holds, and its memory."""
 
-    examples: int
-    seconds: float
+    examples: Count
+    seconds: Seconds
     memory: Memory
 
 
@@ -108,7 +122,7 @@ class Question:
     """Prompts for the base with the adapter in a file (None: the base alone)."""
 
     prompts: tuple[str, ...]
-    max_new_tokens: int
+    max_new_tokens: Several
     adapter: str | None = None
 
 
@@ -126,7 +140,7 @@ def parsed(raw: bytes) -> tuple[str, int, Any]:
     try:
         message = json.loads(raw)
         return str(message["kind"]), int(message["id"]), message["body"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"the worker's pipe holds no message: {raw[:80]!r}") from error
 
 

@@ -70,7 +70,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
         ("[federation]\nladder = [0, 2]", "federation.ladder must be rising ranks from 1"),
         ("[federation]\nladder = ['2']", "federation.ladder[0]: expected int, got str"),
         ("[federation]\nrank_cap = 4", "federation.rank_cap 4 is below the ladder's 16"),
-        ("[federation]\nscaling = 0.0", "federation.scaling is 0.0"),
+        ("[federation]\nscaling = 0.0", "federation.scaling: must be above 0 and at most 1000000, got 0.0"),
         (
             "[federation]\nrule = 'average'",
             "federation.rule 'average' is not known; there are carry, fedit, flexlora, flora,",
@@ -81,7 +81,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
             "rule flora never truncates; set federation.rank_cap to",
         ),
         ("[training]\nsparse_versions = 2", "0 under any rule but flexlora, not carry"),
-        ("[training]\nsteps = 0", "training.steps is 0"),
+        ("[training]\nsteps = 0", "training.steps: must be 1 to 2147483647, got 0"),
         ("[training]\nlearning_rate = '2e-3'", "training.learning_rate: expected float, got str"),
         ("[policy", "not a TOML file"),
     ],
@@ -95,14 +95,19 @@ def test_a_bad_setting_is_named(
     assert "c.toml" in said
 
 
+MODEL = f'"model": "m", "fingerprint": "{"f" * 64}"'
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
         ("{", "not a base record"),
         ("{}", "Base.model is missing"),
-        ('{"model": "m", "fingerprint": "f", "modules": {"q": [4]}}', "Base.modules.q: expected 2 items"),
-        ('{"model": "m", "fingerprint": "f", "modules": {}}', "names no modules"),
-        ('{"model": "m", "fingerprint": "f", "modules": {"q": [0, 4]}}', "larger than any module"),
+        ('{"model": "m", "fingerprint": "f", "modules": {}}', "Base.fingerprint: must be text of the form"),
+        (f'{{{MODEL}, "modules": {{"q": [4]}}}}', "Base.modules.q: expected 2 items"),
+        (f'{{{MODEL}, "modules": {{}}}}', "names no modules"),
+        (f'{{{MODEL}, "modules": {{"q": [0, 4]}}}}', "Base.modules.q[0]: must be 1 to 16777216, got 0"),
+        (f'{{{MODEL}, "modules": {{"q": [1, 4]}}}}', "larger than any module"),
     ],
 )
 def test_a_bad_base_record_is_named(

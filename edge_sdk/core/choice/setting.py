@@ -8,6 +8,7 @@ from typing import Literal
 
 from edge_sdk.core.choice.carried import CarriedDtype
 from edge_sdk.core.errors import InputError
+from edge_sdk.core.ranges import Rank, RankOrNone, Several
 
 Optimizer = Literal["adamw", "adamw8bit"]
 Kind = Literal["attention", "mlp"]
@@ -24,8 +25,8 @@ class Ranks:
     A device of unequal ranks takes part as one of rank `largest`: narrower modules are told by their shapes.
     """
 
-    attention: int
-    mlp: int
+    attention: Rank
+    mlp: Rank
 
     def __post_init__(self) -> None:
         if min(self.attention, self.mlp) < 1:
@@ -80,9 +81,9 @@ class Setting:
     """
 
     ranks: Ranks
-    carry_rank: int  # components of the global adapter held frozen; 0 unless the rule is `carry`
-    sequence_len: int  # tokens; longer examples are cut
-    micro_batch: int
+    carry_rank: RankOrNone  # components of the global adapter held frozen; 0 unless the rule is `carry`
+    sequence_len: Several  # tokens; longer examples are cut
+    micro_batch: Several
     checkpointing: bool = False
     optimizer: Optimizer = "adamw"
     carried_dtype: CarriedDtype = "float32"

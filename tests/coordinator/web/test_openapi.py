@@ -63,10 +63,22 @@ def test_parameters_of_paths_have_types() -> None:
     kinds = {given["name"]: given["schema"] for given in operation["parameters"] if given["in"] == "path"}
     dtypes = sorted(get_args(messages.WireDtype))
     assert kinds == {
-        "version": {"type": "integer"},
-        "rank": {"type": "integer"},
+        "version": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+        "rank": {"type": "integer", "minimum": 1, "maximum": 2**16},
         "dtype": {"enum": dtypes},
     }
+
+
+def test_ranges_of_fields_are_said() -> None:
+    update = SCHEMAS["Update"]["properties"]
+    assert update["steps"] == {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+    assert update["train_s"] == {"type": "number", "minimum": 0, "maximum": 1e9}
+    assert re.search(update["digest"]["pattern"], "ab" * 32)
+    identifier = SCHEMAS["Federation"]["properties"]["id"]
+    assert identifier["type"] == "string"
+    for text, good in (("a-1_B", True), ("", False), ("../x", False), ("a\n", False), ("a" * 65, False)):
+        assert bool(re.search(identifier["pattern"], text)) == good
+    assert SCHEMAS["Base"]["properties"]["modules"]["maxProperties"] == messages.MODULES
 
 
 def test_whose_secret_a_request_carries() -> None:
@@ -86,7 +98,12 @@ def test_records_are_described_field_by_field() -> None:
             if isinstance(kind, type):
                 assert set(SCHEMAS[kind.__name__]["properties"]) == {f.name for f in dataclasses.fields(kind)}
     assert SCHEMAS["Ask"]["required"] == ["rank"]
-    assert SCHEMAS["Ask"]["properties"]["carry_rank"] == {"type": "integer", "default": 0}
+    assert SCHEMAS["Ask"]["properties"]["carry_rank"] == {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 2**16,
+        "default": 0,
+    }
 
 
 # --- a running coordinator ------------------------------------------------------------------------
@@ -116,7 +133,7 @@ class Checked:
         described = operation["responses"][str(answer.status_code)]
         for name, header in described.get("headers", {}).items():
             value = answer.headers[name]
-            as_said = int(value) if header["schema"] == {"type": "integer"} else value
+            as_said = int(value) if header["schema"]["type"] == "integer" else value
             jsonschema.validate(as_said, header["schema"])
         if "content" not in described:
             assert answer.content == b""

@@ -18,5 +18,7 @@ def test_the_learning_rate_falls_geometrically_with_the_version() -> None:
 def test_a_learning_rate_that_grows_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "federation.toml"
     config.write_text("[training]\nlearning_rate_decay = 1.5\n")
-    with pytest.raises(InputError, match="training.learning_rate_decay is 1.5; at most 1"):
+    with pytest.raises(
+        InputError, match="training.learning_rate_decay: must be above 0 and at most 1, got 1.5"
+    ):
         load_settings(config)

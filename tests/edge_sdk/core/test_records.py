@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import typing
 from typing import Any, Literal
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from edge_sdk.core import messages
 from edge_sdk.core.errors import BaseMismatch, ProtocolError
-from edge_sdk.core.records import from_json, to_json
+from edge_sdk.core.records import decode, from_json, range_of, to_json
+from tests.edge_sdk.core import strategies
 
 RECORDS = [
     kind
@@ -22,10 +24,10 @@ RECORDS = [
 ]
 
 # Finite floats: the only ones that JSON has. Federation refuses any protocol but its own.
-st.register_type_strategy(float, st.floats(allow_nan=False, allow_infinity=False))
-st.register_type_strategy(
-    messages.Federation, lambda kind: st.builds(kind, protocol=st.just(messages.PROTOCOL_VERSION))
-)
+st.register_type_strategy(float, strategies.finite)
+for kind in RECORDS:
+    own = {"protocol": messages.PROTOCOL_VERSION} if kind is messages.Federation else {}
+    st.register_type_strategy(kind, strategies.record(kind, **own))
 
 
 def test_all_records_are_tested() -> None:
@@ -168,3 +170,62 @@ def test_another_base_is_refused_by_fingerprint() -> None:
     base.require("a" * 64)
     with pytest.raises(BaseMismatch, match="fingerprint b{12}, the federation trains tiny with a{12};"):
         base.require("b" * 64)
+
+
+UPDATE = {"digest": "ab" * 32, "size_bytes": 1, "rank": 4, "examples": 1, "steps": 1}
+UPDATE |= {"loss_before": 1.0, "loss_after": 1.0, "train_s": 1.0}
+WORK = {"id": "a", "version": 1, "rank": 4, "carry_rank": 0, "steps": 1, "seed": 1, "expires_in_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "field", "value", "message"),
+    [
+        (messages.Update, UPDATE, "steps", 10**400, "must be 0 to 2147483647, got a number of 401 digits"),
+        (messages.Update, UPDATE, "size_bytes", -5, "must be 0 to 1125899906842624, got -5"),
+        (messages.Update, UPDATE, "train_s", -0.5, "must be 0 to 1000000000, got -0.5"),
+        (messages.Update, UPDATE, "digest", "AB" * 32, "must be text of the form ^[0-9a-f]{64}$, got"),
+        (
+            messages.Assignment,
+            WORK,
+            "id",
+            "a\n",
+            "must be text of the form ^[A-Za-z0-9_-]{1,64}$, got 'a\\n'",
+        ),
+        (messages.Assignment, WORK, "id", "../" * 999, "^[A-Za-z0-9_-]{1,64}$, got '../../"),
+        (messages.Assignment, WORK, "start", "/", "must be text of the form ^([0-9a-f]{16})?$, got '/'"),
+        (messages.Assignment, WORK, "seed", -1, "got -1"),
+        (messages.Training, {}, "steps", 0, "must be 1 to 2147483647, got 0"),
+        (messages.Training, {}, "learning_rate", 0.0, "must be above 0 and at most 1000000, got 0.0"),
+        (messages.NotNow, {"retry_after_s": 1, "reason": ""}, "retry_after_s", -1, "got -1"),
+        (messages.NotNow, {"retry_after_s": 1, "reason": ""}, "reason", "x" * 99999, "at most 65536"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_in_one_short_line(
+    kind: type[Any], good: dict[str, Any], field: str, value: Any, message: str
+) -> None:
+    from_json(kind, good)
+    for read, spoilt in ((from_json, good | {field: value}), (decode, json.dumps(good | {field: value}))):
+        with pytest.raises(ProtocolError) as caught:
+            read(kind, spoilt)  # type: ignore[operator]
+        said = str(caught.value)
+        assert said.startswith(f"{kind.__name__}.{field}: ")
+        assert message in said
+        assert len(said) < 200
+        assert said.isprintable()
+
+
+def test_every_number_and_name_of_the_wire_has_a_range() -> None:
+    def bare(hint: Any) -> list[Any]:
+        if range_of(hint) is not None and typing.get_origin(hint) is typing.Annotated:
+            inner = typing.get_args(typing.get_args(hint)[0])
+        elif hint in (int, float, str):
+            return [hint]
+        elif typing.get_origin(hint) is typing.Literal:
+            return []
+        else:
+            inner = typing.get_args(hint)
+        return [found for argument in inner for found in bare(argument)]
+
+    for kind in RECORDS:
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            assert not bare(hint), f"{kind.__name__}.{name}"

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from benchmarks.records import naive
 from edge_sdk.core import messages
+from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.records import decode, encode, from_json, to_json
 from edge_sdk.membership.session import Session
+from tests.edge_sdk.core import strategies
 from tests.edge_sdk.core.test_records import RECORDS, Inner, Sample
 
 KINDS = [*RECORDS, Session, Inner, Sample]
@@ -90,7 +92,9 @@ def naive_decode(kind: type[Any], text: str) -> Any:
     return naive.from_json(kind, json.loads(text))
 
 
-st.register_type_strategy(Session, lambda kind: st.builds(kind, phase=st.just("idle")))
+for part in (Ranks, Setting):
+    st.register_type_strategy(part, strategies.record(part))
+st.register_type_strategy(Session, strategies.record(Session, phase="idle"))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
