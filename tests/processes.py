@@ -17,6 +17,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # of a loaded machine; nothing here takes a tenth of it
+MOST_BYTES = 1 << 30  # of a download, where a test is about something else
 
 
 def environment() -> dict[str, str]:

@@ -16,19 +16,20 @@ from typing import Literal
 
 import httpx
 
+from edge_sdk.connection.answers import PLAIN, require_plain
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError, TooLarge, Unreachable
 from edge_sdk.system.durable import move_durably, privately, unwritable
 
 STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]*"')  # a weak one does not promise the same bytes
-CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+)")
+CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})")
 
 
 class Part:
-    """The part of one file. `path` is where the whole will lie."""
+    """The part of one file. `path` is where the whole will lie; it has at most `most_bytes`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._path, self._most_bytes = path, most_bytes
         self._part = path.with_name(path.name + ".part")
         self._tag = path.with_name(path.name + ".part.etag")
         self._size_bytes: int | None = None  # of the whole file, where the answer says it
@@ -36,22 +37,34 @@ class Part:
     def headers(self) -> dict[str, str]:
         """What to ask for: the rest, on condition that it is of the same file; or everything."""
         have, tag = self._have(), self._known_tag()
-        whole = {"Accept-Encoding": "identity"}  # offsets are of the file, not of a compressed form
-        return whole | ({"Range": f"bytes={have}-", "If-Range": tag} if have and tag else {})
+        return PLAIN | ({"Range": f"bytes={have}-", "If-Range": tag} if have and tag else {})
 
     def receive(self, response: httpx.Response) -> Iterator[int]:
         """Write what comes in; yields the size of each piece once it is written.
 
         Raises:
-            Unreachable: the answer does not continue this part; the next attempt begins anew.
+            Unreachable: the answer does not continue this part, or is longer than such a file can be; the
+                next attempt begins anew.
             Unwritable: the disk is full.
         """
+        require_plain(response)
         try:
             with open(self._part, self._mode(response), opener=privately) as file:
+                have = file.tell()
+                self._require_fits(max(have, self._size_bytes or 0))
                 for chunk in response.iter_raw():
+                    have += len(chunk)
+                    self._require_fits(have)
                     yield file.write(chunk)
         except OSError as error:
             raise unwritable(self._part, error) from error
+        except TooLarge as error:
+            self.discard()
+            raise Unreachable(f"the download of {self._path.name} came damaged ({error})") from error
+
+    def _require_fits(self, size_bytes: int) -> None:
+        if size_bytes > self._most_bytes:
+            raise TooLarge(f"it has more than the {self._most_bytes} bytes that its rank needs")
 
     def _mode(self, response: httpx.Response) -> Literal["ab", "wb"]:
         """How to open the part for this answer: at its end, or anew after noting which file this is."""
@@ -65,7 +78,7 @@ class Part:
             return "ab"
         self.discard()
         length = response.headers.get("Content-Length", "")
-        self._size_bytes = int(length) if length.isdigit() else None
+        self._size_bytes = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else None
         if STRONG_TAG.fullmatch(tag):
             with open(self._tag, "wb", opener=privately) as file:
                 file.write(tag.encode())

@@ -11,18 +11,25 @@ import json
 import httpx
 
 from edge_sdk.core.errors import (
+    BadUpdates,
     EdgeError,
+    InputError,
     NotFound,
     OurFault,
+    OutOfMemory,
     TheirFault,
     Unauthorised,
     Unreachable,
+    Unwritable,
+    WorkerDied,
     from_problem,
 )
 from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE
 from edge_sdk.system.backoff import WAIT, asked_wait_s, within_reason
 
 PASSING = (408, 425, 429)  # and all from 500 on: the same request may succeed later
+# What only this side can find: of its disk, its memory, its training and its owner's words.
+OWN = (Unwritable, WorkerDied, OutOfMemory, Unreachable, InputError, BadUpdates)
 BODYLESS: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}  # what HEAD is refused with
 
 
@@ -32,7 +39,7 @@ def error_of(response: httpx.Response) -> EdgeError:
     said = error.details.pop(WAIT, None)
     wait_s = asked_wait_s(response.headers)
     if wait_s is None and type(said) in (int, float):
-        wait_s = within_reason(float(said))
+        wait_s = within_reason(said)
     if wait_s is not None:
         error.details[WAIT] = wait_s
     return error
@@ -45,7 +52,7 @@ def _error(response: httpx.Response) -> EdgeError:
             return OurFault(str(problem))
         if type(problem) is not TheirFault:
             return problem
-    text = json.dumps(response.text[:80])
+    text = json.dumps(response.content[:80].decode("utf-8", "replace"))  # whatever charset it claims
     if passing:
         return OurFault(f"the server answered {status}: {text}")
     if response.is_redirect:
@@ -64,4 +71,7 @@ def _problem(response: httpx.Response) -> EdgeError | None:
         document = response.json()
     except (ValueError, RecursionError):
         return None
-    return from_problem(document) if isinstance(document, dict) and "title" in document else None
+    if not isinstance(document, dict) or "title" not in document:
+        return None
+    problem = from_problem(document)
+    return None if isinstance(problem, OWN) else problem

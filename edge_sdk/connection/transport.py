@@ -7,6 +7,7 @@ continues at the right byte.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from typing import Any, TypeVar
 
 import httpx
 
+from edge_sdk.connection import answers
+from edge_sdk.connection.answers import PLAIN, Patience
 from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.partial_download import Part
 from edge_sdk.connection.refusals import error_of
@@ -44,6 +47,7 @@ UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the off
 # One request of an upload should take about PIECE_S: an answer that is due for longer than a time-out is
 # taken for a dead link, and a proxy may take only small bodies.
 PIECE_S = 10.0
+SLOW_BYTES_S = 1024  # a link that sends less than this for long is taken for dead
 LEAST_PIECE_BYTES, PIECE_BYTES, MOST_PIECE_BYTES = 64 << 10, 256 << 10, 16 << 20
 INTRODUCTIONS = (Federation, JoinReply)  # whose mistakes a person must mend; all others pass
 
@@ -67,16 +71,19 @@ class Transport:
         if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
             raise InputError("the token is not one: it must be printable ASCII without spaces around it")
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"}
+        self._headers = {"Authorization": f"Bearer {token}", **PLAIN}
         self._link_file = link_file
         self.link = load_link(link_file) if link_file else LinkSpeed()
         self.server_date: str | None = None
         self._most_piece_bytes = MOST_PIECE_BYTES
-        self._http = httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
+        self._http = self._client()
 
     def close(self) -> None:
         """Let go of the connections."""
         self._http.close()
+
+    def _client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
 
     def federation(self) -> Federation:
         """What there is to take part in."""
@@ -100,7 +107,8 @@ class Transport:
 
     def status(self) -> Status:
         """The federation at a glance."""
-        return self._record(Status, self._send("GET", messages.STATUS))
+        most = answers.MOST_STATUS_BYTES
+        return self._record(Status, self._send("GET", messages.STATUS, most_bytes=most))
 
     def upload(self, assignment: str, path: Path, stopping: Callable[[], bool] | None = None) -> None:
         """Send what the coordinator does not have yet of the file, in pieces that are each acknowledged.
@@ -144,7 +152,9 @@ class Transport:
             "Content-Type": messages.OFFSET_CONTENT_TYPE,
             "Content-Length": str(piece.size_bytes),
         }
-        response = self._send("PATCH", route, content=piece.chunks(stopping), headers=headers)
+        response = self._send(
+            "PATCH", route, content=piece.chunks(stopping), headers=headers, sends_bytes=piece.size_bytes
+        )
         end = self._offset_in(response)
         if response.status_code != 204 or end != piece.offset + piece.size_bytes:
             raise Unreachable(f"{self.url} does not take an upload as a coordinator does; check the address")
@@ -152,7 +162,7 @@ class Transport:
 
     def _offset_in(self, response: httpx.Response) -> int:
         text = response.headers.get(messages.UPLOAD_OFFSET, "")
-        if not (text.isascii() and text.isdigit()):
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
             raise Unreachable(
                 f"{self.url}: {messages.UPLOAD_OFFSET} {text[:40]!r} is not a number of bytes; "
                 "is it a coordinator?"
@@ -171,48 +181,83 @@ class Transport:
         path: Path,
         stopping: Callable[[], bool] | None = None,
         dtype: WireDtype = "float32",
+        *,
+        most_bytes: int,
     ) -> None:
         """Fetch the adapter of a version at a rank; a broken download continues where it stopped.
 
         Raises:
-            Unreachable: it broke off, or came damaged and was thrown away; the next attempt may do.
+            Unreachable: it broke off, or came damaged or with more than `most_bytes` and was thrown away; the
+                next attempt may do.
             Unwritable: the disk is full.
             TransferStopped: `stopping`, asked between chunks, said so.
         """
-        part = Part(path)
+        part = Part(path, most_bytes)
         place = messages.ADAPTER if dtype == "float32" else messages.ADAPTER_IN
         route = place.format(version=version, rank=rank, dtype=dtype)
         began, received_bytes = time.monotonic(), 0
-        try:
-            with self._http.stream("GET", route, headers=part.headers()) as response:
-                if response.status_code == 416:
-                    part.discard()
-                    raise Unreachable("the partial download did not fit; it starts over")
-                if response.status_code not in (200, 206):
-                    response.read()
-                    raise error_of(response)
-                for size_bytes in part.receive(response):
-                    received_bytes += size_bytes
-                    _heed(stopping)
-        except httpx.RequestError as error:
-            raise self._unreachable(error) from error
+        with (
+            self._patiently(answers.RECORD_S) as patience,
+            self._http.stream("GET", route, headers=part.headers()) as response,
+        ):
+            if response.status_code == 416:
+                part.discard()
+                raise Unreachable("the partial download did not fit; it starts over")
+            if response.status_code not in (200, 206):
+                raise error_of(answers.whole(response, answers.MOST_RECORD_BYTES))
+            for size_bytes in answers.in_time(part.receive(response)):
+                patience.again()
+                received_bytes += size_bytes
+                _heed(stopping)
         self._measured(self.link.with_download(received_bytes, time.monotonic() - began))
         part.finish()
 
     def _send(
-        self, method: str, route: str, accept: tuple[int, ...] = (), record: Any = None, **arguments: Any
+        self,
+        method: str,
+        route: str,
+        accept: tuple[int, ...] = (),
+        record: Any = None,
+        most_bytes: int = answers.MOST_RECORD_BYTES,
+        sends_bytes: int = 0,
+        **arguments: Any,
     ) -> httpx.Response:
-        """One attempt; a refusal comes back as the error that its problem document names."""
+        """One attempt; a refusal comes back as the error that its problem document names.
+
+        An answer has at most `most_bytes`; the request takes longer by what `sends_bytes` may take.
+        """
         if record is not None:
             arguments |= {"content": encode(record), "headers": {"Content-Type": "application/json"}}
-        try:
-            response = self._http.request(method, route, **arguments)
-        except httpx.RequestError as error:
-            raise self._unreachable(error) from error
+        with (
+            self._patiently(answers.RECORD_S + sends_bytes / SLOW_BYTES_S),
+            self._http.stream(method, route, **arguments) as stream,
+        ):
+            response = answers.whole(stream, most_bytes)
         self.server_date = response.headers.get("Date")
         if not response.is_success and not (response.status_code in accept and _is_record(response)):
             raise error_of(response)
         return response
+
+    @contextlib.contextmanager
+    def _patiently(self, seconds: float) -> Iterator[Patience]:
+        """While inside, a call that takes longer in all is cut; what goes wrong with it is Unreachable."""
+        patience = Patience(seconds, self._cut)
+        try:
+            with patience:
+                yield patience
+        except httpx.RequestError as error:
+            if not patience.lost:
+                raise self._unreachable(error) from error
+            raise Unreachable(f"{self.url} did not come to an end within {seconds:.0f} s") from error
+        except (RuntimeError, ValueError, OSError) as error:  # of connections that were cut
+            if not patience.lost:
+                raise
+            raise Unreachable(f"{self.url} did not come to an end within {seconds:.0f} s") from error
+
+    def _cut(self) -> None:
+        """Hang up in the middle of whatever is under way, from another thread."""
+        cut, self._http = self._http, self._client()
+        cut.close()
 
     def _measured(self, link: LinkSpeed) -> None:
         """Take over a newer measurement of the link."""

@@ -30,6 +30,8 @@ from typing import Any
 
 from edge_sdk.core.words import printable
 
+MOST_DETAIL = 1000  # characters of what the other side says of an error
+
 
 class EdgeError(Exception):
     """Base of every error raised on purpose by this project.
@@ -223,12 +225,13 @@ def from_problem(document: dict[str, Any]) -> EdgeError:
 
     An unknown title becomes TheirFault for 4xx statuses and InternalError otherwise.
     """
-    status = document.get("status")
-    message = printable(document.get("detail", "no detail given"), 1000)
+    status, detail = document.get("status"), document.get("detail")
+    message = printable(detail, MOST_DETAIL) if isinstance(detail, str) else "no detail given"
     reserved = {"type", "title", "status", "detail", "instance"}
     details = {key: value for key, value in document.items() if key not in reserved}
-    for kind in subclasses(EdgeError):
-        if kind.title == document.get("title"):
-            return kind(message, **details)
     theirs = isinstance(status, int) and 400 <= status < 500
-    return TheirFault(message, **details) if theirs else InternalError(message, **details)
+    kind: type[EdgeError] = TheirFault if theirs else InternalError
+    kind = next((known for known in subclasses(EdgeError) if known.title == document.get("title")), kind)
+    error = kind(message)
+    error.details.update(details)  # a stranger's members may have any name, `self` too
+    return error

@@ -46,7 +46,7 @@ Start = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?(?!\n)$")]
 """The beginning of a digest, or nothing."""
 Credential = Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")]
 """What fits into an Authorization header."""
-Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,256}(?!\n)$")]
+Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}(?!\n)$")]
 """The name of a module, or a number as the key of an object."""
 Name = Annotated[str, Meta(max_length=1024)]
 """What somebody calls something; a path at the longest. Whoever shows it makes it harmless first."""

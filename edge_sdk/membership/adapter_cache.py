@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_sdk.core.adapter_file import codec
-from edge_sdk.core.errors import AdapterError, ProtocolError, TooLarge
+from edge_sdk.core.errors import AdapterError, ProtocolError, TooLarge, Unreachable
 from edge_sdk.core.lora import Adapter
 from edge_sdk.membership.membership import Membership
 from edge_sdk.system.durable import make_folder, unwritable
@@ -96,8 +96,13 @@ class AdapterCache:
             make_folder(self._folder)
         except OSError as error:
             raise unwritable(self._folder, error) from error
-        dtype = self._membership.federation.download_dtype
-        self._membership.transport.download(key.version, key.rank, path, stopping, dtype)
+        federation = self._membership.federation
+        if key.rank > federation.rank_cap:
+            raise Unreachable(f"version {key.version} has rank {key.rank}, above {federation.rank_cap}")
+        dtype = federation.download_dtype
+        most_bytes = codec.max_adapter_bytes(federation.base.modules, key.rank, dtype)
+        download = self._membership.transport.download
+        download(key.version, key.rank, path, stopping, dtype, most_bytes=most_bytes)
 
     def _forget(self) -> None:
         newest = max(self._files(), key=lambda file: file[1], default=(None,))[0]

@@ -33,11 +33,14 @@ def fingerprint(federation: Federation, options: Options, digests: Path) -> str:
     model = model_of(federation, options)
     resolve(model)  # a model that is not there is no mismatch
     try:
-        return base_model.describe(model, ",".join(federation.base.modules), digests).fingerprint
+        found = base_model.describe(model, ",".join(federation.base.modules), digests)
     except InputError as error:
         raise BaseMismatch(
             f"{error}; the federation trains {federation.base.model}: load that model"
         ) from error
+    if found.fingerprint == federation.base.fingerprint and found.modules != federation.base.modules:
+        raise BaseMismatch(f"the coordinator says other shapes of modules than {federation.base.model} has")
+    return found.fingerprint
 
 
 def request(base: str, options: Options) -> JoinRequest:

@@ -124,6 +124,8 @@ class Membership:
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
         reply = self._transport.join(identity.request(fingerprint, self.options))
+        if reply.federation != federation:
+            raise Unreachable(f"{self.url} names one federation and lets into another; is it a coordinator?")
         self._transport.close()
         self._transport = Transport(self.url, reply.credential, self.journal.link)
         self.save(joined(self.url, reply))

@@ -30,8 +30,8 @@ def asked_wait_s(headers: Mapping[str, str]) -> float | None:
 
 
 def within_reason(wait_s: float) -> float:
-    """A wait that somebody else asks for, from 0 to MOST_ASKED_S."""
-    return min(MOST_ASKED_S, max(0.0, wait_s))
+    """A wait that somebody else asks for, from 0 to MOST_ASKED_S; what is not a number is 0."""
+    return float(min(MOST_ASKED_S, max(0.0, wait_s)))
 
 
 def asked_by(error: EdgeError) -> float:
@@ -44,7 +44,7 @@ def _date(text: str) -> datetime.datetime | None:
     """A date in the form of HTTP headers; None for anything else."""
     try:
         found = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 

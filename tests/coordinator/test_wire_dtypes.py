@@ -24,8 +24,8 @@ from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import from_json, to_json
 from tests.coordinator.devices import FINGERPRINT, LADDER, SCALING, Device, member
 from tests.edge_sdk.core import wire_samples
+from tests.processes import MOST_BYTES, CoordinatorProcess, toml
 from tests.processes import PATIENCE_S as WAIT_S
-from tests.processes import CoordinatorProcess, toml
 
 # Wide enough that the header, for which a cap is generous, decides nothing.
 WIDE = {"model.layers.0.q_proj": (1024, 512), "model.layers.0.up_proj": (2048, 512)}
@@ -86,7 +86,7 @@ def test_every_dtype_is_served_whatever_was_chosen(tmp_path: Path) -> None:
         cache = coordinator.data / "cache"
         for dtype in ("int8", "float16", "float32"):
             path = tmp_path / dtype
-            one.transport.download(1, 4, path, dtype=dtype)
+            one.transport.download(1, 4, path, dtype=dtype, most_bytes=MOST_BYTES)
             cap = codec.max_adapter_bytes(WIDE, 4, dtype)
             for name, f in codec.open_adapter(path, WIDE, 4, SCALING, cap).modules():
                 exact = sent[name].product()
@@ -122,7 +122,7 @@ def test_an_unknown_dtype_is_not_there(tmp_path: Path) -> None:
             answer = get(coordinator, one, f"/v1/versions/0/ranks/4/{dtype}/adapter.safetensors")
             assert answer.status_code == 404, dtype
         with pytest.raises(NotFound, match="rank 13 is not served"):
-            one.transport.download(0, 13, tmp_path / "x", dtype="int8")
+            one.transport.download(0, 13, tmp_path / "x", dtype="int8", most_bytes=MOST_BYTES)
 
 
 @pytest.mark.parametrize("chosen", WIRE_DTYPES)

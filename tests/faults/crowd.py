@@ -21,7 +21,7 @@ from edge_sdk.core.errors import EdgeError, OurFault, Unauthorised, Unreachable,
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Ask, Assignment, JoinRequest
 from tests.coordinator.devices import FINGERPRINT, SCALING, SHAPES, random_adapter, update_of
-from tests.processes import CoordinatorProcess
+from tests.processes import MOST_BYTES, CoordinatorProcess
 
 RANKS = (2, 4, 8)
 
@@ -76,7 +76,9 @@ class FakeDevice(threading.Thread):
                 time.sleep(min(answer.retry_after_s, 0.05))
                 return
             if rank := answer.carry_rank if self.crowd.carries else answer.rank:
-                self._transport.download(answer.version, rank, folder / "start", dtype="int8")
+                self._transport.download(
+                    answer.version, rank, folder / "start", dtype="int8", most_bytes=MOST_BYTES
+                )
             self._outbox = answer, self._trained(answer, folder / "start")
         assignment, content = self._outbox
         path = folder / "update"

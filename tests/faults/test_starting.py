@@ -16,7 +16,7 @@ from tests.coordinator.devices import configuration, member
 from tests.faults.conftest import Run
 from tests.faults.outside import blob, rows
 from tests.faults.test_backup import waited_for
-from tests.processes import CoordinatorProcess, command
+from tests.processes import MOST_BYTES, CoordinatorProcess, command
 
 
 def refused(run: Run, data: Path, config: Path) -> str:
@@ -129,10 +129,10 @@ def test_a_version_that_is_damaged_while_it_runs_is_served_to_nobody(
         whole = damaged.read_bytes()
         flip(damaged)
         with pytest.raises(OurFault, match="version 3 is not what was published"):
-            device.transport.download(3, 4, tmp_path / "adapter", None, "int8")
-        device.transport.download(2, 4, tmp_path / "adapter", None, "int8")
+            device.transport.download(3, 4, tmp_path / "adapter", None, "int8", most_bytes=MOST_BYTES)
+        device.transport.download(2, 4, tmp_path / "adapter", None, "int8", most_bytes=MOST_BYTES)
         damaged.write_bytes(whole)  # restored from a backup, while it runs
-        device.transport.download(3, 4, tmp_path / "adapter", None, "int8")
+        device.transport.download(3, 4, tmp_path / "adapter", None, "int8", most_bytes=MOST_BYTES)
 
 
 def test_a_damaged_database_is_told_at_the_start(

@@ -41,7 +41,7 @@ from tests.coordinator.devices import (
     random_adapter,
     update_of,
 )
-from tests.processes import CoordinatorProcess
+from tests.processes import MOST_BYTES, CoordinatorProcess
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +484,7 @@ def test_every_device_of_a_rank_gets_the_same_bytes(merging: CoordinatorProcess,
         wait_for_version(one.transport, 1)
         files = [tmp_path / name for name in ("one", "two")]
         for device, file in zip((one, two), files, strict=True):
-            device.transport.download(1, 4, file)
+            device.transport.download(1, 4, file, most_bytes=MOST_BYTES)
         content = files[0].read_bytes()
         assert content == files[1].read_bytes()
         served = dict(codec.open_adapter(files[0], SHAPES, 4, SCALING, 10**6).modules())
@@ -512,7 +512,7 @@ def test_every_device_of_a_rank_gets_the_same_bytes(merging: CoordinatorProcess,
 def test_a_broken_download_goes_on_where_it_stopped(merging: CoordinatorProcess, tmp_path: Path) -> None:
     with member(merging) as device:
         whole, again = tmp_path / "whole", tmp_path / "again"
-        device.transport.download(0, 4, whole)
+        device.transport.download(0, 4, whole, most_bytes=MOST_BYTES)
         content = whole.read_bytes()
         route = messages.ADAPTER.format(version=0, rank=4)
         tag = request(merging, "GET", route, device.credential).headers["ETag"]
@@ -520,7 +520,7 @@ def test_a_broken_download_goes_on_where_it_stopped(merging: CoordinatorProcess,
         other = content[:-12] + bytes([content[-12] ^ 1])
         (tmp_path / "again.part").write_bytes(other)
         (tmp_path / "again.part.etag").write_text(tag)
-        device.transport.download(0, 4, again)
+        device.transport.download(0, 4, again, most_bytes=MOST_BYTES)
         assert again.read_bytes() == other + content[-11:]
         assert sorted(path.name for path in tmp_path.glob("again*")) == ["again"]
 

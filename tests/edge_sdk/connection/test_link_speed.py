@@ -18,6 +18,7 @@ from edge_sdk.connection.transport import Transport
 from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.errors import Unreachable
 from edge_sdk.core.lora import LoraFactors
+from tests.processes import MOST_BYTES
 
 MB = 1_000_000
 SIZE_BYTES = 3 * LEAST_BYTES
@@ -155,7 +156,7 @@ def transport(server: str, tmp_path: Path) -> Iterator[Transport]:
 
 
 def test_a_download_and_an_upload_are_measured_and_remembered(transport: Transport, tmp_path: Path) -> None:
-    transport.download(1, 4, tmp_path / "file")
+    transport.download(1, 4, tmp_path / "file", most_bytes=MOST_BYTES)
     assert transport.link.download_bytes_s is not None
     assert transport.link.upload_bytes_s is None
     transport.upload("work", tmp_path / "file")
@@ -173,7 +174,7 @@ def test_what_was_there_already_is_no_transfer(transport: Transport, tmp_path: P
 
 def test_a_transfer_that_broke_off_is_not_counted(transport: Transport, tmp_path: Path) -> None:
     with pytest.raises(Unreachable):
-        transport.download(9, 4, tmp_path / "file")
+        transport.download(9, 4, tmp_path / "file", most_bytes=MOST_BYTES)
     assert transport.link == LinkSpeed()
 
 

@@ -23,7 +23,7 @@ class Downloads:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def download(self, version: int, rank: int, path: Path, *_: Any) -> None:
+    def download(self, version: int, rank: int, path: Path, *_: Any, most_bytes: int) -> None:
         self.asked.append((version, rank))
         path.write_bytes(ONES)
 
@@ -35,7 +35,13 @@ def downloads() -> Downloads:
 
 @pytest.fixture
 def published(tmp_path: Path, downloads: Downloads) -> AdapterCache:
-    federation = SimpleNamespace(id="f+", download_dtype="float32", scaling=1.0)
+    federation = SimpleNamespace(
+        id="f+",
+        download_dtype="float32",
+        scaling=1.0,
+        rank_cap=8,
+        base=SimpleNamespace(modules={"layers.0.q": (4, 6)}),
+    )
     membership: Any = SimpleNamespace(federation=federation, transport=downloads)
     return AdapterCache(membership, tmp_path / "adapters")
 
