@@ -52,6 +52,7 @@ class Options:
 
     name: str = field(default_factory=platform.node)
     model: str | None = None  # default: the federation's own
+    trust_remote_code: bool = False  # whether code that comes with the base model may run here
     state_dir: Path | None = None  # default: a folder below the user's cache
     profile: DeviceProfile | None = None  # default: measured
     memory_budget_bytes: int | None = None  # default: half of what is free

@@ -43,6 +43,7 @@ def federation_config(
     folder: Path, base: Base, steps: int = 3, checkpoint_s: float = 3600.0, **policy: Any
 ) -> str:
     """Every assignment begins with a download, every step with a heartbeat, every update makes a version."""
+    USUAL.model = base.model
     training: dict[str, object] = {"steps": steps, "checkpoint_s": checkpoint_s}
     return configuration(folder, base, "flexlora", training, {"buffer_size": 1} | policy, "float32")
 
@@ -52,6 +53,7 @@ class Usual:
     """What the agents of `device` work with where a test names nothing else; `quick` changes it."""
 
     collaborators: Collaborators = field(default_factory=Collaborators)
+    model: str | None = None  # of the last `federation_config`: a folder is for a device's owner to name
 
 
 USUAL = Usual()
@@ -129,7 +131,8 @@ def device(
         events.append(event)
         on_event(event)
 
-    chosen = {"device": "cpu", "memory_budget_bytes": 10**9, "isolate": False, "quantise": False, "nice": 0}
+    chosen: dict[str, Any] = {"device": "cpu", "memory_budget_bytes": 10**9, "isolate": False, "nice": 0}
+    chosen |= {"quantise": False, "model": USUAL.model}
     agent = Agent(
         url,
         data=data,

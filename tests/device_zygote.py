@@ -48,9 +48,9 @@ class Zygote:
         self._process.stdout.close()
 
     def start(self, **device: Any) -> int:
-        """Fork a device: `url`, `token`, `state`, `data`, `log`, and if need be `updates` and `file_bytes`,
+        """Fork a device: `url`, `token`, `state`, `data`, `log`, `model`, and if need be `updates` and
 
-        the longest file that its process can write. Returns its process id.
+        `file_bytes`, the longest file that its process can write. Returns its process id.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -108,6 +108,7 @@ def run(it: dict[str, Any]) -> None:
             isolate=False,
             quantise=False,
             nice=0,
+            model=it["model"],
         )
         try:
             agent = Agent(it["url"], data=it["data"], join_token=it["token"], options=options, on_event=note)

@@ -148,6 +148,7 @@ def test_a_round_from_training_to_loading(
             options = Options(
                 name=colour,
                 state_dir=tmp_path / colour,
+                model=base.model,
                 device="cpu",
                 memory_budget_bytes=budget_for(rank, base, rule),
                 budget_covers_libraries=False,
@@ -202,7 +203,18 @@ def test_a_killed_device_goes_on_from_its_checkpoint_and_delivers_once(tmp_path:
     config = configuration(tmp_path, base, "carry", training, {"buffer_size": 1})
     data, state = write_data(tmp_path / "data.jsonl", "red"), tmp_path / "state"
     with CoordinatorProcess(tmp_path, config) as coordinator:
-        arguments = ["join", coordinator.url, "--data", str(data), "--state", str(state), "--device", "cpu"]
+        arguments = [
+            "join",
+            coordinator.url,
+            "--data",
+            str(data),
+            "--state",
+            str(state),
+            "--device",
+            "cpu",
+            "--model",
+            base.model,
+        ]
         arguments += ["--token", coordinator.join_token, "--memory-budget", "1GB", "--duty", "0.1"]
         with (tmp_path / "device.log").open("w") as log:
             process = subprocess.Popen(
@@ -227,7 +239,9 @@ def test_a_killed_device_goes_on_from_its_checkpoint_and_delivers_once(tmp_path:
         agent = Agent(
             coordinator.url,
             data=data,
-            options=Options(state_dir=state, device="cpu", memory_budget_bytes=10**9, isolate=False),
+            options=Options(
+                state_dir=state, model=base.model, device="cpu", memory_budget_bytes=10**9, isolate=False
+            ),
             on_event=events.append,
         )
         assert agent.run(updates=1) == 1
@@ -259,7 +273,11 @@ def test_a_device_goes_on_while_the_coordinator_is_away(tmp_path: Path) -> None:
                     coordinator.start()
 
         options = Options(
-            state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9, isolate=False
+            state_dir=tmp_path / "state",
+            model=base.model,
+            device="cpu",
+            memory_budget_bytes=10**9,
+            isolate=False,
         )
         agent = Agent(
             coordinator.url,
@@ -285,7 +303,11 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
             data=write_data(tmp_path / "data.jsonl", "red"),
             join_token=coordinator.join_token,
             options=Options(
-                state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9, isolate=False
+                state_dir=tmp_path / "state",
+                model=base.model,
+                device="cpu",
+                memory_budget_bytes=10**9,
+                isolate=False,
             ),
             on_event=events.append,
         )
@@ -319,7 +341,11 @@ def test_a_sparse_warm_up_trains_the_drawn_columns_and_then_all(tmp_path: Path) 
             data=write_data(tmp_path / "data.jsonl", "red"),
             join_token=coordinator.join_token,
             options=Options(
-                state_dir=tmp_path / "state", device="cpu", memory_budget_bytes=10**9, isolate=False
+                state_dir=tmp_path / "state",
+                model=base.model,
+                device="cpu",
+                memory_budget_bytes=10**9,
+                isolate=False,
             ),
         )
         rank = LADDER[-1]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edge_sdk.commands.device_config import TRUST
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.records import to_json
 from edge_sdk.system.durable import for_others
@@ -20,6 +21,7 @@ def add_to(commands: Any) -> None:
     base.add_argument(
         "--targets", default="all-linear", help="LoRA targets (default: every linear layer of the blocks)"
     )
+    base.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     base.add_argument("-o", "--out", type=Path, help="write to this file")
     base.set_defaults(run=run)
 
@@ -28,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     """Describe the model, on standard output or in a file."""
     from edge_sdk.model import base_model
 
-    record = base_model.describe(options.model, options.targets)
+    record = base_model.describe(options.model, options.targets, trust_remote_code=options.trust_remote_code)
     text = json.dumps(to_json(record), indent=1) + "\n"
     if options.out is None:
         say_text(text)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from edge_sdk.commands.device_config import TOKEN_VARIABLE
+from edge_sdk.commands.device_config import TOKEN_VARIABLE, TRUST
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.terminal import complain, write_text
 
@@ -33,6 +33,7 @@ def add_to(commands: Any) -> None:
     chat.add_argument("--max-new-tokens", type=int, default=256, help="the longest answer (%(default)s)")
     chat.add_argument("--device", default="auto", help="torch device (default: the best there is)")
     chat.add_argument("--no-quantise", action="store_true", help="keep the base in 16 or 32 bits")
+    chat.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     chat.set_defaults(run=run)
 
 
@@ -54,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
             threads=options.threads,
             device=options.device,
             quantise=not options.no_quantise,
+            trust_remote_code=options.trust_remote_code,
         ),
         on_event=lambda event: None,
     )

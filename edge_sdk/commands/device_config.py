@@ -26,6 +26,7 @@ from edge_sdk.options import Options
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PATHS = ("data", "state")
+TRUST = "let code that comes with the base model run on this machine"
 TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"  # where the join token may be, if nothing else says it
 Record = TypeVar("Record")
 
@@ -49,6 +50,7 @@ class DeviceConfig:
     updates: int | None = None
     device: str | None = None
     quantise: bool | None = None
+    trust_remote_code: bool | None = None
     conditions: Conditions = field(default_factory=Conditions)
 
     def over(self, other: DeviceConfig) -> DeviceConfig:
@@ -73,6 +75,7 @@ class DeviceConfig:
             "nice": self.nice,
             "device": self.device,
             "quantise": self.quantise,
+            "trust_remote_code": self.trust_remote_code,
         }
         given: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
         return Options(**given, conditions=self.conditions, progress=None)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.commands.device_config import TOKEN_VARIABLE
+from edge_sdk.commands.device_config import TOKEN_VARIABLE, TRUST
 from edge_sdk.core.records import to_json
 from edge_sdk.system.terminal import say_text
 
@@ -29,6 +29,7 @@ def add_to(commands: Any) -> None:
     doctor.add_argument("--model", help="base model (default: the federation's, or `tiny`)")
     doctor.add_argument("--state", type=Path, help="folder that joining would use")
     doctor.add_argument("--device", default="auto", help="torch device (default: the best there is)")
+    doctor.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=run)
 
@@ -40,7 +41,12 @@ def run(options: argparse.Namespace) -> int:
     from edge_sdk.options import Options
 
     plan = doctor.JoinPlan(
-        options=Options(model=options.model, state_dir=options.state, device=options.device),
+        options=Options(
+            model=options.model,
+            state_dir=options.state,
+            device=options.device,
+            trust_remote_code=options.trust_remote_code,
+        ),
         url=options.url,
         token=options.token or os.environ.get(TOKEN_VARIABLE),
         data=options.data,

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.commands.device_config import TOKEN_VARIABLE, DeviceConfig, load_device_config
+from edge_sdk.commands.device_config import TOKEN_VARIABLE, TRUST, DeviceConfig, load_device_config
 from edge_sdk.conditions import Conditions
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.terminal import say
@@ -48,6 +48,7 @@ def add_to(commands: Any) -> None:
     join.add_argument("--device", help="torch device (default: the best there is)")
     whole = "keep the base in 16 or 32 bits"
     join.add_argument("--no-quantise", dest="quantise", action="store_const", const=False, help=whole)
+    join.add_argument("--trust-remote-code", action="store_const", const=True, help=TRUST)
     _add_conditions(join)
     join.set_defaults(run=run)
 

@@ -80,17 +80,18 @@ def data_check(path: Path, federation: Federation | None) -> Check:
 
 def model_check(options: Options, federation: Federation | None, digests: Path) -> Check:
     """Whether the base model is here, whole, and the federation's."""
-    name = options.model or (federation.base.model if federation else files.TINY)
+    from edge_sdk.membership.identity import fingerprint, model_of
+
     try:
+        name = model_of(federation, options) if federation else options.model or files.TINY
         directory = files.find(name)
         if directory is None:
             found = f"{name} is not on this machine yet; joining downloads it"
             return warning("base model", found, f"to have it beforehand: hf download {name}")
         size = human_bytes(needed_files_bytes(directory))
+        files.require_no_code(directory, options.trust_remote_code)
         if federation is None:
             return fine("base model", f"{name}: configuration, tokeniser and weights, {size}")
-        from edge_sdk.membership.identity import fingerprint
-
         federation.base.require(fingerprint(federation, options, digests))
     except TheirFault as error:
         mend = "name the federation's base with --model, or leave --model out"

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from edge_sdk.core.errors import BaseMismatch, InputError
 from edge_sdk.core.messages import Federation, JoinRequest
 from edge_sdk.machine.probe import probe
-from edge_sdk.model.files import resolve
+from edge_sdk.model.files import TINY, require_no_code, resolve
 from edge_sdk.options import Options, cache_dir
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def model_of(federation: Federation, options: Options) -> str:
-    """Where this device loads the base model from: its own choice, or what the federation names."""
-    return options.model or federation.base.model
+    """Where this device loads the base model from: its owner's choice, or what the federation names.
+
+    A federation names `tiny` or a model of the Hugging Face hub. What lies on this machine is not for a
+    stranger to name: a path may be a folder of somebody else's, or on a server that asks for a password.
+
+    Raises:
+        InputError: the federation names something else, or what could be a folder here.
+    """
+    named = federation.base.model
+    if options.model or named == TINY:
+        return options.model or TINY
+    if not HUB_ID.fullmatch(named):
+        raise InputError(
+            f"the federation's base is {named[:80]!r}, which is neither {TINY!r} nor org/name on the Hugging "
+            "Face hub; say where that model lies on this machine with --model"
+        )
+    if Path(named).exists():
+        raise InputError(
+            f"the federation's base is {named!r}, and there is a file or folder of that name here; say which "
+            "you mean with --model"
+        )
+    return named
 
 
 def fingerprint(federation: Federation, options: Options, digests: Path) -> str:
@@ -31,9 +54,11 @@ def fingerprint(federation: Federation, options: Options, digests: Path) -> str:
     from edge_sdk.model import base_model
 
     model = model_of(federation, options)
-    resolve(model)  # a model that is not there is no mismatch
+    # A model that is not there, or that must not be loaded, is no mismatch.
+    require_no_code(resolve(model), options.trust_remote_code)
     try:
-        found = base_model.describe(model, ",".join(federation.base.modules), digests)
+        targets, trust = ",".join(federation.base.modules), options.trust_remote_code
+        found = base_model.describe(model, targets, digests, trust_remote_code=trust)
     except InputError as error:
         raise BaseMismatch(
             f"{error}; the federation trains {federation.base.model}: load that model"

@@ -30,7 +30,15 @@ from edge_sdk.core.choice.memory import ACCELERATOR, CPU, Placement
 from edge_sdk.core.errors import InputError, first_line, one_line
 from edge_sdk.core.messages import Base
 from edge_sdk.machine.torch_device import compute_dtype, torch_device
-from edge_sdk.model.files import file_digests, normalised, read_config, resolve, tokenizer_files, weight_files
+from edge_sdk.model.files import (
+    file_digests,
+    normalised,
+    read_config,
+    require_no_code,
+    resolve,
+    tokenizer_files,
+    weight_files,
+)
 from edge_sdk.model.four_bit_layers import keep_trainable
 from edge_sdk.system.heap import trim_heap
 from edge_sdk.system.hidden_library import BITSANDBYTES
@@ -70,19 +78,26 @@ class LoadedBase:
 # --- identity ------------------------------------------------------------------------------------
 
 
-def describe(model: str, targets: str = ALL_LINEAR, digests: Path | None = None) -> Base:
+def describe(
+    model: str,
+    targets: str = ALL_LINEAR,
+    digests: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Base:
     """What a federation says of its base model, computed without loading a weight.
 
     Args:
         model: `tiny`, a directory or a Hugging Face id.
         targets: `all-linear` (every linear layer of the blocks), or names of layers separated by commas.
         digests: file that remembers digests by (path, size, mtime), because 16 GB take a minute to read.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: no such model, no configuration that transformers knows, or no such target.
+        InputError: no such model, no configuration that transformers knows, no such target, or code of its
+            own that is not trusted.
     """
     directory = resolve(model)
-    modules = target_modules(directory, targets)
+    modules = target_modules(directory, targets, trust_remote_code)
     identity = {
         "config": normalised(read_config(directory)),
         "files": file_digests(tokenizer_files(directory) + weight_files(directory), digests),
@@ -110,15 +125,20 @@ def configuration(config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def target_modules(directory: Path, targets: str = ALL_LINEAR) -> dict[str, tuple[int, int]]:
+def target_modules(
+    directory: Path, targets: str = ALL_LINEAR, trust_remote_code: bool = False
+) -> dict[str, tuple[int, int]]:
     """Target module -> (out, in), from the architecture built on the meta device.
 
     `directory`: of a model, or a bare `config.json`.
     """
+    require_no_code(directory, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except UNUSABLE as error:
         raise InputError(f"{directory}: transformers cannot build this model: {one_line(error)}") from error
     linear = block_linears(skeleton)
@@ -153,7 +173,13 @@ def block_linears(model: Any) -> dict[str, tuple[int, int]]:
 # --- loading -------------------------------------------------------------------------------------
 
 
-def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype = "auto") -> LoadedBase:
+def load(
+    model: str,
+    device: str = "auto",
+    quantise: bool = True,
+    dtype: Dtype = "auto",
+    trust_remote_code: bool = False,
+) -> LoadedBase:
     """Load a base model and its tokeniser, frozen.
 
     Args:
@@ -161,17 +187,20 @@ def load(model: str, device: str = "auto", quantise: bool = True, dtype: Dtype =
         device: `auto` (see `machine.torch_device`), `cpu`, `cuda`, `cuda:1`, `mps`.
         quantise: NF4 with double quantisation of the linear layers; otherwise weights stay in `dtype`.
         dtype: of computation and of all that is not quantised. `auto` is bfloat16 where the processor has it.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        InputError: no such model or device, or a tokeniser without an end-of-text token.
+        InputError: no such model or device, a tokeniser without an end-of-text token, or code of its own that
+            is not trusted.
     """
     directory = resolve(model)
+    require_no_code(directory, trust_remote_code)
     weights = weight_files(directory)
     place = torch_device(device)
-    tokenizer = _tokenizer(directory)
+    tokenizer = _tokenizer(directory, trust_remote_code)
     compute = compute_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     with _quiet(sum(path.stat().st_size for path in weights) < QUIET_BYTES):
-        loaded = _weights(directory, place, compute, quantise)
+        loaded = _weights(directory, place, compute, quantise, trust_remote_code)
     loaded.eval().requires_grad_(False)
     _let_go_of_files(loaded)
     if quantise:
@@ -188,7 +217,9 @@ def import_libraries() -> None:
         import peft  # noqa: F401
 
 
-def _weights(directory: Path, device: torch.device, compute: torch.dtype, quantise: bool) -> Any:
+def _weights(
+    directory: Path, device: torch.device, compute: torch.dtype, quantise: bool, trust_remote_code: bool
+) -> Any:
     """The model with every weight of its own: transformers would fill what is missing with random numbers."""
     if importlib.util.find_spec(BITSANDBYTES) is not None:
         import bitsandbytes  # noqa: F401  its first import prints the advice that `_quiet` holds back
@@ -201,7 +232,7 @@ def _weights(directory: Path, device: torch.device, compute: torch.dtype, quanti
             quantization_config=_nf4(compute) if quantise else None,
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
@@ -262,10 +293,12 @@ def _let_go_of_files(model: Any) -> None:
             parameter.data = copies[address]  # tied weights stay tied
 
 
-def _tokenizer(directory: Path) -> Any:
+def _tokenizer(directory: Path, trust_remote_code: bool) -> Any:
     """The tokeniser beside the weights, with a pad token (eos where it has none of its own)."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (ValueError, OSError, ImportError) as error:
         raise InputError(f"{directory}: its tokeniser cannot be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:

@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 # Keys of config.json that differ between copies of one model and change nothing in what it computes here.
 VOLATILE_KEYS = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
 
@@ -103,6 +104,22 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object; download the model again")
     return value
+
+
+def require_no_code(directory: Path, trusted: bool) -> None:
+    """Raise InputError for a model with code of its own (`auto_map`), unless its owner trusts that.
+
+    Transformers would ask on the terminal, or take another architecture's code in its place.
+
+    `directory`: of a model, or a bare `config.json`.
+    """
+    named = (directory / name for name in WITH_CODE) if directory.is_dir() else (directory,)
+    for path in named:
+        if not trusted and path.is_file() and read_json_object(path).get("auto_map"):
+            raise InputError(
+                f"{directory}: this model brings code of its own ({path.name} has auto_map), which would run "
+                "on this machine; if you trust it, add --trust-remote-code"
+            )
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

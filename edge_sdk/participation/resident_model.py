@@ -89,6 +89,7 @@ def worker_for(
         modules=federation.base.modules,
         scaling=federation.scaling,
         upload_dtype=federation.upload_dtype,
+        trust_remote_code=options.trust_remote_code,
         data=str(data) if data else None,
         device=options.device,
         quantise=decision.quantise if decision else options.quantise,

@@ -47,6 +47,7 @@ class Setup:
     modules: dict[Key, tuple[Width, Width]]
     scaling: Factor
     upload_dtype: WireDtype = "float32"  # of the finished adapter
+    trust_remote_code: bool = False  # whether code that comes with the model may run
     data: str | None = None  # JSONL; None for a worker that only answers
     device: str = "auto"
     quantise: bool = True

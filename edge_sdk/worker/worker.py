@@ -67,7 +67,12 @@ class Worker:
 
     def _load(self) -> None:
         setup = self._setup
-        base = base_model.load(setup.model, device=setup.device, quantise=setup.quantise)
+        base = base_model.load(
+            setup.model,
+            device=setup.device,
+            quantise=setup.quantise,
+            trust_remote_code=setup.trust_remote_code,
+        )
         base_model.release_memory()
         self.trainer = Trainer(base, setup.modules, setup.scaling, setup.progress)
 

@@ -58,7 +58,7 @@ def coordinator(tmp_path: Path, base: Base, request: pytest.FixtureRequest) -> I
 
 
 @pytest.fixture
-def make(coordinator: CoordinatorProcess, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
+def make(coordinator: CoordinatorProcess, base: Base, tmp_path: Path) -> Iterator[Callable[..., Agent]]:
     """Agents of that federation, ended after the test whatever it did."""
     made: list[Agent] = []
 
@@ -70,6 +70,7 @@ def make(coordinator: CoordinatorProcess, tmp_path: Path) -> Iterator[Callable[.
             join_token=coordinator.join_token,
             options=Options(
                 name=name,
+                model=base.model,
                 state_dir=tmp_path / name,
                 device="cpu",
                 memory_budget_bytes=10**9,

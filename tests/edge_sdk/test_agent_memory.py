@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.agent import Agent
+from edge_sdk.core.messages import Base
 from edge_sdk.model import base_model
 from edge_sdk.options import Event, Options
 from tests import memory_limits
@@ -24,14 +25,18 @@ TRAINING: dict[str, object] = {"steps": STEPS, "batch": 8, "sequence_len": 512, 
 
 
 @pytest.fixture
-def coordinator(tmp_path: Path) -> CoordinatorProcess:
-    base = base_model.describe(str(build_larger_llama(tmp_path / "base")))
+def base(tmp_path: Path) -> Base:
+    return base_model.describe(str(build_larger_llama(tmp_path / "base")))
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path, base: Base) -> CoordinatorProcess:
     policy: dict[str, object] = {"buffer_size": 1}
     return CoordinatorProcess(tmp_path, configuration(tmp_path, base, "flexlora", TRAINING, policy))
 
 
 def test_the_work_in_hand_goes_on_in_a_smaller_way(
-    coordinator: CoordinatorProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    coordinator: CoordinatorProcess, base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The worker maps what a step needs and returns it: otherwise the heap of the first step would do for all.
     tunables = "glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=65536"
@@ -54,6 +59,7 @@ def test_the_work_in_hand_goes_on_in_a_smaller_way(
             join_token=coordinator.join_token,
             options=Options(
                 name="narrow",
+                model=base.model,
                 state_dir=tmp_path / "state",
                 device="cpu",
                 quantise=False,

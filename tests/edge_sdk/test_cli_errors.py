@@ -50,13 +50,14 @@ def data(tmp_path: Path) -> Path:
 class Refusal:
     """Runs the command in this process, and checks how it ends."""
 
-    def __init__(self, state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self._state, self._capsys = state, capsys
+    def __init__(self, state: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self._state, self._model, self._capsys = state, model, capsys
 
     def __call__(self, *arguments: object) -> str:
         """The one line on stderr of a command that must fail."""
         self._capsys.readouterr()  # what building a model says
         state = [] if "--state" in arguments else ["--state", str(self._state)]
+        state += [] if "--model" in arguments else ["--model", str(self._model)]
         code = main(["join", "--nice=0", *map(str, arguments), *state])  # nobody can take niceness back
         said = self._capsys.readouterr()
         assert code == 2, said
@@ -66,8 +67,8 @@ class Refusal:
 
 
 @pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
-    return Refusal(tmp_path / "state", capsys)
+def refused(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    return Refusal(tmp_path / "state", model, capsys)
 
 
 # --- data -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Base
 from edge_sdk.membership.journal import Journal
 from edge_sdk.model import base_model
-from tests.device_agents import device, federation_config, quick, text_of, updates, wait_until
+from tests.device_agents import USUAL, device, federation_config, quick, text_of, updates, wait_until
 from tests.device_zygote import Zygote, events_in, kill, lives
 from tests.faults.proxy import Proxy, Throttle
 from tests.models import build_model
@@ -66,6 +66,7 @@ class Victim:
             state=self.state,
             data=self.data,
             log=self._logs[-1],
+            model=USUAL.model,
             **more,
         )
 

@@ -69,9 +69,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "four_bit_works", lambda device: WORKS)
 
 
-def here(folder: Path) -> Options:
-    """A device with memory enough, whatever this machine has."""
-    return Options(state_dir=folder, device="cpu", profile=LAPTOP)
+def here(folder: Path, coordinator: CoordinatorProcess | None = None) -> Options:
+    """A device with memory enough, whatever this machine has, whose owner names a coordinator's base."""
+    model = base_of(coordinator) if coordinator else None
+    return Options(state_dir=folder, device="cpu", profile=LAPTOP, model=model)
+
+
+def base_of(coordinator: CoordinatorProcess) -> str:
+    return str(coordinator.data.parent / "base")
 
 
 def diagnosis(plan: JoinPlan) -> dict[str, Check]:
@@ -109,6 +114,7 @@ def run(*arguments: object, site: Path | None = None) -> subprocess.CompletedPro
 
 def test_a_machine_that_is_fit(coordinator: CoordinatorProcess, data: Path, tmp_path: Path) -> None:
     arguments = ("doctor", coordinator.url, "--token", coordinator.join_token, "--data", data, "--device=cpu")
+    arguments += ("--model", base_of(coordinator))
     done = run(*arguments, "--state", tmp_path / "state", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
@@ -151,6 +157,7 @@ def test_joining_goes_on_unquantised_and_says_so(
     """With the hardest one: PEFT imports bitsandbytes wherever it finds it, and that kills the process."""
     site = write_package(CODE["import crashes"], tmp_path / "site")
     arguments = ("join", coordinator.url, "--token", coordinator.join_token, "--data", data, "--device=cpu")
+    arguments += ("--model", base_of(coordinator))
     done = run(*arguments, "--state", tmp_path / "state", "--updates", 1, site=site)
     assert done.returncode == 0, done.stderr
     assert "4-bit training does not work here: bitsandbytes failed " in done.stdout
@@ -164,7 +171,7 @@ def test_the_decision_to_quantise(
     transport = Transport(coordinator.url, coordinator.join_token)
     federation = transport.federation()
     transport.close()
-    options = Options(device="cpu", memory_budget_bytes=10**9)
+    options = Options(device="cpu", memory_budget_bytes=10**9, model=base_of(coordinator))
     monkeypatch.setattr(decision, "four_bit_works", lambda device, folder: WORKS)
     assert decision.decide(federation, options).quantise
     monkeypatch.setattr(decision, "four_bit_works", lambda device, folder: BROKEN)
@@ -311,14 +318,14 @@ def test_what_is_needed_on_the_disk() -> None:
 
 
 def test_without_a_token(coordinator: CoordinatorProcess, quick: None, tmp_path: Path) -> None:
-    found = diagnosis(JoinPlan(here(tmp_path), coordinator.url))
+    found = diagnosis(JoinPlan(here(tmp_path, coordinator), coordinator.url))
     assert states(found) == {"coordinator": "warning"}
     assert found["coordinator"].found == f"{coordinator.url} answers; without a token it tells no more"
     assert found["clock"].state == "fine"
 
 
 def test_with_a_wrong_token(coordinator: CoordinatorProcess, quick: None, tmp_path: Path) -> None:
-    found = diagnosis(JoinPlan(here(tmp_path), coordinator.url, token="wrong"))
+    found = diagnosis(JoinPlan(here(tmp_path, coordinator), coordinator.url, token="wrong"))
     assert states(found) == {"coordinator": "not fine"}
     assert "ask the host for the join token" in found["coordinator"].mend
 
@@ -331,7 +338,7 @@ def test_a_device_that_has_joined_needs_no_token(
     reply: JoinReply = transport.join(JoinRequest("here", base.fingerprint))
     transport.close()
     Journal(tmp_path).save(joined(coordinator.url, reply))
-    found = diagnosis(JoinPlan(here(tmp_path), coordinator.url))
+    found = diagnosis(JoinPlan(here(tmp_path, coordinator), coordinator.url))
     assert states(found) == {}
     assert "ranks 2, 4" in found["coordinator"].found
 
@@ -347,7 +354,7 @@ def test_unquantised_training_that_would_not_fit(
     coordinator: CoordinatorProcess, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "four_bit_works", lambda device: BROKEN)
-    options = dataclasses.replace(here(tmp_path), memory_budget_bytes=1000)
+    options = dataclasses.replace(here(tmp_path, coordinator), memory_budget_bytes=1000)
     found = diagnosis(JoinPlan(options, coordinator.url, coordinator.join_token))
     assert states(found) == {"4-bit": "not fine"}
     assert "and unquantised, not enough memory to train" in found["4-bit"].found
