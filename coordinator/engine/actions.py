@@ -31,13 +31,16 @@ from coordinator.engine.events import (
     Tick,
     Wait,
 )
-from coordinator.engine.state import Situation, held, ready
+from coordinator.engine.policy import Policy
+from coordinator.engine.state import Situation, State, held, ready
 from edge_sdk.core.errors import StaleUpdate
 
 SPENT = "this device's privacy budget is spent; it trains again if the host raises privacy.max_epsilon"
 SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
 MERGE_RETRY_S, MOST_MERGE_RETRY_S = 1.0, 60.0  # after a merge that failed; doubled each time, up to this
-MOST_REFUSED_S = 3600.0  # a device whose updates are refused one after another trains at least this often
+MOST_PAUSE_S = 3600.0  # a device whose updates are refused, or never come, gets work at least this often
+REFUSED = "your last update was refused; there is new work after a pause"
+IDLE = "nothing came of your last work in its time; there is new work after a pause"
 LEAST_BYTES_S = 1024.0  # bytes in flight are life: each keeps a lease for so long, a slow link for hours
 
 # --- answers to a device that asks ---
@@ -47,17 +50,19 @@ def grant(at: Situation[Asked]) -> Done[Grant]:
     """Grant a lease."""
     state, seat, event = at.state, at.seat, at.event
     steps = pacing.steps(seat.paces_s, at.steps, at.policy)
+    is_new = seat.contributed is None
     lease = Lease(
         assignment=event.assignment,
         device=at.device,
         version=state.version,
         rank=event.rank,
-        expires_at=at.now + pacing.lease_s(seat.paces_s, steps, at.policy),
+        expires_at=at.now + pacing.lease_s(seat.paces_s, steps, at.policy, is_new),
         carry_rank=min(event.carry_rank, state.version_rank),
         steps=steps,
         granted_at=at.now,
     )
-    seat.lease = lease
+    seat.lease, seat.newest = lease, lease.assignment
+    _note_tempo(at, lease)
     state.line.leave(at.device)
     return Done(Grant(lease))
 
@@ -83,12 +88,11 @@ def wait_for_version(at: Situation[Asked]) -> Done[Wait]:
     return _wait(at, f"your update of version {at.state.version} is in; the next is not due")
 
 
-def wait_after_refusal(at: Situation[Asked]) -> Done[Wait]:
+def wait_for_end_of_pause(at: Situation[Asked]) -> Done[Wait]:
     """Wait."""
     assert at.seat.work_from is not None
     at.state.line.leave(at.device)
-    pause_s = at.seat.work_from - at.now
-    return Done(Wait(pause_s, "your last update was refused; there is new work after a pause"))
+    return Done(Wait(at.seat.work_from - at.now, at.seat.pause_reason))
 
 
 def wait_for_round(at: Situation[Asked]) -> Done[Wait]:
@@ -131,12 +135,42 @@ def no_effects(at: Situation[object]) -> tuple[Effect, ...]:
 
 
 def expire(at: Situation[Tick]) -> Done[None]:
-    """Expire the lease."""
-    return Done(None, expired(at))
+    """Expire the lease; after one that came to nothing the next work comes later."""
+    _pause_if_idle(at)
+    return Done(None, _expired(at))
 
 
-def expired(at: Situation[object]) -> tuple[Effect, ...]:
-    """Expire the lease."""
+def give_up(at: Situation[Asked]) -> tuple[Effect, ...]:
+    """Expire the lease; after one that was kept for nothing the next work comes later."""
+    lease = at.seat.lease
+    assert lease is not None
+    if at.now - lease.granted_at >= at.policy.new_lease_s / 2:  # one that asks sooner may not have heard
+        _pause_if_idle(at)
+    return _expired(at)
+
+
+def _pause_if_idle(at: Situation[object]) -> None:
+    """After a lease without a byte its device gets no work for a while, and then is the last in line.
+
+    It only matters to one that asks again before its late work is in. A device that had begun is not blamed
+    for newer versions that cut its lease short.
+    """
+    seat, lease = at.seat, at.seat.lease
+    assert lease is not None
+    if not lease.has_sent and (at.can_count(lease.version) or not lease.steps_done):
+        seat.idle_leases += 1
+        _pause(at, at.policy.new_lease_s, seat.idle_leases, IDLE)
+
+
+def _pause(at: Situation[object], first_s: float, times: int, reason: str) -> None:
+    """No work for a while: `first_s`, doubled with every time in a row."""
+    seat = at.seat
+    until = at.now + min(MOST_PAUSE_S, first_s * 2.0 ** min(times - 1, 32))
+    if seat.work_from is None or until > seat.work_from:
+        seat.work_from, seat.pause_reason = until, reason
+
+
+def _expired(at: Situation[object]) -> tuple[Effect, ...]:
     assert at.seat.lease is not None
     return (Expired(at.seat.lease),)
 
@@ -160,19 +194,32 @@ def tell_abandon(at: Situation[Beat]) -> Done[Tell]:
 
 def expire_and_abandon(at: Situation[Beat]) -> Done[Tell]:
     """Expire the lease, tell abandon."""
-    return Done(Tell("abandon"), expired(at))
+    return Done(Tell("abandon"), _expired(at))
 
 
 def _note_progress(at: Situation[Beat]) -> None:
-    """A heartbeat that was overtaken by a later one takes nothing back."""
-    if lease := held(at):
-        lease.steps_done = max(lease.steps_done, at.event.steps_done)
+    """A heartbeat that was overtaken by a later one takes nothing back, and a lie gains no time but once."""
+    lease = held(at)
+    if lease is None:
+        return
+    done = min(at.event.steps_done, lease.steps)
+    if done > lease.steps_done:
+        lease.steps_done = done
+        if at.seat.phase == "training" and at.seat.contributed is None:
+            lease.expires_at = pacing.extended_to(lease, at.now, at.policy)
+    _note_tempo(at, lease)
+
+
+def _note_tempo(at: Situation[object], lease: Lease) -> None:
+    """How long the device takes, as far as can be told now."""
+    at.state.tempo.note(at.device, pacing.takes_s(at.seat.paces_s, lease, at.now, at.policy), at.now)
 
 
 def extend(at: Situation[BytesArrived]) -> Done[None]:
     """Extend the lease."""
     lease = held(at)
     assert lease is not None
+    lease.has_sent = True
     lease.expires_at = max(lease.expires_at, at.now + at.event.size_bytes / LEAST_BYTES_S)
     return Done(None)
 
@@ -190,6 +237,13 @@ def decline(at: Situation[Offered | Stored]) -> Done[Decline]:
     return Done(Decline(at.event.assignment, _why_not(at, at.device, at.event.version)))
 
 
+def decline_replaced(at: Situation[Offered | Stored]) -> Done[Decline]:
+    """Decline."""
+    current = at.state.version
+    why = f"newer work was granted to this device since, and only that counts. Train from version {current}"
+    return Done(Decline(at.event.assignment, StaleUpdate(why, current_version=current)))
+
+
 def decline_unpaid(at: Situation[Offered | Stored]) -> Done[Decline]:
     """Decline."""
     error = StaleUpdate(f"not taken in: {SPENT}; drop it", current_version=at.state.version)
@@ -198,7 +252,7 @@ def decline_unpaid(at: Situation[Offered | Stored]) -> Done[Decline]:
 
 def expire_and_decline(at: Situation[Offered | Stored]) -> Done[Decline]:
     """Expire the lease, decline."""
-    return Done(decline(at).answer, expired(at))
+    return Done(decline(at).answer, _expired(at))
 
 
 def _why_not(at: Situation[object], device: str, version: int) -> StaleUpdate:
@@ -217,34 +271,38 @@ def _why_not(at: Situation[object], device: str, version: int) -> StaleUpdate:
 def take_in(at: Situation[Stored]) -> Done[None]:
     """Buffer it."""
     state, seat, update = at.state, at.seat, at.event.update
-    state.buffer.append(update)
+    state.put([update])
     state.first_at = at.now if state.first_at is None else state.first_at
-    seat.contributed, seat.refusals, seat.work_from = update.version, 0, None
+    seat.contributed, seat.refusals, seat.idle_leases, seat.work_from = update.version, 0, 0, None
     _note_pace(at)
     return Done(None)
 
 
 def _note_pace(at: Situation[Stored]) -> None:
-    """Remember how long it took. Of work granted before a restart the disk remembers (`Store.paces_s`)."""
-    lease = held(at)
-    if lease is None or lease.granted_at is None:
-        return
-    pace_s = (at.now - lease.granted_at) / (at.event.steps or lease.steps)
-    at.seat.paces_s = (*at.seat.paces_s, pace_s)[-pacing.KEPT :]
+    """Remember how long it took."""
+    if lease := held(at):
+        pace_s = (at.now - lease.granted_at) / (at.event.steps or lease.steps)
+        at.seat.paces_s = (*at.seat.paces_s, pace_s)[-pacing.KEPT :]
+        _note_usual(at.state, at.device, lease.steps, at.policy, at.now)
+
+
+def _note_usual(state: State, device: str, steps: int, policy: Policy, now: float) -> None:
+    """How long a device that has no work takes for so many steps."""
+    usual_s = pacing.usual_s(state.seat(device).paces_s, steps)
+    state.tempo.note(device, min(policy.lease_s, usual_s), now)
 
 
 def pause_after_refusal(at: Situation[Refused]) -> Done[None]:
     """The next work comes later."""
     seat = at.seat
     seat.refusals += 1
-    pause_s = min(MOST_REFUSED_S, at.policy.retry_s * 2.0 ** min(seat.refusals - 1, 32))
-    seat.work_from = at.now + pause_s
+    _pause(at, at.policy.retry_s, seat.refusals, REFUSED)
     return Done(None)
 
 
 def expire_and_pause(at: Situation[Refused]) -> Done[None]:
     """Expire the lease; the next work comes later."""
-    lease_over = expired(at)
+    lease_over = _expired(at)
     pause_after_refusal(at)
     return Done(None, lease_over)
 
@@ -256,7 +314,7 @@ def merge(at: Situation[Stored | Tick]) -> Done[None]:
     """Merge."""
     state = at.state
     taken = ready(state, at.ration)
-    state.buffer = [update for update in state.buffer if update not in taken]
+    state.take(taken)
     state.merging, state.merging_first_at = tuple(taken), state.first_at
     state.first_at, state.merge_at = None, None
     discount = at.policy.staleness
@@ -273,7 +331,7 @@ def publish(at: Situation[Merged]) -> Done[None]:
     if at.ration:
         at.ration.spend(update.device for update in state.merging)
     state.version, state.version_rank, state.merging = at.event.version, at.event.rank, ()
-    state.failures = 0
+    state.failures, state.published_at = 0, at.now
     state.first_at = at.now if state.buffer else None
     for lease in state.leases():
         if state.version - lease.version > at.policy.staleness_limit:  # it holds a slot for nothing
@@ -288,7 +346,8 @@ def put_back(at: Situation[MergeFailed]) -> Done[None]:
         if update.update in rejected:  # its device may work from that version again
             state.seat(update.device).contributed = update.version - 1
     kept = [update for update in state.merging if update.update not in rejected]
-    state.buffer, state.merging, state.failures = [*kept, *state.buffer], (), 0
+    state.put(kept, in_front=True)
+    state.merging, state.failures = (), 0
     for update in state.buffer:
         seat = state.seat(update.device)
         seat.contributed = max(update.version, -1 if seat.contributed is None else seat.contributed)
@@ -313,15 +372,30 @@ def restore(at: Situation[Restarted]) -> Done[None]:
     state.version, state.version_rank = event.version, event.rank
     for device, version in event.contributed:
         state.seat(device).contributed = version
+    for device, assignment in event.newest:
+        state.seat(device).newest = assignment
     for device, paces_s in event.paces_s:
-        state.seat(device).paces_s = paces_s[-pacing.KEPT :]
+        if paces_s:
+            state.seat(device).paces_s = paces_s[-pacing.KEPT :]
+            steps = pacing.steps(paces_s, at.steps, at.policy)
+            _note_usual(state, device, steps, at.policy, at.now)
     for lease in event.leases:
-        state.seat(lease.device).lease = lease
-        state.move(lease.device, "training")
+        _take_up(at, lease)
     declined = [update for update in event.buffer if _is_void(at, update)]
-    state.buffer = [update for update in event.buffer if update not in declined]
+    state.put([update for update in event.buffer if not _is_void(at, update)])
     state.first_at = at.now if state.buffer else None
     return Done(None, tuple(Decline(u.update, _why_not(at, u.device, u.version)) for u in declined))
+
+
+def _take_up(at: Situation[object], lease: Lease) -> None:
+    """Go on with a lease from before a start, which does not know how far it was extended."""
+    state, seat, policy = at.state, at.state.seat(lease.device), at.policy
+    if seat.contributed is None:
+        most = min(lease.granted_at + policy.lease_s, at.now + policy.new_lease_s)
+        lease.expires_at = max(lease.expires_at, most)
+    seat.lease, seat.newest = lease, lease.assignment
+    state.move(lease.device, "training")
+    state.tempo.note(lease.device, pacing.takes_s(seat.paces_s, lease, at.now, policy), at.now)
 
 
 def _is_void(at: Situation[object], update: Buffered) -> bool:

@@ -23,8 +23,8 @@ def budget_spent(at: Situation[DeviceEvent]) -> bool:
 
 
 def update_waits(at: Situation[Asked]) -> bool:
-    """Under privacy, an update of it waits for a version."""
-    return at.ration is not None and any(update.device == at.device for update in at.state.buffer)
+    """An update of it waits for a version."""
+    return at.seat.buffered > 0
 
 
 def same_work(at: Situation[Asked]) -> bool:
@@ -42,7 +42,7 @@ def has_given(at: Situation[Asked]) -> bool:
 
 
 def must_pause(at: Situation[Asked]) -> bool:
-    """Its last update was refused a moment ago."""
+    """Its last update was refused, or its last lease came to nothing, a moment ago."""
     return at.seat.work_from is not None and at.now < at.seat.work_from
 
 
@@ -64,6 +64,12 @@ def no_slot(at: Situation[Asked]) -> bool:
 
 
 # --- of work in hand ---
+
+
+def replaced(at: Situation[VersionedEvent]) -> bool:
+    """Newer work was granted since."""
+    newest = at.seat.newest
+    return newest is not None and newest != at.event.assignment
 
 
 def other_work(at: Situation[WorkEvent]) -> bool:
@@ -95,6 +101,12 @@ def is_awaited(at: Situation[Beat]) -> bool:
     return at.now - state.first_at >= at.policy.timeout_s and 2 * at.event.steps_done >= lease.steps
 
 
+def is_first(at: Situation[Beat]) -> bool:
+    """It is the first of its device, and the whole time is not over."""
+    lease = held(at)
+    return lease is not None and at.seat.contributed is None and at.now < lease.granted_at + at.policy.lease_s
+
+
 def deadline_passed(at: Situation[Tick]) -> bool:
     """Its deadline has passed."""
     lease = at.seat.lease
@@ -105,13 +117,23 @@ def deadline_passed(at: Situation[Tick]) -> bool:
 
 
 def is_due(at: Situation[Stored | Tick]) -> bool:
-    """Enough is in: K updates, or a quorum and the time-out."""
+    """Enough is in, of K devices, or of a quorum after the time-out; and the last version is old enough."""
     state, policy = at.state, at.policy
     if state.first_at is None:
         return False
-    count = len(ready(at.state, at.ration))
     waited = at.now - state.first_at >= policy.timeout_s
-    return count >= policy.buffer_size or (waited and count >= policy.quorum)
+    enough = policy.quorum if waited else policy.buffer_size
+    if len(state.buffer) < enough or _too_soon(at):  # asked at every update, so nothing is counted before
+        return False
+    return len(ready(state, at.ration)) >= enough
+
+
+def _too_soon(at: Situation[Stored | Tick]) -> bool:
+    """Most devices have not had their share of time since the last version."""
+    published_at = at.state.published_at
+    if published_at is None:
+        return False
+    return max(0.0, at.now - published_at) < at.state.tempo.least_version_s(at.policy, at.now)
 
 
 def still_rests(at: Situation[Stored | Tick]) -> bool:

@@ -21,7 +21,8 @@ class Lease:
     carry_rank: int = 0  # components of the global adapter at `version` that the device holds frozen
     steps: int = 1  # that were asked for
     steps_done: int = 0
-    granted_at: float | None = None  # None: before a restart, by another clock
+    granted_at: float = 0.0  # of before a restart: as long ago as the host's clock says
+    has_sent: bool = False  # a byte of its update has arrived
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,7 @@ class Restarted(Event[None]):
     buffer: tuple[Buffered, ...] = ()  # oldest first
     contributed: tuple[tuple[str, int], ...] = ()  # device, newest version that an update of it is from
     paces_s: tuple[tuple[str, tuple[float, ...]], ...] = ()  # device, seconds a step, oldest first
+    newest: tuple[tuple[str, str], ...] = ()  # device, the assignment that was granted to it last
 
 
 VersionedEvent = Beat | Offered | Stored

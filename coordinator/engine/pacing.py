@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from coordinator.engine.events import Lease
 from coordinator.engine.policy import Policy
 
 KEPT = 8  # paces of a device, so that it may change its habits within some assignments
@@ -31,10 +32,47 @@ def pace_limit_s(paces_s: Sequence[float], mads: float) -> float | None:
     return middle + mads * max(spread, LEAST_SPREAD * middle)
 
 
-def lease_s(paces_s: Sequence[float], steps: int, policy: Policy) -> float:
-    """How long a device gets for an assignment of so many steps; at most `policy.lease_s`."""
+def lease_s(paces_s: Sequence[float], steps: int, policy: Policy, is_new: bool = False) -> float:
+    """How long a device gets for an assignment of so many steps; at most `policy.lease_s`.
+
+    `is_new`: it has handed in nothing yet. Whoever asks and never works holds a slot only for so long.
+    """
+    if is_new:
+        return policy.new_lease_s
     limit = pace_limit_s(paces_s, policy.deadline_mads)
     return policy.lease_s if limit is None else min(policy.lease_s, max(LEAST_S, limit * steps))
+
+
+def extended_to(lease: Lease, now: float, policy: Policy) -> float:
+    """When a first lease ends whose device has shown progress, at its `steps_done`.
+
+    It gets what the rest takes at its pace so far, and the time of a first lease for the upload. Progress is
+    what a device says of itself, so the whole is at most `policy.lease_s` from the grant.
+    """
+    rest_s = (now - lease.granted_at) / lease.steps_done * (lease.steps - lease.steps_done)
+    whole = min(lease.granted_at + policy.lease_s, now + rest_s + policy.new_lease_s)
+    return max(lease.expires_at, whole)
+
+
+def usual_s(paces_s: Sequence[float], steps: int) -> float:
+    """Seconds that a device with at least one pace usually takes for so many steps."""
+    return statistics.median(paces_s) * steps
+
+
+def takes_s(paces_s: Sequence[float], lease: Lease, now: float, policy: Policy) -> float:
+    """Seconds that a device takes for the work in hand, as far as can be told; at most `policy.lease_s`.
+
+    What it usually takes; of a first assignment what its progress says, and before any progress the time that
+    it was given. Never less than the time since the grant.
+    """
+    so_far = now - lease.granted_at
+    if paces_s:
+        whole = usual_s(paces_s, lease.steps)
+    elif lease.steps_done:
+        whole = so_far * lease.steps / lease.steps_done
+    else:
+        whole = lease.expires_at - lease.granted_at
+    return min(policy.lease_s, max(so_far, whole))
 
 
 def steps(paces_s: Sequence[float], most: int, policy: Policy) -> int:

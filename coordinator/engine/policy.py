@@ -24,12 +24,14 @@ class Policy:
     buffer_size: int = 4  # K: updates that make a version; in synchronous mode the size of a round
     quorum: int = 1  # updates that suffice once timeout_s has passed
     timeout_s: float = 60.0  # T, from the first update in the buffer
+    least_version_s: float | None = None  # from one version to the next; 0: none. None: see `tempo`
     over_selection: float = 0.0  # synchronous: so many more devices than K are given work, as a share of K
     concurrency: int | None = None  # the most leases at a time; None: no limit
     max_staleness: int | None = None  # versions; an older update is refused. None: see `staleness_limit`
     staleness: Discount = "polynomial"
     server_learning_rate: float = 1.0  # η
-    lease_s: float = 600.0  # the most time for an assignment, and what a device without a past gets
+    lease_s: float = 600.0  # the most time for an assignment, and what a device with a short past gets
+    first_lease_s: float = 60.0  # what a device that has handed in nothing yet gets, until it shows progress
     deadline_mads: float = 6.0  # k: a device with a past gets the median + k·MAD of what it took
     work_s: float | None = None  # sized work: what an assignment should take at most; None: steps for all
     retry_s: float = 2.0  # how soon a device without work asks again, if few do
@@ -43,6 +45,7 @@ class Policy:
             "concurrency",
             "server_learning_rate",
             "lease_s",
+            "first_lease_s",
             "deadline_mads",
             "work_s",
             "retry_s",
@@ -56,6 +59,7 @@ class Policy:
             raise InputError(f"policy.quorum is {self.quorum}, above policy.buffer_size {self.buffer_size}")
         self._check_staleness()
         self._check_places()
+        self._check_least_version()
 
     def _check_staleness(self) -> None:
         """A device that keeps its deadline must not be refused for it."""
@@ -85,6 +89,16 @@ class Policy:
                 f"{self.round_size} devices"
             )
 
+    def _check_least_version(self) -> None:
+        """A time that there can be, and versions that need one."""
+        least_s = self.least_version_s
+        if least_s is None:
+            return
+        if least_s < 0 or not math.isfinite(least_s):
+            raise InputError(f"policy.least_version_s is {least_s}; it must be 0 or more")
+        if least_s and self.mode == "synchronous":
+            raise InputError("policy.least_version_s is for buffers; a round waits for its devices anyway")
+
     def _implied_staleness(self) -> int:
         """Versions that may come by time-out while a device uses its whole lease."""
         return int(self.lease_s // self.timeout_s)
@@ -97,6 +111,11 @@ class Policy:
         if self.max_staleness is None:
             return max(LEAST_STALENESS, self._implied_staleness())
         return self.max_staleness
+
+    @property
+    def new_lease_s(self) -> float:
+        """What a device that has handed in nothing yet gets, and gets again with every sign of progress."""
+        return min(self.first_lease_s, self.lease_s)
 
     @property
     def round_size(self) -> int:

@@ -5,12 +5,13 @@ Bounded by devices + K: nothing grows with time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from coordinator.engine.events import Buffered, Lease, WorkEvent
 from coordinator.engine.policy import Policy
+from coordinator.engine.tempo import Tempo
 from coordinator.engine.waiting_line import WaitingLine
 
 WorkPhase = Literal["idle", "training", "late"]
@@ -26,10 +27,14 @@ class Seat:
 
     phase: WorkPhase = "idle"
     lease: Lease | None = None  # the work in hand, expired or not; None while idle
+    newest: str | None = None  # the assignment that was granted last; what was granted before counts no more
+    buffered: int = 0  # updates of it in the buffer
     contributed: int | None = None  # newest version that an update of it, merged or to be, is from
     paces_s: tuple[float, ...] = ()  # seconds a step of its last assignments, newest last
     refusals: int = 0  # in a row
+    idle_leases: int = 0  # in a row: they came to nothing
     work_from: float | None = None  # no work before this
+    pause_reason: str = ""
 
 
 @dataclass
@@ -42,6 +47,8 @@ class State:
     seats: dict[str, Seat] = field(default_factory=dict)
     training: set[str] = field(default_factory=set)  # devices in that phase: they hold the slots
     line: WaitingLine = field(default_factory=WaitingLine)
+    tempo: Tempo = field(default_factory=Tempo)
+    published_at: float | None = None  # of the current version; None: before this start
     buffer: list[Buffered] = field(default_factory=list)
     first_at: float | None = None  # when the oldest buffered update came
     merging: tuple[Buffered, ...] = ()
@@ -63,6 +70,20 @@ class State:
             self.training.add(device)
         else:
             self.training.discard(device)
+
+    def put(self, updates: Sequence[Buffered], in_front: bool = False) -> None:
+        """Add updates to the buffer."""
+        place = 0 if in_front else len(self.buffer)
+        self.buffer[place:place] = updates
+        for update in updates:
+            self.seat(update.device).buffered += 1
+
+    def take(self, updates: Sequence[Buffered]) -> None:
+        """Remove updates from the buffer."""
+        taken = {update.update for update in updates}
+        self.buffer = [update for update in self.buffer if update.update not in taken]
+        for update in updates:
+            self.seat(update.device).buffered -= 1
 
     def leases(self) -> Iterator[Lease]:
         """All leases that have not expired."""
@@ -108,13 +129,11 @@ class Ration:
 
 
 def ready(state: State, ration: Ration | None) -> list[Buffered]:
-    """What the next version takes: all that is buffered; under a ration the oldest of each device."""
-    if ration is None:
-        return state.buffer
+    """What the next version takes: the oldest buffered update of each device. The others wait."""
     oldest: dict[str, Buffered] = {}
     for update in state.buffer:
         # Of two that came in at the same moment only one may have been within the budget.
-        if not ration.is_spent(update.device):
+        if ration is None or not ration.is_spent(update.device):
             oldest.setdefault(update.device, update)
     return list(oldest.values())
 

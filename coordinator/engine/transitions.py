@@ -91,11 +91,11 @@ WORK: tuple[OnEvent[WorkPhase], ...] = (
         Asked,
         # A device that asks has no other work in hand, whatever was granted before: it may never have heard.
         Row(("training",), when.same_work, None, do.repeat_grant),
-        Pass(("training",), None, "late", do.expired),
+        Pass(("training",), None, "late", do.give_up),
         Row(_FREE, when.budget_spent, "idle", do.wait_for_budget),
-        Row(_FREE, when.update_waits, "idle", do.wait_for_own_update),
         Row(_FREE, when.has_given, "idle", do.wait_for_version),
-        Row(_FREE, when.must_pause, "idle", do.wait_after_refusal),
+        Row(_FREE, when.update_waits, "idle", do.wait_for_own_update),
+        Row(_FREE, when.must_pause, "idle", do.wait_for_end_of_pause),
         Row(_FREE, when.round_is_full, "idle", do.wait_for_round),
         Row(_FREE, when.no_slot, "idle", do.wait_for_slot),
         Row(_FREE, None, "training", do.grant),
@@ -103,13 +103,15 @@ WORK: tuple[OnEvent[WorkPhase], ...] = (
     on(
         Beat,
         # Work goes on as long as it can count, whoever knows of it.
+        Row(_ANY, when.replaced, None, do.tell_abandon),
         Row(_ANY, when.stray_and_void, None, do.tell_abandon),
         Row(_ANY, when.other_work, None, do.tell_continue),
         Row(("training",), when.cannot_count, "idle", do.expire_and_abandon),
-        Row(("training",), when.one_version_left, None, do.tell_finish),
-        Row(("training",), when.is_awaited, None, do.tell_finish),
-        Row(("training",), None, None, do.tell_continue),
         Row(("late",), when.cannot_count, "idle", do.tell_abandon),
+        Row(_HELD, when.one_version_left, None, do.tell_finish),
+        Row(_HELD, when.is_awaited, None, do.tell_finish),
+        Row(("late",), when.is_first, None, do.tell_continue),  # a first lease is short
+        Row(("training",), None, None, do.tell_continue),
         Row(("late",), None, None, do.tell_finish),
     ),
     on(
@@ -127,6 +129,7 @@ WORK: tuple[OnEvent[WorkPhase], ...] = (
         Offered,
         # An adapter is offered, checked and stored; meanwhile a round may have ended.
         Row(_ANY, when.budget_spent, None, do.decline_unpaid),
+        Row(_ANY, when.replaced, None, do.decline_replaced),
         Row(_ANY, when.stray_and_void, None, do.decline),
         Row(("training",), when.cannot_count, "idle", do.expire_and_decline),
         Row(("late",), when.cannot_count, "idle", do.decline),
@@ -135,6 +138,7 @@ WORK: tuple[OnEvent[WorkPhase], ...] = (
     on(
         Stored,
         Row(_ANY, when.budget_spent, None, do.decline_unpaid),
+        Row(_ANY, when.replaced, None, do.decline_replaced),
         Row(_ANY, when.stray_and_void, None, do.decline),
         Row(_ANY, when.other_work, None, do.take_in),
         Row(("training",), when.cannot_count, "idle", do.expire_and_decline),

@@ -72,7 +72,8 @@ class Coordinator:
         self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
         self._seen: dict[str, float] = {}
-        self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
+        self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
+        self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # likewise
         self._restore()
         noise = self.privacy.noise(settings.policy.buffer_size) if self.privacy else None
         eta = settings.policy.server_learning_rate
@@ -163,7 +164,12 @@ class Coordinator:
         if ask.carry_rank < 0:
             raise ProtocolError(f"Ask.carry_rank: {ask.carry_rank} is below 0")
         carry_rank = ask.carry_rank if self.federation.carries else 0
-        answer = self._apply(events.Asked(device, ask.rank, secrets.token_hex(12), carry_rank))
+        # One at a time of a device: the disk must hear of its leases in the order in which they were granted.
+        async with self._asking.setdefault(device, asyncio.Lock()):
+            return await self._ask(device, ask.rank, carry_rank)
+
+    async def _ask(self, device: str, rank: int, carry_rank: int) -> Assignment | NotNow:
+        answer = self._apply(events.Asked(device, rank, secrets.token_hex(12), carry_rank))
         if isinstance(answer, events.Wait):
             return NotNow(answer.retry_after_s, answer.reason)
         assignment = self._assignment(answer.lease)

@@ -120,6 +120,7 @@ def recalled(store: Store, now: float, clock_time: float) -> Restarted:
     """
     newest = store.versions(1)
     return Restarted(
+        newest=tuple(store.newest_assignments().items()),
         version=newest[0].version if newest else 0,
         rank=newest[0].rank if newest else 0,
         leases=tuple(
@@ -134,14 +135,16 @@ def recalled(store: Store, now: float, clock_time: float) -> Restarted:
 
 def _lease(device: str, assignment: Assignment, now: float, elapsed_s: float) -> Lease:
     """A lease with what is left of its time; a clock that was put back in between takes nothing off."""
+    elapsed_s = max(0.0, elapsed_s)
     return Lease(
         assignment=assignment.id,
         device=device,
         version=assignment.version,
         rank=assignment.rank,
-        expires_at=now + max(0.0, assignment.expires_in_s - max(0.0, elapsed_s)),
+        expires_at=now + max(0.0, assignment.expires_in_s - elapsed_s),
         carry_rank=assignment.carry_rank,
         steps=assignment.steps,
+        granted_at=now - elapsed_s,
     )
 
 

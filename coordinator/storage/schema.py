@@ -86,6 +86,13 @@ MIGRATIONS = [
     ALTER TABLE versions ADD COLUMN norm_bound REAL;
     DROP INDEX updates_norms;
     """,
+    # Work that was granted before it counts no more. Rows lie in the order in which they were written.
+    """
+    ALTER TABLE devices ADD COLUMN newest_assignment TEXT;
+    UPDATE devices SET newest_assignment = newest.id
+        FROM (SELECT device, id, MAX(rowid) FROM assignments GROUP BY device) AS newest
+        WHERE newest.device = devices.id;
+    """,
 ]
 
 

@@ -103,7 +103,10 @@ class Store:
             if db.execute("SELECT 1 FROM assignments WHERE id = ?", (assignment.id,)).fetchone():
                 return  # the device asked twice at once
             db.execute("UPDATE assignments SET open = 0 WHERE device = ? AND open = 1", (device,))
-            db.execute("UPDATE devices SET rank = ? WHERE id = ?", (assignment.rank, device))
+            db.execute(
+                "UPDATE devices SET rank = ?, newest_assignment = ? WHERE id = ?",
+                (assignment.rank, assignment.id, device),
+            )
             db.execute(
                 "INSERT INTO assignments(id, device, version, rank, record, granted_at) VALUES (?,?,?,?,?,?)",
                 (
@@ -120,6 +123,11 @@ class Store:
         """An assignment of this device, open or not."""
         rows = self.db.rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
         return decode(Assignment, rows[0][0]) if rows else None
+
+    def newest_assignments(self) -> dict[str, str]:
+        """Device -> the assignment that was granted to it last, by the order of grants, not by a clock."""
+        query = "SELECT id, newest_assignment FROM devices WHERE newest_assignment IS NOT NULL"
+        return dict(self.db.rows(query))
 
     def open_assignments(self) -> list[tuple[str, Assignment, float]]:
         """(device, assignment, when it was granted) of every lease that is neither delivered nor expired."""
@@ -293,7 +301,7 @@ class Store:
         """Add a version and mark its updates (id, weight, staleness) as merged, in one transaction.
 
         What a version costs in privacy follows from its row and its updates', so that it is known as long as
-        the version is. Under privacy no device may have two updates in it.
+        the version is. No device may have two updates in it.
         """
         with self.db.transaction("version-written", "version-committed") as db:
             db.execute(
@@ -314,9 +322,9 @@ class Store:
                     (tau, id),
                 )
             twice = "SELECT device FROM updates WHERE merged_version = ? GROUP BY device HAVING COUNT(*) > 1"
-            if version.noise_multiplier and (row := db.execute(twice, (version.version,)).fetchone()):
+            if row := db.execute(twice, (version.version,)).fetchone():
                 raise Contradiction(
-                    f"device {row[0]} has two updates in private version {version.version}; it is dropped"
+                    f"device {row[0]} has two updates in version {version.version}; it is dropped"
                 )
 
     def versions(self, newest: int) -> list[Version]:
@@ -380,9 +388,14 @@ class Store:
         return bool(self.db.rows(query, digest, digest))
 
     def may_come(self, assignment: str, oldest: int) -> bool:
-        """Whether its update is not here but may come: it is open, or from version `oldest` or later."""
+        """Whether its update is not here but may come.
+
+        It is the last that its device was granted, and it is open, or from version `oldest` or later.
+        """
         rows = self.db.rows(
             "SELECT 1 FROM assignments WHERE id = ? AND (open = 1 OR version >= ?) "
+            "AND EXISTS (SELECT 1 FROM devices "
+            "WHERE devices.id = assignments.device AND newest_assignment = assignments.id) "
             "AND NOT EXISTS (SELECT 1 FROM updates WHERE assignment = assignments.id)",
             assignment,
             oldest,

@@ -5,6 +5,7 @@ Whatever the real one awaits is a `yield` here, so that a test can stop, reorder
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,8 +127,10 @@ class Disk:
         leases = []
         for id, w in self.work.items():
             if w.open:
-                left_s = max(0.0, w.expires_in_s - max(0.0, wall - w.granted_wall))
-                leases.append(Lease(id, w.device, w.version, w.rank, now + left_s, w.carry_rank, w.steps))
+                ago_s = max(0.0, wall - w.granted_wall)
+                until, begun = now + max(0.0, w.expires_in_s - ago_s), now - ago_s
+                lease = Lease(id, w.device, w.version, w.rank, until, w.carry_rank, w.steps)
+                leases.append(dataclasses.replace(lease, granted_at=begun))
         return Restarted(
             version=len(self.ranks),
             rank=self.ranks[-1] if self.ranks else 0,
@@ -137,6 +140,7 @@ class Disk:
                 for _, id in sorted(unmerged)
             ),
             contributed=tuple(given.items()),
+            newest=tuple({w.device: id for id, w in self.work.items()}.items()),
             paces_s=tuple((device, tuple(p for _, p in of if p > 0)) for device, of in newest.items()),
         )
 
@@ -156,6 +160,7 @@ class Service:
     merge: Merge | None = None  # under way
     outcome: Merged | MergeFailed | None = None  # of it, on disk, of which the engine has not heard
     expired: list[str] = field(default_factory=list)
+    asking: set[str] = field(default_factory=set)  # devices whose grant is being written
     untold: set[str] = field(default_factory=set)  # updates on disk of which the engine has not heard
 
     def __post_init__(self) -> None:
@@ -193,6 +198,8 @@ class Service:
     # --- requests ---
 
     def ask(self, device: str, rank: int, carry_rank: int, id: str) -> Job:
+        while device in self.asking:
+            yield
         answer = self.apply(Asked(device, rank, id, carry_rank))[-1]
         if isinstance(answer, Wait):
             return ("wait", device, answer.retry_after_s)
@@ -202,9 +209,11 @@ class Service:
         if id not in self.disk.work:
             left_s = lease.expires_at - self.now
             row = Work(device, lease.version, lease.rank, lease.carry_rank, steps, left_s, self.wall)
+            self.asking.add(device)
             yield
             self.disk.add_work(id, row)
             yield
+            self.asking.discard(device)
         return ("work", device, id)
 
     def beat(self, device: str, id: str, steps_done: int) -> Job:

@@ -56,8 +56,10 @@ class Held:
     carry_rank: int
     steps: int
     until: float
-    begun: float | None
+    begun: float
     is_live: bool = True
+    done: int = 0
+    sent: bool = False
 
 
 @dataclass
@@ -76,8 +78,11 @@ class Seen:
     held: Held | None = None
     given: list[int] = field(default_factory=list)  # versions that updates of it are from, in the end
     undone: int = -1  # newest version from which an update of it was rejected
+    newest: str | None = None  # granted last
     refusals: int = 0
+    idles: int = 0  # leases in a row that came to nothing
     pause_until: float = -math.inf
+    noted: tuple[float, float] | None = None  # what it takes for an assignment, and since when that is known
     paces: list[float] = field(default_factory=list)
     in_line: InLine | None = None
 
@@ -98,6 +103,7 @@ class Judge:
     fails: int = 0
     rest_until: float = -math.inf
     seen: dict[str, Seen] = field(default_factory=dict)
+    published_at: float | None = None
     entered: dict[str, int] = field(default_factory=dict)
     published: list[tuple[str, ...]] = field(default_factory=list)  # never forgotten
     numbers: int = 0
@@ -125,6 +131,39 @@ class Judge:
             return False
         return self.version - version <= self.limit and all(v < version for v in self.of(device).given)
 
+    def is_replaced(self, device: str, assignment: str) -> bool:
+        return self.of(device).newest not in (None, assignment)
+
+    def is_new(self, device: str) -> bool:
+        """Nothing of it ever came in."""
+        return not self.of(device).given and self.of(device).undone < 0
+
+    @property
+    def first_s(self) -> float:
+        return min(self.policy.first_lease_s, self.policy.lease_s)
+
+    def least_s(self, now: float) -> float:
+        """From one version to the next."""
+        if self.policy.least_version_s is not None:
+            return self.policy.least_version_s
+        notes = [seen.noted for seen in self.seen.values() if seen.noted]
+        active = sorted(takes_s for takes_s, at in notes if at >= now - self.policy.lease_s)
+        if self.is_synchronous or not active:
+            return 0.0
+        enough = next(takes_s for n, takes_s in enumerate(active, 1) if 4 * n >= 3 * len(active))
+        return min(self.policy.timeout_s, enough / max(1, self.limit - 1))
+
+    def notes(self, device: str, now: float) -> None:
+        """What a device takes for the work that it holds."""
+        seen, held = self.of(device), self.of(device).held
+        assert held is not None
+        so_far = now - held.begun
+        if seen.paces:
+            whole = median(seen.paces) * held.steps
+        else:
+            whole = so_far / held.done * held.steps if held.done else held.until - held.begun
+        seen.noted = min(self.policy.lease_s, max(so_far, whole)), now
+
     def is_spent(self, device: str) -> bool:
         if not self.most:
             return False
@@ -141,8 +180,6 @@ class Judge:
         return gave | {device for device, held in self.live().items() if held.version == self.version}
 
     def ready(self) -> list[Buffered]:
-        if self.most == 0:
-            return list(self.pool)
         return [u for i, u in enumerate(self.pool) if all(u.device != o.device for o in self.pool[:i])]
 
     def is_overdue(self, now: float) -> bool:
@@ -152,6 +189,8 @@ class Judge:
 
     def is_due(self, now: float) -> bool:
         if self.merge or now < self.rest_until or not self.pool:
+            return False
+        if self.published_at is not None and now - self.published_at < self.least_s(now):
             return False
         count = len(self.ready())
         return count >= self.policy.buffer_size or (self.is_overdue(now) and count >= self.policy.quorum)
@@ -174,11 +213,13 @@ class Judge:
                 held = self.of(event.device).held
                 if held and held.id == event.assignment and held.is_live:
                     held.until = max(held.until, now + event.size_bytes / LEAST_BYTES_S)
+                    held.sent = True
                 assert effects == []
             case Tick():
                 for device in sorted(self.live()):
                     held = self.live()[device]
                     if now >= held.until:
+                        self.idles(device, now)
                         self.expires(device, effects)
                 self.may_merge(now, effects)
             case Offered():
@@ -203,17 +244,32 @@ class Judge:
         assert (effect.lease.assignment, effect.lease.device) == (held.id, device)
         held.is_live = False
 
+    def idles(self, device: str, now: float) -> None:
+        """A lease ends. If nothing came of it, and that is nobody else's fault, its device pauses."""
+        seen, held = self.of(device), self.of(device).held
+        assert held is not None
+        counts = self.can_count(device, held.version) and held.version >= seen.undone
+        if not held.sent and (counts or held.done <= 0):
+            seen.idles += 1
+            pause_s = min(3600.0, self.first_s * 2 ** (seen.idles - 1))
+            seen.pause_until = max(seen.pause_until, now + pause_s)
+
     def restarted(self, event: Restarted, now: float, effects: list[Said]) -> None:
         assert event.version == self.version or event.version == self.version + 1
         if event.version > self.version:  # on disk, but the engine was never told
             assert self.merge is not None
             self.publish()
         self.rank, self.merge, self.pool, self.fails = event.rank, None, [], 0
-        self.seen, self.rest_until = {}, -math.inf
+        self.seen, self.rest_until, self.published_at = {}, -math.inf, None
         for device, version in event.contributed:
             self.of(device).given = [version]
         for device, paces in event.paces_s:
             self.of(device).paces = list(paces)
+            if paces:
+                steps, _ = self.share_of(device)
+                self.of(device).noted = min(self.policy.lease_s, median(list(paces)) * steps), now
+        for device, assignment in event.newest:
+            self.of(device).newest = assignment
         for lease in event.leases:
             self.of(lease.device).held = Held(
                 lease.assignment,
@@ -222,8 +278,15 @@ class Judge:
                 lease.carry_rank,
                 lease.steps,
                 lease.expires_at,
-                None,
+                lease.granted_at,
             )
+            assert self.of(lease.device).newest == lease.assignment
+            if self.is_new(lease.device):
+                most = min(lease.granted_at + self.policy.lease_s, now + self.first_s)
+                held = self.of(lease.device).held
+                assert held is not None
+                held.until = max(held.until, most)
+            self.notes(lease.device, now)
         for update in event.buffer:
             if self.is_synchronous and update.version < self.version:
                 declined(effects.pop(0), update.update, self.version)
@@ -242,6 +305,8 @@ class Judge:
                 assert (again.lease.assignment, again.lease.version) == (held.id, held.version)
                 assert again.lease.expires_at == pytest.approx(held.until)
                 return
+            if now - held.begun >= self.first_s / 2:
+                self.idles(event.device, now)
             self.expires(event.device, effects)
         seen.held = None
         answer = effects.pop(0)
@@ -259,7 +324,7 @@ class Judge:
         seen, why = self.of(device), []
         if self.is_spent(device):
             why.append("budget")
-        if self.most != 0 and any(update.device == device for update in self.pool):
+        if any(update.device == device for update in self.pool):
             why.append("own update")
         if any(version >= self.version for version in seen.given):
             why.append("version")
@@ -312,20 +377,23 @@ class Judge:
         assert (lease.device, lease.assignment, lease.rank) == (event.device, event.assignment, event.rank)
         assert lease.version == self.version
         assert lease.carry_rank == min(event.carry_rank, self.rank)
-        steps, until_s = self.share_of(seen.paces)
+        steps, until_s = self.share_of(event.device)
         assert lease.steps == steps
         assert lease.expires_at == pytest.approx(now + until_s)
         seen.in_line = None
         seen.held = Held(
             lease.assignment, lease.version, lease.rank, lease.carry_rank, steps, lease.expires_at, now
         )
+        seen.newest = lease.assignment
+        self.notes(event.device, now)
         assert self.policy.concurrency is None or len(self.live()) <= self.policy.concurrency
         assert not self.is_synchronous or len(self.in_round()) <= self.policy.round_size
 
-    def share_of(self, paces: list[float]) -> tuple[int, float]:
-        """Steps and seconds for a device that took so long for a step."""
-        if len(paces) < 3:
-            return self.steps, self.policy.lease_s
+    def share_of(self, device: str) -> tuple[int, float]:
+        """Steps and seconds for a device, by how long it took for a step."""
+        paces = self.of(device).paces
+        if self.is_new(device) or len(paces) < 3:
+            return self.steps, self.first_s if self.is_new(device) else self.policy.lease_s
         middle, steps = median(paces), self.steps
         if self.policy.work_s is not None:
             within = int(self.policy.work_s / max(middle, 1e-9))
@@ -339,6 +407,9 @@ class Judge:
         held = seen.held if seen.held and seen.held.id == event.assignment else None
         told = effects.pop()
         assert isinstance(told, Tell)
+        if self.is_replaced(event.device, event.assignment):
+            assert told.directive == "abandon"
+            return
         if not self.can_count(event.device, event.version):
             assert told.directive == "abandon"
             if held and held.is_live:
@@ -351,7 +422,10 @@ class Judge:
                 self.expires(event.device, effects)
             seen.held = None if held else seen.held
             return
+        is_new = self.is_new(event.device)
         late = held is not None and not held.is_live
+        if held and late and is_new and now < held.begun + self.policy.lease_s:
+            late = False  # a first lease is short
         last = self.limit > 0 and self.version - event.version == self.limit
         awaited = self.is_overdue(now) and not self.merge and now >= self.rest_until
         half = held is not None and 2 * event.steps_done >= held.steps
@@ -359,6 +433,19 @@ class Judge:
             assert told.directive == "finish"
         else:
             assert told.directive == "continue"
+        if held:
+            self.progress(event, held, now)
+
+    def progress(self, event: Beat, held: Held, now: float) -> None:
+        """What a heartbeat about the work in hand changes."""
+        done = min(event.steps_done, held.steps)
+        if done > held.done:
+            held.done = done
+            if held.is_live and self.is_new(event.device):
+                rest_s = (now - held.begun) * (held.steps - done) / done
+                most = held.begun + self.policy.lease_s
+                held.until = max(held.until, min(most, now + rest_s + self.first_s))
+        self.notes(event.device, now)
 
     @property
     def rests(self) -> bool:
@@ -373,9 +460,11 @@ class Judge:
         if isinstance(answer, Accept):
             assert counts
             assert not self.is_spent(event.device)
+            assert not self.is_replaced(event.device, event.assignment)
             return
         declined(answer, event.assignment, self.version)
-        assert not counts or self.is_spent(event.device) or event.version < seen.undone
+        replaced = self.is_replaced(event.device, event.assignment)
+        assert not counts or replaced or self.is_spent(event.device) or event.version < seen.undone
         if held and held.is_live and effects:
             self.expires(event.device, effects)
             assert seen.held is not None
@@ -386,6 +475,7 @@ class Judge:
         seen, update = self.of(event.device), event.update
         held = seen.held if seen.held and seen.held.id == event.assignment else None
         counts = self.can_count(event.device, update.version) and not self.is_spent(event.device)
+        counts = counts and not self.is_replaced(event.device, event.assignment)
         answers = [effect for effect in effects if isinstance(effect, Decline)]
         if answers:
             assert not counts or update.version < seen.undone
@@ -400,9 +490,10 @@ class Judge:
             self.pool.append(update)
             self.pool_since = now if self.pool_since is None else self.pool_since
             seen.given.append(update.version)
-            seen.refusals, seen.pause_until = 0, -math.inf
-            if held and held.begun is not None:
+            seen.refusals, seen.idles, seen.pause_until = 0, 0, -math.inf
+            if held:
                 seen.paces = [*seen.paces, (now - held.begun) / event.steps][-8:]
+                seen.noted = min(self.policy.lease_s, median(seen.paces) * held.steps), now
             seen.held = None if held else seen.held
         self.may_merge(now, effects)
 
@@ -413,7 +504,8 @@ class Judge:
                 self.expires(event.device, effects)
             seen.held = None
         seen.refusals += 1
-        seen.pause_until = now + min(3600.0, self.policy.retry_s * 2 ** (seen.refusals - 1))
+        pause_s = min(3600.0, self.policy.retry_s * 2 ** (seen.refusals - 1))
+        seen.pause_until = max(seen.pause_until, now + pause_s)
 
     # --- versions ---
 
@@ -455,7 +547,7 @@ class Judge:
         assert effects.pop(0) == Published(self.version + 1)
         self.publish()
         assert event.version == self.version
-        self.merge, self.rank, self.fails = None, event.rank, 0
+        self.merge, self.rank, self.fails, self.published_at = None, event.rank, 0, now
         self.pool_since = now if self.pool else None
         for held in self.live().values():
             if self.version - held.version > self.limit:

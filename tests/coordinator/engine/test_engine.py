@@ -108,7 +108,7 @@ def test_a_device_contributes_once_to_a_version() -> None:
 
 
 def test_a_device_that_asks_again_gets_the_grant_that_it_holds() -> None:
-    engine = Engine(Policy(lease_s=600.0), State(version=2, version_rank=7))
+    engine = Engine(Policy(lease_s=600.0, first_lease_s=600.0), State(version=2, version_rank=7))
     first = granted(said(engine, Asked("d", 4, "a1", carry_rank=8), 0.0))
     again = granted(said(engine, Asked("d", 4, "a2", carry_rank=9), 599.0))
     assert first == Grant(Lease("a1", "d", 2, 4, 600.0, carry_rank=7, granted_at=0.0))
@@ -172,7 +172,7 @@ def test_a_heartbeat_of_work_that_can_count_goes_on_and_leaves_a_trace() -> None
 
 
 def test_a_heartbeat_of_work_too_stale_is_told_to_abandon_it() -> None:
-    engine = Engine(Policy(max_staleness=2, buffer_size=1, lease_s=100.0))
+    engine = Engine(Policy(max_staleness=2, buffer_size=1, lease_s=100.0, least_version_s=0.0))
     lease = granted(said(engine, Asked("slow", 4, "a1"), 0.0)).lease
     for version in (1, 2, 3):
         # One more version would make it too old: what it has now still counts.
@@ -182,6 +182,7 @@ def test_a_heartbeat_of_work_too_stale_is_told_to_abandon_it() -> None:
         said(engine, Merged(version, 4), 3.0)
     lease.steps_done = 3
     assert said(engine, Beat("slow", "a1", 0, 4), 4.0) == [Expired(lease), Tell("abandon")]
+    assert engine.state.seats["slow"].idle_leases == 0  # newer versions are no fault of its own
     assert said(engine, Beat("slow", "a1", 0, 4), 5.0) == [Tell("abandon")]
     assert granted(said(engine, Asked("slow", 4, "a2"), 6.0)).lease.version == 3
 
@@ -247,7 +248,7 @@ def test_a_merge_that_fails_for_our_own_reasons_is_tried_less_and_less_often() -
 
 
 def test_a_merge_that_worked_forgets_the_failures() -> None:
-    engine = Engine(Policy(buffer_size=1))
+    engine = Engine(Policy(buffer_size=1, least_version_s=0.0))
     for version in (1, 2):
         said(engine, stored(f"u{version}", "1", version - 1), 0.0)
         assert failed_at(engine, 100.0 * version) == 1
@@ -401,6 +402,7 @@ class Federation(RuleBasedStateMachine):
                 timeout_s=timeout_s,
                 max_staleness=max(max_staleness, int(20.0 // timeout_s)),
                 lease_s=20.0,
+                least_version_s=0.0,
             )
         )
         self.limit = self.engine.policy.staleness_limit
@@ -411,7 +413,8 @@ class Federation(RuleBasedStateMachine):
         self.pending: Merge | None = None
         self.counted_in: dict[str, int] = {}
         self.rejected: set[str] = set()
-        self.refused_until: dict[str, float] = {}
+        self.paused_until: dict[str, float] = {}
+        self.newest: dict[str, str] = {}
 
     def send(self, event: Any) -> list[Said]:
         effects = said(self.engine, event, self.now)
@@ -424,9 +427,14 @@ class Federation(RuleBasedStateMachine):
                     assert weight > 0
                     assert tau == self.version - update.version
                 self.pending = effect
+            if isinstance(effect, Expired):  # there may be a pause
+                self.paused_until[effect.lease.device] = self.now + 3600.0
         return effects
 
-    def can_count(self, device: str, version: int) -> bool:
+    def can_count(self, assignment: str) -> bool:
+        device, version = self.work[assignment]
+        if self.newest[device] != assignment:
+            return False
         closed = self.engine.policy.mode == "synchronous" and self.pending is not None
         counted = [
             v for u, (owner, v) in self.acknowledged.items() if owner == device and u not in self.rejected
@@ -434,9 +442,13 @@ class Federation(RuleBasedStateMachine):
         return not closed and self.version - version <= self.limit and all(v < version for v in counted)
 
     def waits(self, device: str) -> bool:
-        """Whether an update of this device, trained from the current version, is in and may yet count."""
+        """Whether an update of this device, from the current version or in no version yet, is in."""
+        merging = {update.update for update, _, _ in self.pending.weights} if self.pending else set()
+        done = {*self.counted_in, *merging}
         return any(
-            owner == device and version == self.version and update not in self.rejected
+            owner == device
+            and (version == self.version or update not in done)
+            and update not in self.rejected
             for update, (owner, version) in self.acknowledged.items()
         )
 
@@ -455,11 +467,12 @@ class Federation(RuleBasedStateMachine):
                 assert lease.version == self.version
                 assert not self.waits(device)
                 self.work[lease.assignment] = (device, lease.version)
+                self.newest[device] = lease.assignment
             assert self.work[lease.assignment] == (device, lease.version)
         else:
             assert isinstance(answer, Wait)
-            refused = self.now < self.refused_until.get(device, 0.0)
-            assert self.waits(device) or refused or self.engine.policy.mode == "synchronous"
+            paused = self.now < self.paused_until.get(device, 0.0)
+            assert self.waits(device) or paused or self.engine.policy.mode == "synchronous"
             assert answer.retry_after_s > 0
         return answer
 
@@ -470,7 +483,7 @@ class Federation(RuleBasedStateMachine):
         device, version = self.work[assignment]
         answer = self.send(Beat(device, assignment, version, 1))[-1]
         assert isinstance(answer, Tell)
-        assert (answer.directive == "abandon") == (not self.can_count(device, version))
+        assert (answer.directive == "abandon") == (not self.can_count(assignment))
 
     @precondition(lambda self: self.work)
     @rule(data=st.data(), examples=st.integers(1, 10**6))
@@ -482,7 +495,7 @@ class Federation(RuleBasedStateMachine):
         if assignment in self.acknowledged:
             return  # the store answers a repeated delivery
         answer = self.send(Offered(device, assignment, version))[-1]
-        assert isinstance(answer, Accept if self.can_count(device, version) else Decline)
+        assert isinstance(answer, Accept if self.can_count(assignment) else Decline)
         if isinstance(answer, Decline):
             return
         self.acknowledged[assignment] = (device, version)
@@ -497,7 +510,7 @@ class Federation(RuleBasedStateMachine):
         if assignment in self.acknowledged:
             return
         self.send(Refused(device, assignment))
-        self.refused_until[device] = self.now + 3600.0
+        self.paused_until[device] = self.now + 3600.0
         lease = self.engine.state.seat(device).lease
         assert lease is None or lease.assignment != assignment
 

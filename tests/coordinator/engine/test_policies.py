@@ -128,7 +128,7 @@ def test_a_deadline_follows_three_assignments_of_the_devices_own() -> None:
         work = lease(said(engine, Asked("d", 4, "next"), now))
         assert work.expires_at - now == pytest.approx(lease_s)
         other = lease(said(engine, Asked("new", 4, "b"), now))
-        assert other.expires_at - now == 600.0
+        assert other.expires_at - now == 60.0  # nothing is known of it, not even that it works
 
 
 def test_a_device_that_missed_its_deadline_gets_more_time_by_and_by() -> None:
@@ -192,13 +192,28 @@ def test_finish_to_late_work() -> None:
     assert told(engine, "d", "a", 2, 21.0) == "finish"
 
 
-def test_work_that_was_replaced_goes_on_while_it_can_count() -> None:
+def test_work_that_was_replaced_counts_no_more() -> None:
     engine = Engine(Policy())
     said(engine, Asked("d", 4, "a"), 0.0)
     said(engine, Asked("d", 2, "b"), 1.0)
-    assert told(engine, "d", "a", 1, 2.0) == "continue"
+    assert told(engine, "d", "a", 1, 2.0) == "abandon"
+    (answer,) = said(engine, Offered("d", "a", 0), 2.0)
+    assert isinstance(answer, Decline)
+    assert "newer work was granted to this device since" in str(answer.error)
+    assert answer.error.details == {"current_version": 0}
+    assert told(engine, "d", "b", 1, 3.0) == "continue"
     said(engine, stored("b", "d"), 3.0)
     assert told(engine, "d", "a", 2, 4.0) == "abandon"
+
+
+def test_work_in_no_hand_goes_on_while_no_other_was_granted() -> None:
+    """Its device asked for other work, and was told to wait: what it has may count all the same."""
+    engine = Engine(Policy(buffer_size=1, concurrency=1))
+    said(engine, Asked("d", 4, "a"), 0.0)
+    wait(said(engine, Asked("e", 4, "e1"), 0.5))
+    assert isinstance(said(engine, Asked("d", 2, "b"), 1.0)[-1], Wait)
+    assert told(engine, "d", "a", 1, 2.0) == "continue"
+    assert names(merge(said(engine, stored("a", "d"), 3.0))) == ["a"]
 
 
 # --- bytes in flight ------------------------------------------------------------------------------
@@ -251,15 +266,24 @@ def test_no_more_leases_than_the_host_wants() -> None:
 
 
 def test_two_offers_of_one_device_at_once_count_once() -> None:
-    """Old work and its replacement from one version: both are checked side by side, one is stored first."""
+    """Old work and its replacement from one version are checked side by side; the old is stored first."""
     engine = Engine(Policy(buffer_size=5))
     said(engine, Asked("d", 4, "a"), 0.0)
+    assert said(engine, Offered("d", "a", 0), 1.0) == [Accept()]
     said(engine, Asked("d", 2, "b"), 1.0)
-    assert said(engine, Offered("d", "a", 0), 2.0) == [Accept()]
     assert said(engine, Offered("d", "b", 0), 2.0) == [Accept()]
-    assert said(engine, stored("a", "d"), 3.0) == []
-    expired, answer = said(engine, stored("b", "d"), 3.0)
-    assert isinstance(expired, Expired)
+    (answer,) = said(engine, stored("a", "d"), 3.0)
+    assert isinstance(answer, Decline)
+    assert "newer work was granted" in str(answer.error)
+    assert said(engine, stored("b", "d"), 3.0) == []
+    assert [update.update for update in engine.state.buffer] == ["b"]
+
+
+def test_two_updates_from_one_version_count_once() -> None:
+    """Of work from before a start that lost the rows of its leases."""
+    engine = Engine(Policy(buffer_size=5))
+    said(engine, stored("a", "d"), 3.0)
+    (answer,) = said(engine, stored("b", "d"), 3.0)
     assert isinstance(answer, Decline)
     assert "this device handed in other work" in str(answer.error)
     assert [update.update for update in engine.state.buffer] == ["a"]
@@ -269,9 +293,9 @@ def test_two_offers_of_one_device_at_once_count_once() -> None:
 
 
 def test_a_spent_budget_ends_a_grant() -> None:
-    engine = Engine(Policy(buffer_size=2, lease_s=20.0), State(version=1), Ration(1))
-    said(engine, Asked("d", 4, "a"), 0.0)
-    said(engine, stored("late", "d", version=0), 1.0)
+    """The host has lowered it, and started again."""
+    engine = Engine(Policy(buffer_size=2, lease_s=20.0), State(version=1), Ration(1, left={"d": 0}))
+    said(engine, Restarted(version=1, leases=(Lease("a", "d", 1, 4, 20.0),)), 0.0)
     expired, answer = said(engine, Asked("d", 4, "b"), 2.0)  # the same work would be declined again
     assert isinstance(expired, Expired)
     assert isinstance(answer, Wait)
@@ -302,16 +326,17 @@ def test_a_restart_takes_up_leases_paces_and_buffer() -> None:
         rank=6,
         leases=(kept,),
         buffer=(stored("x", "e", 1).update,),
-        contributed=(("e", 1),),
-        paces_s=(("d", tuple(float(pace) for pace in range(20))), ("e", (1.0, 1.0, 1.0))),
+        contributed=(("e", 1), ("f", 0)),
+        paces_s=(("d", tuple(float(pace) for pace in range(20))), ("f", (1.0, 1.0, 1.0))),
     )
     assert said(engine, begun, 100.0) == []
     assert lease(said(engine, Asked("d", 4, "new"), 101.0)) == kept
     assert engine.state.seats["d"].paces_s == tuple(float(pace) for pace in range(12, 20))
-    work = lease(said(engine, Asked("e", 4, "b", carry_rank=9), 102.0))
+    assert "one of each device" in wait(said(engine, Asked("e", 4, "b", carry_rank=9), 102.0)).reason
+    work = lease(said(engine, Asked("f", 4, "b", carry_rank=9), 102.0))
     assert (work.version, work.carry_rank) == (2, 6)
     assert work.expires_at == pytest.approx(102.0 + 16.0)  # 10 steps of 1 + 6·0.1 s
-    assert said(engine, Tick(), 129.9)[0] == Expired(work)
+    assert said(engine, Tick(), 129.9) == [Expired(work)]
     due = said(engine, Tick(), 160.0)  # a minute after the start
     assert due[0] == Expired(kept)
     assert isinstance(due[1], Merge)

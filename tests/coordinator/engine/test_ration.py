@@ -65,7 +65,7 @@ def test_a_device_with_an_update_in_the_buffer_gets_no_work_that_it_could_not_us
 
 
 def test_a_device_whose_budget_is_spent_waits_and_the_others_go_on() -> None:
-    engine = Engine(Policy(buffer_size=1), ration=Ration(most=2, left={"old": 0}))
+    engine = Engine(Policy(buffer_size=1, least_version_s=0.0), ration=Ration(most=2, left={"old": 0}))
     (answer,) = said(engine, Asked("old", 4, "a0"), 0.0)
     assert isinstance(answer, Wait)
     assert answer.reason == SPENT
@@ -74,7 +74,7 @@ def test_a_device_whose_budget_is_spent_waits_and_the_others_go_on() -> None:
         grant = said(engine, Asked("d", 4, f"a{version}"), 1.0)[-1]
         assert isinstance(grant, Grant)
         assert said(engine, Offered("d", f"a{version}", version), 1.0) == [Accept()]
-        merge(said(engine, stored(f"u{version}", "d", version), 1.0))
+        merge(said(engine, stored(f"a{version}", "d", version), 1.0))
         if version == 1:  # not published yet, but on its way
             assert isinstance(said(engine, Asked("d", 4, "b"), 2.0)[-1], Wait)
         said(engine, Merged(version + 1, 4), 3.0)
@@ -87,11 +87,14 @@ def test_a_device_whose_budget_is_spent_waits_and_the_others_go_on() -> None:
     assert isinstance(said(engine, Asked("new", 4, "a3"), 5.0)[0], Grant)
 
 
-def test_without_privacy_nothing_is_rationed() -> None:
-    engine = Engine(Policy(buffer_size=2), State(version=1))
+def test_without_privacy_a_device_may_take_part_for_ever_once_in_a_version() -> None:
+    engine = Engine(Policy(buffer_size=2, least_version_s=0.0), State(version=1))
     said(engine, stored("one", "d", 0), 0.0)
     assert said(engine, Offered("d", "two", 1), 0.0) == [Accept()]
-    assert names(merge(said(engine, stored("two", "d", 1), 0.0))) == ["one", "two"]
+    assert said(engine, stored("two", "d", 1), 0.0) == []  # two updates, but one device
+    assert names(merge(said(engine, stored("x", "e", 1), 0.0))) == ["one", "x"]
+    said(engine, Merged(2, 4), 1.0)
+    assert names(merge(said(engine, stored("y", "e", 2), 2.0))) == ["two", "y"]
 
 
 class RationedFederation(RuleBasedStateMachine):

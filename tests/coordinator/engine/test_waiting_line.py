@@ -100,7 +100,9 @@ def take_turns(slots: int, work_s: list[float]) -> Counter[int]:
 
     Who stands in line and is overtaken twice by the same device must have a slot kept for it.
     """
-    engine = Engine(Policy(buffer_size=1, concurrency=slots, lease_s=1e6))
+    engine = Engine(
+        Policy(buffer_size=1, concurrency=slots, lease_s=1e6, first_lease_s=1e6, least_version_s=0.0)
+    )
     wakes: list[tuple[float, int, Lease | None]] = [(0.0, device, None) for device in range(len(work_s))]
     overtaken: dict[int, Counter[int]] = {}  # who stands in line, and who got slots since
     turns: Counter[int] = Counter()

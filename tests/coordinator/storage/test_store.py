@@ -288,10 +288,21 @@ def test_what_a_device_entered_is_counted_from_the_versions(store: Store) -> Non
     assert store.versions(2)[1].noise_multiplier == 1.5
 
 
-def test_a_private_version_takes_one_update_of_a_device(store: Store) -> None:
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.0])
+def test_a_version_takes_one_update_of_a_device(store: Store, noise_multiplier: float) -> None:
     merged = [(deliver(store, id, "d", number).id, 0.5, 0) for number, id in enumerate("ab")]
-    with pytest.raises(Contradiction, match="device d has two updates in private version 1"):
-        store.publish(replace(version(1), noise_multiplier=1.0), merged)
+    with pytest.raises(Contradiction, match="device d has two updates in version 1"):
+        store.publish(replace(version(1), noise_multiplier=noise_multiplier), merged)
     assert store.version(1) is None
     assert len(store.unmerged()) == 2
-    store.publish(version(1), merged)  # without privacy it may
+    store.publish(version(1), merged[:1])
+
+
+def test_the_newest_assignment_of_a_device_is_the_one_granted_last_whatever_the_clock_says(
+    store: Store,
+) -> None:
+    for id, granted_at in (("b", 100.0), ("a", 50.0), ("c", 1.0)):
+        store.add_assignment("d", assignment(id), granted_at)
+    assert store.newest_assignments() == {"d": "c"}
+    assert store.may_come("c", 0)
+    assert not store.may_come("a", 0)  # it counts no more, and what was uploaded of it may go
