@@ -142,9 +142,11 @@ def expire(at: Situation[Tick]) -> Done[None]:
 
 def give_up(at: Situation[Asked]) -> tuple[Effect, ...]:
     """Expire the lease; after one that was kept for nothing the next work comes later."""
-    lease = at.seat.lease
+    seat, lease = at.seat, at.seat.lease
     assert lease is not None
-    if at.now - lease.granted_at >= at.policy.new_lease_s / 2:  # one that asks sooner may not have heard
+    if at.now - lease.granted_at < at.policy.new_lease_s / 2 and not seat.idle_leases:
+        seat.idle_leases = 1  # it may not have heard of its grant, for once
+    else:
         _pause_if_idle(at)
     return _expired(at)
 
@@ -152,20 +154,24 @@ def give_up(at: Situation[Asked]) -> tuple[Effect, ...]:
 def _pause_if_idle(at: Situation[object]) -> None:
     """After a lease without a byte its device gets no work for a while, and then is the last in line.
 
-    It only matters to one that asks again before its late work is in. A device that had begun is not blamed
-    for newer versions that cut its lease short.
+    It only matters to one that asks again before its late work is in. The pause is as long as it had the slot,
+    and is doubled every time. Where newer versions cut the lease short the device may just be too slow at
+    present: then there is none for a device that had begun, and a limit for the others.
     """
     seat, lease = at.seat, at.seat.lease
     assert lease is not None
-    if not lease.has_sent and (at.can_count(lease.version) or not lease.steps_done):
-        seat.idle_leases += 1
-        _pause(at, at.policy.new_lease_s, seat.idle_leases, IDLE)
+    was_cut = not at.can_count(lease.version)
+    if lease.has_sent or (was_cut and lease.steps_done):
+        return
+    seat.idle_leases += 1
+    held_s = max(at.policy.new_lease_s, lease.expires_at - lease.granted_at)
+    _pause(at, held_s, seat.idle_leases, at.policy.lease_s if was_cut else MOST_PAUSE_S, IDLE)
 
 
-def _pause(at: Situation[object], first_s: float, times: int, reason: str) -> None:
-    """No work for a while: `first_s`, doubled with every time in a row."""
+def _pause(at: Situation[object], first_s: float, times: int, most_s: float, reason: str) -> None:
+    """No work for a while: `first_s`, doubled with every time in a row, up to `most_s`."""
     seat = at.seat
-    until = at.now + min(MOST_PAUSE_S, first_s * 2.0 ** min(times - 1, 32))
+    until = at.now + min(most_s, first_s * 2.0 ** min(times - 1, 32))
     if seat.work_from is None or until > seat.work_from:
         seat.work_from, seat.pause_reason = until, reason
 
@@ -296,7 +302,7 @@ def pause_after_refusal(at: Situation[Refused]) -> Done[None]:
     """The next work comes later."""
     seat = at.seat
     seat.refusals += 1
-    _pause(at, at.policy.retry_s, seat.refusals, REFUSED)
+    _pause(at, at.policy.retry_s, seat.refusals, MOST_PAUSE_S, REFUSED)
     return Done(None)
 
 

@@ -49,15 +49,6 @@ def until_version(device: Device, version: int) -> Status:
     return status
 
 
-def work_after(device: Device, before: Assignment) -> Assignment:
-    """Other work, once the lease of `before` has run out; until then the same is given again."""
-    deadline = time.monotonic() + PATIENCE_S
-    while (work := device.work()).id == before.id:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return work
-
-
 def waiting(device: Device) -> NotNow:
     answer = device.transport.ask(Ask(4))
     assert isinstance(answer, NotNow), answer
@@ -164,21 +155,25 @@ def test_a_budget_ends_outlives_a_restart_and_can_be_raised(
 def test_an_update_beyond_the_budget_is_refused_or_left_out(tmp_path: Path) -> None:
     """Refused at the door where the budget went while it was trained; left out where it was lowered since."""
     privacy = {"noise_multiplier": 1.0, "clip_norm": 1.0}
-    policy: dict[str, object] = {"buffer_size": 2, "lease_s": 0.05}
+    policy: dict[str, object] = {"buffer_size": 2}
     with (
         CoordinatorProcess(tmp_path, configuration(tmp_path, policy, privacy=privacy)) as coordinator,
         member(coordinator, "a") as a,
         member(coordinator, "b") as b,
+        member(coordinator, "c") as c,
     ):
-        first = a.work()
-        second = work_after(a, first)
-        a.hand_in(first)
+        for device in (a, c):
+            device.hand_in(device.work())
+        until_version(a, 1)
+        second = a.work()
+        b.hand_in(b.work())
         coordinator.kill()
         low = {**privacy, "max_epsilon": accountant.epsilon({1.0: 1}, 1e-5) + 0.01}
         coordinator.config.write_text(configuration(tmp_path, policy, privacy=low))
         coordinator.start()
         with pytest.raises(StaleUpdate, match="privacy budget is spent"):
-            a.hand_in(second)  # the first is in the buffer, and one is all that is allowed
+            a.hand_in(second)  # its first is in a version, and one is all that is allowed
+        assert b.transport.status().buffered == 1
         coordinator.kill()
         coordinator.config.write_text(configuration(tmp_path, policy, privacy={**low, "max_epsilon": 0.01}))
         coordinator.start()
@@ -200,12 +195,13 @@ def test_two_updates_of_a_device_go_into_two_versions(tmp_path: Path) -> None:
         for other in (b, c):
             other.hand_in(other.work())
         until_version(a, 1)
-        second = work_after(a, first)  # the first lease has expired; its update still counts
-        a.hand_in(first)
-        a.hand_in(second)
-        assert a.transport.status().buffered == 2
+        a.hand_in(first)  # its lease has expired; its update still counts
+        assert "one of each device" in waiting(a).reason
+        assert a.transport.status().buffered == 1
         b.hand_in(b.work())
-        assert until_version(a, 2).buffered == 1
+        assert until_version(a, 2).buffered == 0
+        a.hand_in(a.work())
+        assert a.transport.status().buffered == 1
         b.hand_in(b.work())
         status = until_version(a, 3)
         assert status.epsilon == pytest.approx(accountant.epsilon({1.0: 3}, 1e-5))

@@ -249,9 +249,10 @@ class Judge:
         seen, held = self.of(device), self.of(device).held
         assert held is not None
         counts = self.can_count(device, held.version) and held.version >= seen.undone
-        if not held.sent and (counts or held.done <= 0):
+        if not held.sent and (counts or held.done == 0):
             seen.idles += 1
-            pause_s = min(3600.0, self.first_s * 2 ** (seen.idles - 1))
+            most_s = 3600.0 if counts else self.policy.lease_s
+            pause_s = min(most_s, max(self.first_s, held.until - held.begun) * 2 ** (seen.idles - 1))
             seen.pause_until = max(seen.pause_until, now + pause_s)
 
     def restarted(self, event: Restarted, now: float, effects: list[Said]) -> None:
@@ -305,8 +306,10 @@ class Judge:
                 assert (again.lease.assignment, again.lease.version) == (held.id, held.version)
                 assert again.lease.expires_at == pytest.approx(held.until)
                 return
-            if now - held.begun >= self.first_s / 2:
+            if now - held.begun >= self.first_s / 2 or seen.idles > 0:
                 self.idles(event.device, now)
+            else:
+                seen.idles = 1
             self.expires(event.device, effects)
         seen.held = None
         answer = effects.pop(0)

@@ -34,7 +34,8 @@ from tests.coordinator.engine.naive_judge import Judge
 DEVICES = ("p", "q", "r", "s", "t", "u")
 STEPS = 16
 WALKS = 120
-ROUNDS = 4000  # in which all get work: a pause after refusals is the longest wait, and has few rounds
+ROUNDS = 2000  # in which all get work: a pause of an hour is the longest wait
+AT_REST_S = 10.0  # between the work of a device that has had some, while others wait
 KINDS = (
     *["ask"] * 4,
     *["hand in"] * 6,
@@ -346,6 +347,7 @@ def all_get_work(world: Network) -> None:
             retry_at[device] = service.now + (answer[2] if answer[0] == "wait" else 0.1)
             if answer[0] == "work":
                 waiting.discard(device)
+                retry_at[device] += AT_REST_S
                 to_its_end(service.deliver(device, answer[2], STEPS, 30, True))
             elif world.judge.is_spent(device):
                 waiting.discard(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file.codec import encode
@@ -120,7 +121,7 @@ def test_the_same_update_delivered_many_times_at_once_counts_once(tmp_path: Path
         assert rows(coordinator, "SELECT assignment, rejected FROM updates") == [(work.id, None)]
 
 
-def test_of_two_updates_from_one_version_one_counts_and_the_other_is_told_why(tmp_path: Path) -> None:
+def test_of_two_leases_of_a_device_the_newer_counts_and_the_other_is_told_why(tmp_path: Path) -> None:
     with serving(tmp_path, {"buffer_size": 4}, "one") as (coordinator, (one,)):
         works = [one.work(4), one.work(2)]
         contents = [encode(random_adapter(work.rank, seed), SCALING) for seed, work in enumerate(works)]
@@ -131,11 +132,24 @@ def test_of_two_updates_from_one_version_one_counts_and_the_other_is_told_why(tm
             record = update_of(contents[number], works[number].rank)
             return post(coordinator, one, messages.UPDATE.format(id=works[number].id), record)
 
-        answers = sorted(together(2, deliver), key=lambda answer: answer.status_code)
-        assert [answer.status_code for answer in answers] == [202, 409]
-        assert "this device handed in other work" in answers[1].json()["detail"]
-        assert rows(coordinator, "SELECT COUNT(*) FROM updates WHERE rejected IS NULL") == [(1,)]
+        older, newer = together(2, deliver)
+        assert [older.status_code, newer.status_code] == [409, 202]
+        assert "newer work was granted to this device since" in older.json()["detail"]
+        kept = rows(coordinator, "SELECT assignment FROM updates WHERE rejected IS NULL")
+        assert kept == [(works[1].id,)]
         assert isinstance(one.transport.ask(Ask(4)), NotNow)
+
+
+def test_a_lease_that_was_replaced_counts_no_more_after_a_restart_either(tmp_path: Path) -> None:
+    with serving(tmp_path, {"buffer_size": 4}, "one") as (coordinator, (one,)):
+        older, newer = one.work(4), one.work(2)
+        coordinator.kill()
+        coordinator.start()
+        with pytest.raises(StaleUpdate, match="newer work was granted to this device since"):
+            one.hand_in(older)
+        assert one.transport.heartbeat(older.id, Heartbeat(3)).directive == "abandon"
+        assert one.transport.heartbeat(newer.id, Heartbeat(3)).directive == "continue"
+        one.hand_in(newer)
 
 
 def test_asking_many_times_at_once_gives_one_assignment(tmp_path: Path) -> None:
