@@ -154,7 +154,7 @@ def give_up(at: Situation[Asked]) -> tuple[Effect, ...]:
 def _pause_if_idle(at: Situation[object]) -> None:
     """After a lease without a byte its device gets no work for a while, and then is the last in line.
 
-    It only matters to one that asks again before its late work is in. The pause is as long as it had the slot,
+    It only matters to one that asks again before its late work is in. The pause is as long as it had the slot
     and is doubled every time. Where newer versions cut the lease short the device may just be too slow at
     present: then there is none for a device that had begun, and a limit for the others.
     """
