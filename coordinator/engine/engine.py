@@ -6,8 +6,8 @@ in the server, in a test and under a simulator's virtual clock. `now` is any clo
 backwards. What it does is written down in `transitions.py`, row by row; here the rows are looked up and
 taken.
 
-Buffered mode (FedBuff, Nguyen et al. 2022, arXiv:2106.06639): merge when K updates are in, or T seconds after
-the first of them with a quorum. Synchronous mode: K devices, and some more if the host wants, get work from
+Buffered mode (FedBuff, Nguyen et al. 2022, arXiv:2106.06639): merge when updates of K devices are in, or T
+seconds after the first of them with a quorum, and not too soon after the last version. Synchronous mode: K devices, and some more if the host wants, get work from
 each version, the merge waits for K of them or for T with a quorum, and an update of an older version is
 declined.
 """

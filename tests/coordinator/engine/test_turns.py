@@ -120,7 +120,7 @@ def test_devices_that_pretend_to_be_slow_set_no_pace_while_they_are_a_quarter() 
     assert len(beside.published) >= 0.9 * len(free.published)
 
 
-def test_and_any_number_of_them_cannot_keep_a_version_longer_than_the_time_out() -> None:
+def test_any_number_of_them_cannot_keep_a_version_longer_than_the_time_out() -> None:
     world = paced_by(12, 6)
     gaps = [
         after - before for (before, _), (after, _) in zip(world.published, world.published[1:], strict=False)
