@@ -7,9 +7,9 @@ backwards. What it does is written down in `transitions.py`, row by row; here th
 taken.
 
 Buffered mode (FedBuff, Nguyen et al. 2022, arXiv:2106.06639): merge when updates of K devices are in, or T
-seconds after the first of them with a quorum, and not too soon after the last version. Synchronous mode: K devices, and some more if the host wants, get work from
-each version, the merge waits for K of them or for T with a quorum, and an update of an older version is
-declined.
+seconds after the first of them with a quorum, and not too soon after the last version. Synchronous mode: K
+devices, and some more if the host wants, get work from each version, the merge waits for K of them or for T
+with a quorum, and an update of an older version is declined.
 """
 
 from __future__ import annotations
