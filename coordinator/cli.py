@@ -21,6 +21,7 @@ from coordinator.service.process_limits import (
     raise_file_limit,
     take_turns_often,
 )
+from coordinator.service.reverting import revert
 from coordinator.settings import Settings, load_settings
 from coordinator.storage import failpoints
 from coordinator.storage.blobs import Blobs
@@ -75,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     take.add_argument("--version", type=int, help="default: the newest")
     take.add_argument("--rank", type=int, help="default: the live rank of that version")
     take.set_defaults(run=_export)
+
+    back = commands.add_parser("revert", help="go back: a new version with the content of an older one")
+    back.add_argument("--data", type=Path, required=True)
+    back.add_argument("--to", type=int, required=True, metavar="VERSION", help="0: as if nothing was learnt")
+    back.set_defaults(run=_revert)
 
     backup = commands.add_parser("backup", help="copy a data folder, also while a coordinator runs on it")
     backup.add_argument("--data", type=Path, required=True)
@@ -162,7 +168,10 @@ def _status(options: argparse.Namespace) -> int:
         say(f"{'version':<24}{'rank':>6}{'updates':>8}{'dropped':>11}  (rank cap {federation.rank_cap})")
     for version in versions:
         merged = store.merged_updates(version.version)
-        say(f"{version.version:<24}{version.rank:>6}{merged:>8}{version.discarded_share:>11.2%}")
+        number = str(version.version)
+        if version.reverts_to is not None:
+            number += f" (as {version.reverts_to} was)"
+        say(f"{number:<24}{version.rank:>6}{merged:>8}{version.discarded_share:>11.2%}")
     return 0
 
 
@@ -191,6 +200,17 @@ def _export(options: argparse.Namespace) -> int:
     with for_others():
         export(federation, number, blobs.path(version.digest), rank, options.out)
     say(f"version {number} at rank {rank} written to {options.out}")
+    return 0
+
+
+def _revert(options: argparse.Namespace) -> int:
+    require_finished(options.data)
+    store, federation = _open(options.data)
+    made = revert(options.data, store, federation, options.to)
+    say(
+        f"version {made.version} is what version {options.to} was; "
+        "work that began from versions in between is left out"
+    )
     return 0
 
 

@@ -26,6 +26,8 @@ from coordinator.engine.events import (
     Published,
     Refused,
     Restarted,
+    Revert,
+    RevertWanted,
     Stored,
     Tell,
     Tick,
@@ -265,7 +267,9 @@ def _why_not(at: Situation[object], device: str, version: int) -> StaleUpdate:
     """Why an update of a device from `version` counts no more, and where to go on."""
     current, limit = at.state.version, at.policy.staleness_limit
     given = at.state.seat(device).contributed
-    if current - version > limit:
+    if at.state.is_taken_back(version):
+        why = f"trained from version {version}, which the host took back"
+    elif current - version > limit:
         why = f"trained from version {version}, {current - version} behind; at most {limit} merge"
     elif given is not None and version <= given:
         why = f"trained from version {version}, from which or a later one this device handed in other work"
@@ -338,11 +342,30 @@ def publish(at: Situation[Merged]) -> Done[None]:
         at.ration.spend(update.device for update in state.merging)
     state.version, state.version_rank, state.merging = at.event.version, at.event.rank, ()
     state.failures, state.published_at = 0, at.now
+    if at.event.reverts_to is not None:
+        _take_back(at, at.event.reverts_to)
     state.first_at = at.now if state.buffer else None
     for lease in state.leases():
-        if state.version - lease.version > at.policy.staleness_limit:  # it holds a slot for nothing
+        too_old = state.version - lease.version > at.policy.staleness_limit
+        if too_old or state.is_taken_back(lease.version):  # it holds a slot for nothing
             lease.expires_at = min(lease.expires_at, at.now)
     return Done(None, (Published(state.version),))
+
+
+def _take_back(at: Situation[Merged], to: int) -> None:
+    """Versions after `to` count no more, nor does what was trained from them: the disk has it left out."""
+    state = at.state
+    oldest = state.version - at.policy.staleness_limit
+    known = [(lower, upper) for lower, upper in state.taken_back if upper > oldest]
+    state.taken_back = (*known, (to, state.version))
+    state.take([update for update in state.buffer if state.is_taken_back(update.version)])
+
+
+def revert(at: Situation[RevertWanted]) -> Done[None]:
+    """Revert."""
+    state = at.state
+    state.merging, state.merging_first_at, state.merge_at = (), state.first_at, None
+    return Done(None, (Revert(state.version + 1, at.event.to),))
 
 
 def put_back(at: Situation[MergeFailed]) -> Done[None]:
@@ -376,6 +399,7 @@ def restore(at: Situation[Restarted]) -> Done[None]:
     """Take up what the disk remembers; what can count no more is declined."""
     state, event = at.state, at.event
     state.version, state.version_rank = event.version, event.rank
+    state.taken_back = event.taken_back
     for device, version in event.contributed:
         state.seat(device).contributed = version
     for device, assignment in event.newest:

@@ -7,6 +7,7 @@ from coordinator.engine.events import (
     Beat,
     DeviceEvent,
     MergeFailed,
+    RevertWanted,
     Stored,
     Tick,
     VersionedEvent,
@@ -136,7 +137,7 @@ def _too_soon(at: Situation[Stored | Tick]) -> bool:
     return max(0.0, at.now - published_at) < at.state.tempo.least_version_s(at.policy, at.now)
 
 
-def still_rests(at: Situation[Stored | Tick]) -> bool:
+def still_rests(at: Situation[Stored | Tick | RevertWanted]) -> bool:
     """The pause is not over."""
     return at.state.merge_at is not None and at.now < at.state.merge_at
 

@@ -172,10 +172,15 @@ class Tick(Event[None]):
 
 @dataclass(frozen=True)
 class Merged(Event[None]):
-    """The merge that was asked for is on disk as `version`, of live rank `rank`."""
+    """The merge that was asked for is on disk as `version`, of live rank `rank`.
+
+    `reverts_to`: it has the content of that older version, and those in between are taken back; None: it is
+    merged from updates.
+    """
 
     version: int
     rank: int
+    reverts_to: int | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,13 @@ class MergeFailed(Event[None]):
 
 
 @dataclass(frozen=True)
+class RevertWanted(Event[None]):
+    """The host wants a version with the content of version `to`. Said again until it is there."""
+
+    to: int
+
+
+@dataclass(frozen=True)
 class Restarted(Event[None]):
     """The coordinator began, with what the disk remembers. Leases are by the clock of this run."""
 
@@ -199,6 +211,7 @@ class Restarted(Event[None]):
     contributed: tuple[tuple[str, int], ...] = ()  # device, newest version that an update of it is from
     paces_s: tuple[tuple[str, tuple[float, ...]], ...] = ()  # device, seconds a step, oldest first
     newest: tuple[tuple[str, str], ...] = ()  # device, the assignment that was granted to it last
+    taken_back: tuple[tuple[int, int], ...] = ()  # (to, version) of versions that reverted, any order
 
 
 VersionedEvent = Beat | Offered | Stored
@@ -208,7 +221,7 @@ WorkEvent = VersionedEvent | BytesArrived | Refused
 """About one assignment of one device."""
 
 DeviceEvent = WorkEvent | Joined | Asked
-VersionEvent = Tick | Merged | MergeFailed | Restarted
+VersionEvent = Tick | Merged | MergeFailed | RevertWanted | Restarted
 """About a version in the making."""
 
 # --- effects ---
@@ -233,13 +246,21 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Revert:
+    """Make `version` with the content of version `to`, which is older."""
+
+    version: int
+    to: int
+
+
+@dataclass(frozen=True)
 class Published:
     """`version` is the current one from now on."""
 
     version: int
 
 
-Effect = Expired | Decline | Merge | Published
+Effect = Expired | Decline | Merge | Revert | Published
 """What is to be done because of an event, whoever brought it. Decline: of an update found at the start."""
 
 

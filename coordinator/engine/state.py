@@ -55,6 +55,7 @@ class State:
     merging_first_at: float | None = None  # when the oldest of those came
     failures: int = 0  # merges in a row that failed for our own reasons
     merge_at: float | None = None  # no merge before this
+    taken_back: tuple[tuple[int, int], ...] = ()  # (to, version): those in between count no more
 
     def seat(self, device: str) -> Seat:
         """A device's seat, made if it has none."""
@@ -96,6 +97,10 @@ class State:
         """Updates that are in no version yet."""
         yield from self.buffer
         yield from self.merging
+
+    def is_taken_back(self, version: int) -> bool:
+        """Whether the host reverted to an older version since."""
+        return any(to < version < reverted for to, reverted in self.taken_back)
 
     def in_round(self) -> set[str]:
         """Devices that have, or have handed in, work from the current version."""
@@ -178,6 +183,8 @@ class Situation(Generic[Met_co]):
         if given is not None and version <= given:
             return False
         if self.policy.mode == "synchronous" and state.phase == "merging":
+            return False
+        if state.is_taken_back(version):
             return False
         return state.version - version <= self.policy.staleness_limit
 

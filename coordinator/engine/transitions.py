@@ -26,6 +26,7 @@ from coordinator.engine.events import (
     Offered,
     Refused,
     Restarted,
+    RevertWanted,
     Stored,
     Tick,
 )
@@ -173,6 +174,13 @@ VERSION: tuple[OnEvent[MergePhase], ...] = (
         Row(("resting",), when.still_rests, None, do.nothing),
         Pass(("resting",), None, "collecting", do.no_effects),
         Row(_AWAKE, None, None, do.nothing),
+    ),
+    on(
+        RevertWanted,
+        Row(("collecting",), None, "merging", do.revert),
+        Row(("resting",), when.still_rests, None, do.nothing),
+        Row(("resting",), None, "merging", do.revert),
+        Row(("merging",), None, None, do.nothing),
     ),
     on(
         Merged,

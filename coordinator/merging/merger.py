@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from coordinator.engine.events import Merge
+import numpy as np
+
+from coordinator.engine.events import Merge, Revert
 from coordinator.merging.admission import Admission
 from coordinator.merging.aggregation import Outcome, aggregate
 from coordinator.merging.norm_bound import NormBound
@@ -18,8 +20,10 @@ from coordinator.rules.named import rule_named
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate, Version
 from coordinator.storage.store import Store
-from edge_sdk.core.errors import BadUpdates, NotFound
+from edge_sdk.core.adapter_file.codec import encode_chunks
+from edge_sdk.core.errors import BadUpdates, InputError, NotFound
 from edge_sdk.core.flexlora import Decompose
+from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Federation
 from edge_sdk.core.svd.decompose import decompose
 
@@ -55,11 +59,18 @@ class Merger:
         self.learnt = None if noise else NormBound(federation, store, self._admission)
         self._eta, self._noise, self._by = eta, noise, by
 
-    def merge(self, effect: Merge, prepare: Prepare = unprepared) -> Version:
-        """Aggregate and publish; after this returns the version is durable.
+    def make(self, effect: Merge | Revert, prepare: Prepare = unprepared) -> Version:
+        """Do either, and publish; after this returns the version is durable.
 
         `prepare` is called before that, with the version's number, the digest of its adapter, and its live
         rank; what it raises keeps the version from being published.
+        """
+        if isinstance(effect, Merge):
+            return self.merge(effect, prepare)
+        return self.revert(effect, prepare)
+
+    def merge(self, effect: Merge, prepare: Prepare = unprepared) -> Version:
+        """Aggregate and publish; see `make`.
 
         Raises:
             BadUpdates: some are not what was acknowledged, all of these; nothing was published.
@@ -82,6 +93,45 @@ class Merger:
         if self.learnt:
             self.learnt.published(limit)
         return version
+
+    def revert(self, effect: Revert, prepare: Prepare = unprepared) -> Version:
+        """Publish a version with the content of an older one; see `make`.
+
+        Raises:
+            InputError: the older version cannot be had.
+        """
+        newest, nothing = self._store.newest(), effect.to == 0
+        old = newest if nothing else self._store.version(effect.to)
+        if old is None or old.version < effect.to or (old.collected and not nothing):
+            raise InputError(f"version {effect.to} cannot be gone back to: it is not there, or was collected")
+        with self._blobs.keeping() as write:
+            if nothing:
+                content = replace(old, digest=write(self._nothing()), rank=0, energy=0.0, norm_bound=None)
+                content = replace(content, discarded_energy=0.0)
+            else:
+                self._blobs.require_published(old.digest, effect.to)
+                content = old
+            version = replace(
+                content,
+                version=effect.version,
+                published_at=time.time(),
+                reverts_to=effect.to,
+                collected=False,
+            )
+            prepare(version.version, version.digest, version.rank)
+            self._store.publish_revert(version)
+        if self.learnt:
+            self.learnt.published(version.norm_bound)
+        return version
+
+    def _nothing(self) -> Iterator[bytes]:
+        """An adapter that changes nothing, as version 0 does: one component of zeros."""
+        shapes = self._federation.base.modules
+        zeros = (
+            (n, LoraFactors(np.zeros((out, 1), np.float32), np.zeros((1, inp), np.float32)))
+            for n, (out, inp) in sorted(shapes.items())
+        )
+        return encode_chunks(shapes, dict.fromkeys(shapes, 1), self._federation.scaling, zeros)
 
     def _check(self, addends: Sequence[Addend], base: StartVersion) -> None:
         """Read every file once for its digest: a flipped bit in a value would be merged like any other value.

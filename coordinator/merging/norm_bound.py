@@ -30,8 +30,8 @@ class NormBound:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._federation, self._store, self._choices, self._clock = federation, store, choices, clock
-        newest = store.versions(1)
-        self._kept = (newest[0].norm_bound if newest else None, clock())
+        newest = store.newest()
+        self._kept = (newest.norm_bound if newest else None, clock())
 
     def now(self) -> float | None:
         """The longest change that is merged whole at present; None while too little is known.
@@ -40,7 +40,8 @@ class NormBound:
         who are the majority for a while can do much with it.
         """
         before, since = self._kept
-        version = self._store.newest_version()
+        newest = self._store.newest()
+        version = newest.version if newest else 0
         found = bound(
             self._store.latest_norms(self._choices.history), self._choices, tiny(self._federation, version)
         )

@@ -7,12 +7,23 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
-from coordinator.engine.events import Effect, Event, Expired, Merge, Merged, MergeFailed, Published, Tick
+from coordinator.engine.events import (
+    Effect,
+    Event,
+    Expired,
+    Merge,
+    Merged,
+    MergeFailed,
+    Published,
+    Revert,
+    RevertWanted,
+    Tick,
+)
 from coordinator.service.fault_log import FaultLog
 from coordinator.storage.rows import Version
 from coordinator.storage.store import Store
 from coordinator.upkeep.collection import Collector
-from edge_sdk.core.errors import BadUpdates, OurFault
+from edge_sdk.core.errors import BadUpdates, InputError, OurFault
 from edge_sdk.system.heap import trim_heap
 from edge_sdk.system.terminal import logger
 
@@ -25,7 +36,7 @@ class Background:
 
     Args:
         store: of the federation.
-        merge: makes and publishes a version, in a thread.
+        make_version: makes and publishes one, in a thread.
         collector: removes files, in a thread.
         faults: where faults of the machine are said.
         tell: gives the engine an event, and brings back here what is to be done about it.
@@ -34,12 +45,12 @@ class Background:
     def __init__(
         self,
         store: Store,
-        merge: Callable[[Merge], Version],
+        make_version: Callable[[Merge | Revert], Version],
         collector: Collector,
         faults: FaultLog,
         tell: Callable[[Event[None]], None],
     ) -> None:
-        self._store, self._make_version, self._collector = store, merge, collector
+        self._store, self._make_version, self._collector = store, make_version, collector
         self._faults, self._tell = faults, tell
         self._tasks: set[asyncio.Task[None]] = set()
         self._collecting: asyncio.Task[None] | None = None
@@ -48,7 +59,7 @@ class Background:
     def take_up(self, effects: Iterable[Effect]) -> None:
         """Begin what the engine wants done."""
         for effect in effects:
-            if isinstance(effect, Merge):
+            if isinstance(effect, Merge | Revert):
                 self._begin(self._merge(effect))
             elif isinstance(effect, Expired):
                 log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
@@ -64,6 +75,8 @@ class Background:
                 self._tell(Tick())
                 await self._note_expired()
                 await asyncio.to_thread(every_tick)
+                if (to := await asyncio.to_thread(self._store.wanted_revert)) is not None:
+                    self._tell(RevertWanted(to))
             except OurFault as error:
                 self._faults.log("tick", error)
             except Exception:
@@ -86,8 +99,8 @@ class Background:
             await asyncio.to_thread(self._store.close_assignments, expired)
             del self._expired[: len(expired)]
 
-    async def _merge(self, effect: Merge) -> None:
-        """Do a merge off the event loop, publish it, and tell the engine how it went, whatever happened."""
+    async def _merge(self, effect: Merge | Revert) -> None:
+        """Make a version off the event loop, and tell the engine how it went, whatever happened."""
         started = time.monotonic()
         outcome: Merged | MergeFailed
         try:
@@ -96,17 +109,25 @@ class Background:
             log.error("version %d: %s; its updates are kept for the next try", effect.version, error)
             outcome = MergeFailed()
         except Exception:
-            log.exception("merging version %d failed; its updates are kept for the next try", effect.version)
+            log.exception("making version %d failed; its updates are kept for the next try", effect.version)
             outcome = MergeFailed()
         if isinstance(outcome, Merged):
-            took_s, count = time.monotonic() - started, len(effect.weights)
-            log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, outcome.rank, took_s)
+            took_s = time.monotonic() - started
+            if isinstance(effect, Merge):
+                count, rank = len(effect.weights), outcome.rank
+                log.info("version %d: %d updates, rank %d, %.1f s", outcome.version, count, rank, took_s)
+            else:
+                log.info("version %d is what version %d was, as the host wanted", effect.version, effect.to)
         self._tell(outcome)
 
-    def _merged(self, effect: Merge) -> Merged | MergeFailed:
-        """A merge in a worker thread. Updates that turn out to be damaged are left out for good."""
+    def _merged(self, effect: Merge | Revert) -> Merged | MergeFailed:
+        """A version in a worker thread. Updates that turn out to be damaged are left out for good."""
         try:
             version = self._make_version(effect)
+        except InputError as error:  # what the host wanted cannot be done
+            log.error("version %d: %s; this wish is dropped", effect.version, error)
+            self._store.want_revert(None)
+            return MergeFailed()
         except BadUpdates as error:
             for update, reason in error.reasons.items():
                 log.error("update %s: %s; it is left out", update, reason)
@@ -119,7 +140,7 @@ class Background:
             version = there
         finally:
             trim_heap()
-        return Merged(version.version, version.rank)
+        return Merged(version.version, version.rank, version.reverts_to)
 
     def _collect_soon(self) -> None:
         """Remove files that nobody needs any more, off the event loop, unless that is under way."""

@@ -82,10 +82,10 @@ class Coordinator:
         self._examination = Examination(self.federation, self.store, opened.blobs, chosen, merger.learnt)
         self.uploads = Uploads(self.federation, self.store, opened.blobs, self._examination)
         self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
-        merge = partial(merger.merge, prepare=self.serving.prepare)
+        make_version = partial(merger.make, prepare=self.serving.prepare)
         self._status = SharedAnswer(self._status_text)
         self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
-        self._background = Background(self.store, merge, opened.collector, self.faults, self._apply)
+        self._background = Background(self.store, make_version, opened.collector, self.faults, self._apply)
 
     # --- life ---
 

@@ -121,6 +121,7 @@ def recalled(store: Store, now: float, clock_time: float) -> Restarted:
     newest = store.versions(1)
     return Restarted(
         newest=tuple(store.newest_assignments().items()),
+        taken_back=tuple(store.reverts()),
         version=newest[0].version if newest else 0,
         rank=newest[0].rank if newest else 0,
         leases=tuple(

@@ -28,7 +28,8 @@ class Version:
     """A published global adapter. `digest` names its blob; energies are sums of σ² over all modules.
 
     `noise_multiplier` and `clip_norm` are those of differential privacy, 0 without it. `norm_bound`: the
-    learnt bound that its updates were merged within; None while none was known. `collected`: its blob is
+    learnt bound that its updates were merged within; None while none was known. `reverts_to`: the
+    version whose content it has because the host wanted that. `collected`: its blob is
     gone, because nobody may need it any more.
     """
 
@@ -41,6 +42,7 @@ class Version:
     noise_multiplier: float = 0.0
     clip_norm: float = 0.0
     norm_bound: float | None = None
+    reverts_to: int | None = None
     collected: bool = False
 
     @property

@@ -93,6 +93,10 @@ MIGRATIONS = [
         FROM (SELECT device, id, MAX(rowid) FROM assignments GROUP BY device) AS newest
         WHERE newest.device = devices.id;
     """,
+    # The version whose content one has because its host took back what came between.
+    """
+    ALTER TABLE versions ADD COLUMN reverts_to INTEGER;
+    """,
 ]
 
 

@@ -327,15 +327,57 @@ class Store:
                     f"device {row[0]} has two updates in version {version.version}; it is dropped"
                 )
 
+    # --- taking versions back ---
+
+    def want_revert(self, to: int | None) -> None:
+        """The host wants a version with the content of version `to`; None: no longer."""
+        with self.db.transaction("meta-written", "meta-committed") as db:
+            if to is None:
+                db.execute("DELETE FROM meta WHERE key = 'revert'")
+            else:
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('revert', ?)", (str(to),))
+
+    def wanted_revert(self) -> int | None:
+        """The version that the host wants back; None while it wants none."""
+        wanted = self.meta("revert")
+        return None if wanted is None else int(wanted)
+
+    def publish_revert(self, version: Version) -> None:
+        """Add a version that has the content of an older one; all in one transaction.
+
+        What was trained from those in between, and is in no version yet, is left out for good; and how long
+        such changes were says nothing any more.
+        """
+        with self.db.transaction("version-written", "version-committed") as db:
+            db.execute(
+                f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES ({_VERSION_MARKS})",
+                dataclasses.astuple(version),
+            )
+            db.execute(
+                "UPDATE devices SET latest_norm = NULL WHERE latest_arrival IN "
+                "(SELECT rowid FROM updates WHERE version > ?)",
+                (version.reverts_to,),
+            )
+            db.execute(
+                "UPDATE updates SET rejected = ? "
+                "WHERE version > ? AND merged_version IS NULL AND rejected IS NULL",
+                (f"the host went back to version {version.reverts_to}", version.reverts_to),
+            )
+            db.execute("DELETE FROM meta WHERE key = 'revert'")
+
+    def reverts(self) -> list[tuple[int, int]]:
+        """(to, version) of every version that reverted to an older one."""
+        return self.db.rows("SELECT reverts_to, version FROM versions WHERE reverts_to IS NOT NULL")
+
     def versions(self, newest: int) -> list[Version]:
         """The newest versions, newest first. Version 0, which changes nothing, has no row."""
         rows = self.db.rows(f"SELECT {_VERSION_COLUMNS} FROM versions ORDER BY version DESC LIMIT ?", newest)
         return [_version(*row) for row in rows]
 
-    def newest_version(self) -> int:
-        """The number of the newest version; 0 before there is any."""
-        ((number,),) = self.db.rows("SELECT COALESCE(MAX(version), 0) FROM versions")
-        return int(number)
+    def newest(self) -> Version | None:
+        """The newest version; None before there is any."""
+        found = self.versions(1)
+        return found[0] if found else None
 
     def merged_updates(self, version: int) -> int:
         """How many updates a version was made of."""

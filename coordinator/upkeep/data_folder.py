@@ -98,6 +98,17 @@ def only_coordinator(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_served(folder: Path) -> bool:
+    """Whether a coordinator runs on this folder at present."""
+    lock = FileLock(folder / "coordinator.lock", timeout=0, mode=PRIVATE)
+    try:
+        lock.acquire()
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def join_token(folder: Path) -> str:
     """The join token of this data folder: made at the first start, readable by the host alone.
 
