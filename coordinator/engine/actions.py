@@ -342,23 +342,30 @@ def publish(at: Situation[Merged]) -> Done[None]:
         at.ration.spend(update.device for update in state.merging)
     state.version, state.version_rank, state.merging = at.event.version, at.event.rank, ()
     state.failures, state.published_at = 0, at.now
-    if at.event.reverts_to is not None:
-        _take_back(at, at.event.reverts_to)
+    dropped = () if at.event.reverts_to is None else _take_back(at, at.event.reverts_to)
     state.first_at = at.now if state.buffer else None
     for lease in state.leases():
         too_old = state.version - lease.version > at.policy.staleness_limit
         if too_old or state.is_taken_back(lease.version):  # it holds a slot for nothing
             lease.expires_at = min(lease.expires_at, at.now)
-    return Done(None, (Published(state.version),))
+    return Done(None, (*dropped, Published(state.version)))
 
 
-def _take_back(at: Situation[Merged], to: int) -> None:
-    """Versions after `to` count no more, nor does what was trained from them: the disk has it left out."""
+def _take_back(at: Situation[Merged], to: int) -> tuple[Decline, ...]:
+    """Versions after `to` count no more, nor does what was trained from them."""
     state = at.state
-    oldest = state.version - at.policy.staleness_limit
-    known = [(lower, upper) for lower, upper in state.taken_back if upper > oldest]
-    state.taken_back = (*known, (to, state.version))
-    state.take([update for update in state.buffer if state.is_taken_back(update.version)])
+    state.taken_back = (*state.taken_back, (to, state.version))
+    gone = [update for update in state.buffer if state.is_taken_back(update.version)]
+    state.take(gone)
+    declined = tuple(Decline(u.update, _why_not(at, u.device, u.version)) for u in gone)
+    _forget_taken_back(at)
+    return declined
+
+
+def _forget_taken_back(at: Situation[object]) -> None:
+    """Where updates would be too old to be merged anyway, it need not be known that they were taken back."""
+    state, oldest = at.state, at.state.version - at.policy.staleness_limit
+    state.taken_back = tuple((to, version) for to, version in state.taken_back if version > oldest)
 
 
 def revert(at: Situation[RevertWanted]) -> Done[None]:
@@ -414,7 +421,9 @@ def restore(at: Situation[Restarted]) -> Done[None]:
     declined = [update for update in event.buffer if _is_void(at, update)]
     state.put([update for update in event.buffer if not _is_void(at, update)])
     state.first_at = at.now if state.buffer else None
-    return Done(None, tuple(Decline(u.update, _why_not(at, u.device, u.version)) for u in declined))
+    effects = tuple(Decline(u.update, _why_not(at, u.device, u.version)) for u in declined)
+    _forget_taken_back(at)
+    return Done(None, effects)
 
 
 def _take_up(at: Situation[object], lease: Lease) -> None:
@@ -429,5 +438,7 @@ def _take_up(at: Situation[object], lease: Lease) -> None:
 
 
 def _is_void(at: Situation[object], update: Buffered) -> bool:
-    """Whether a crash came between storing an update and declining it: its round was over."""
+    """Whether a crash came between storing an update and declining it: its round was over, or taken back."""
+    if at.state.is_taken_back(update.version):
+        return True
     return at.policy.mode == "synchronous" and update.version < at.state.version

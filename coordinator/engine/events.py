@@ -261,7 +261,7 @@ class Published:
 
 
 Effect = Expired | Decline | Merge | Revert | Published
-"""What is to be done because of an event, whoever brought it. Decline: of an update found at the start."""
+"""What is to be done because of an event, whoever brought it. Decline: of what was taken in before."""
 
 
 @dataclass(frozen=True)

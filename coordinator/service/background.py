@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from coordinator.engine.events import (
+    Decline,
     Effect,
     Event,
     Expired,
@@ -54,12 +55,15 @@ class Background:
         self._faults, self._tell = faults, tell
         self._tasks: set[asyncio.Task[None]] = set()
         self._collecting: asyncio.Task[None] | None = None
+        self._declined: dict[str, str] = {}  # updates that are not left out on disk yet, and why
         self._expired: list[str] = []  # assignments whose end is not on disk yet
 
     def take_up(self, effects: Iterable[Effect]) -> None:
         """Begin what the engine wants done."""
         for effect in effects:
-            if isinstance(effect, Merge | Revert):
+            if isinstance(effect, Decline):
+                self._declined[effect.update] = str(effect.error)
+            elif isinstance(effect, Merge | Revert):
                 self._begin(self._merge(effect))
             elif isinstance(effect, Expired):
                 log.info("assignment %s of %s expired", effect.lease.assignment, effect.lease.device)
@@ -74,6 +78,7 @@ class Background:
             try:
                 self._tell(Tick())
                 await self._note_expired()
+                await self._note_declined()
                 await asyncio.to_thread(every_tick)
                 if (to := await asyncio.to_thread(self._store.wanted_revert)) is not None:
                     self._tell(RevertWanted(to))
@@ -92,6 +97,13 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _note_declined(self) -> None:
+        """Leave out for good what had been taken in and counts no more; what fails is noted with the next."""
+        if declined := dict(self._declined):
+            await asyncio.to_thread(self._store.reject_updates, declined)
+            for update in declined:
+                del self._declined[update]
 
     async def _note_expired(self) -> None:
         """Close the leases that ran out, all in one commit; what fails is noted with the next."""

@@ -14,6 +14,7 @@ from coordinator.engine.events import (
     Expired,
     Grant,
     Merge,
+    Merged,
     Published,
     Restarted,
     Stored,
@@ -28,7 +29,8 @@ def said(engine: Engine, event: Event[Any], now: float) -> list[Said]:
     """All that an event came to: what is to be done, and last the answer to whoever brought it."""
     done = engine.handle(event, now)
     # Only what a start finds is declined without anybody to answer.
-    assert isinstance(event, Restarted) or not any(isinstance(effect, Decline) for effect in done.effects)
+    may_decline = isinstance(event, Restarted | Merged)
+    assert may_decline or not any(isinstance(effect, Decline) for effect in done.effects)
     assert done.answer is None or not isinstance(done.answer, Expired | Merge | Published)
     return [*done.effects, *([] if done.answer is None else [done.answer])]
 

@@ -27,6 +27,8 @@ from coordinator.engine.events import (
     Offered,
     Refused,
     Restarted,
+    Revert,
+    RevertWanted,
     Stored,
     Tick,
     Wait,
@@ -74,6 +76,7 @@ class Disk:
     work: dict[str, Work] = field(default_factory=dict)
     updates: dict[str, Kept] = field(default_factory=dict)
     ranks: list[int] = field(default_factory=list)  # of version 1, 2, ...
+    back: list[tuple[int, int]] = field(default_factory=list)  # (to, version) of those that reverted
 
     def add_work(self, id: str, work: Work) -> None:
         """Twice is the same as once."""
@@ -108,6 +111,14 @@ class Disk:
             assert kept.rejected is None
             kept.merged = merge.version
 
+    def publish_revert(self, revert: Revert) -> None:
+        assert 0 <= revert.to < revert.version == len(self.ranks) + 1
+        self.ranks.append(self.ranks[revert.to - 1] if revert.to else 0)
+        self.back.append((revert.to, revert.version))
+        for kept in self.updates.values():
+            if kept.version > revert.to and kept.merged is None and kept.rejected is None:
+                kept.rejected = "taken back"
+
     def entered(self, device: str) -> int:
         """Versions that hold an update of a device."""
         return sum(u.device == device and u.merged is not None for u in self.updates.values())
@@ -140,6 +151,7 @@ class Disk:
                 for _, id in sorted(unmerged)
             ),
             contributed=tuple(given.items()),
+            taken_back=tuple(self.back),
             newest=tuple({w.device: id for id, w in self.work.items()}.items()),
             paces_s=tuple((device, tuple(p for _, p in of if p > 0)) for device, of in newest.items()),
         )
@@ -157,7 +169,7 @@ class Service:
     now: float = 0.0
     wall: float = 0.0
     asked: int = 0
-    merge: Merge | None = None  # under way
+    merge: Merge | Revert | None = None  # under way
     outcome: Merged | MergeFailed | None = None  # of it, on disk, of which the engine has not heard
     expired: list[str] = field(default_factory=list)
     asking: set[str] = field(default_factory=set)  # devices whose grant is being written
@@ -173,7 +185,7 @@ class Service:
         self.engine = Engine(self.policy, ration=ration, steps=self.steps)
         for effect in self.apply(self.disk.recalled(self.now, self.wall)):
             assert isinstance(effect, Decline)
-            self.disk.reject(effect.update, str(effect.error))
+            self.disk.reject(effect.update, _reason(effect))
 
     def _leave_out_unpaid(self) -> None:
         """As ledger.py does before the engine is told."""
@@ -188,7 +200,7 @@ class Service:
         effects = said(self.engine, event, self.now)
         self.saw(event, self.now, effects)
         for effect in effects:
-            if isinstance(effect, Merge):
+            if isinstance(effect, Merge | Revert):
                 assert self.merge is None
                 self.merge = effect
             if isinstance(effect, Expired):
@@ -271,11 +283,18 @@ class Service:
                 self.disk.work[id].open = False
         self.expired.clear()
 
+    def revert(self, to: int) -> None:
+        """The host wants to go back."""
+        self.apply(RevertWanted(to))
+
     def end_merge(self, bad: int | None, rank: int) -> None:
         """On disk. bad: 0: all are good; i: the i-th is damaged; None: our own disk is full."""
         assert self.merge is not None
         if bad is None:
             self.outcome = MergeFailed()
+        elif isinstance(self.merge, Revert):
+            self.disk.publish_revert(self.merge)
+            self.outcome = Merged(self.merge.version, self.disk.ranks[-1], self.merge.to)
         elif bad:
             update = self.merge.weights[(bad - 1) % len(self.merge.weights)][0]
             self.disk.reject(update.update, "damaged")
@@ -287,7 +306,13 @@ class Service:
     def tell_outcome(self) -> None:
         assert self.outcome is not None
         outcome, self.outcome, self.merge = self.outcome, None, None
-        self.apply(outcome)
+        for effect in self.apply(outcome):
+            if isinstance(effect, Decline):
+                self.disk.reject(effect.update, _reason(effect))
+
+
+def _reason(declined: Decline) -> str:
+    return "taken back" if "the host took back" in str(declined.error) else str(declined.error)
 
 
 def _declined(effects: list[Said]) -> str:

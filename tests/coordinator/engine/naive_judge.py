@@ -30,6 +30,8 @@ from coordinator.engine.events import (
     Published,
     Refused,
     Restarted,
+    Revert,
+    RevertWanted,
     Stored,
     Tell,
     Tick,
@@ -96,7 +98,8 @@ class Judge:
     steps: int
     version: int = 0
     rank: int = 0
-    merge: Merge | None = None
+    merge: Merge | Revert | None = None
+    back: list[tuple[int, int]] = field(default_factory=list)  # (to, version) of those that reverted
     pool: list[Buffered] = field(default_factory=list)
     pool_since: float | None = None
     merge_since: float | None = None
@@ -127,9 +130,17 @@ class Judge:
         return max(10, int(self.policy.lease_s / self.policy.timeout_s))
 
     def can_count(self, device: str, version: int) -> bool:
-        if self.is_synchronous and self.merge:
+        if (self.is_synchronous and self.merge) or self.is_gone(version):
             return False
         return self.version - version <= self.limit and all(v < version for v in self.of(device).given)
+
+    def is_gone(self, version: int) -> bool:
+        """The host took it back."""
+        return any(version in range(to + 1, upper) for to, upper in self.back)
+
+    def taking(self) -> list[Buffered]:
+        """What the merge that is under way is made of."""
+        return [update for update, _, _ in self.merge.weights] if isinstance(self.merge, Merge) else []
 
     def is_replaced(self, device: str, assignment: str) -> bool:
         return self.of(device).newest not in (None, assignment)
@@ -167,7 +178,7 @@ class Judge:
     def is_spent(self, device: str) -> bool:
         if not self.most:
             return False
-        merging = [update for update, _, _ in self.merge.weights] if self.merge else []
+        merging = self.taking()
         waiting = sum(update.device == device for update in [*self.pool, *merging])
         return self.entered.get(device, 0) + waiting >= self.most
 
@@ -175,7 +186,7 @@ class Judge:
         return {d: s.held for d, s in self.seen.items() if s.held and s.held.is_live}
 
     def in_round(self) -> set[str]:
-        merging = [update for update, _, _ in self.merge.weights] if self.merge else []
+        merging = self.taking()
         gave = {update.device for update in [*self.pool, *merging] if update.version == self.version}
         return gave | {device for device, held in self.live().items() if held.version == self.version}
 
@@ -230,6 +241,11 @@ class Judge:
                 self.refused(event, now, effects)
             case Merged():
                 self.merged(event, now, effects)
+            case RevertWanted():
+                if self.merge is None and now >= self.rest_until:
+                    assert effects.pop(0) == Revert(self.version + 1, event.to)
+                    self.merge, self.merge_since = Revert(self.version + 1, event.to), self.pool_since
+                    self.rest_until = -math.inf
             case MergeFailed():
                 self.merge_failed(event, now)
                 assert effects == []
@@ -289,7 +305,7 @@ class Judge:
                 held.until = max(held.until, most)
             self.notes(lease.device, now)
         for update in event.buffer:
-            if self.is_synchronous and update.version < self.version:
+            if self.is_gone(update.version) or (self.is_synchronous and update.version < self.version):
                 declined(effects.pop(0), update.update, self.version)
             else:
                 self.pool.append(update)
@@ -525,6 +541,7 @@ class Judge:
         assert merge.version == self.version + 1
         taken = self.ready()
         assert [update for update, _, _ in merge.weights] == taken
+        assert not any(self.is_gone(update.version) for update in taken)
         taus = [self.version - update.version for update in taken]
         assert [tau for _, _, tau in merge.weights] == taus
         discount = [DISCOUNTS[self.policy.staleness](tau) for tau in taus]
@@ -542,24 +559,31 @@ class Judge:
     def publish(self) -> None:
         assert self.merge is not None
         self.version += 1
+        if isinstance(self.merge, Revert):
+            self.back.append((self.merge.to, self.version))
+            self.published.append(())
+            return
         self.published.append(tuple(update.update for update, _, _ in self.merge.weights))
         for update, _, _ in self.merge.weights:
             self.entered[update.device] = self.entered.get(update.device, 0) + 1
 
     def merged(self, event: Merged, now: float, effects: list[Said]) -> None:
-        assert effects.pop(0) == Published(self.version + 1)
         self.publish()
+        for update in [update for update in self.pool if self.is_gone(update.version)]:
+            declined(effects.pop(0), update.update, self.version)
+            self.pool.remove(update)
+        assert effects.pop(0) == Published(self.version)
         assert event.version == self.version
         self.merge, self.rank, self.fails, self.published_at = None, event.rank, 0, now
         self.pool_since = now if self.pool else None
         for held in self.live().values():
-            if self.version - held.version > self.limit:
+            if self.version - held.version > self.limit or self.is_gone(held.version):
                 held.until = min(held.until, now)
         self.may_merge(now, effects)
 
     def merge_failed(self, event: MergeFailed, now: float) -> None:
         assert self.merge is not None
-        taken = [update for update, _, _ in self.merge.weights]
+        taken = self.taking()
         self.merge = None
         back = [update for update in taken if update.update not in event.rejected]
         self.pool = back + self.pool

@@ -34,7 +34,7 @@ from tests.coordinator.engine.naive_judge import Judge
 DEVICES = ("p", "q", "r", "s", "t", "u")
 STEPS = 16
 WALKS = 120
-ROUNDS = 2000  # in which all get work: a pause of an hour is the longest wait
+ROUNDS = 6000  # in which all get work: a pause of an hour is the longest wait
 AT_REST_S = 10.0  # between the work of a device that has had some, while others wait
 KINDS = (
     *["ask"] * 4,
@@ -46,7 +46,7 @@ KINDS = (
     *["arrives"] * 2,
     *["tick"] * 4,
     *["merge ends"] * 7,
-    *["asleep", "kill"],
+    *["asleep", "kill", "revert"],
 )
 
 
@@ -164,6 +164,8 @@ class Network(RuleBasedStateMachine):
             self.passes(of(0.5, 6.0, 25.0))  # no tick comes
         elif kind == "merge ends" and self.service.merge:
             self.merge_ends(of(0, 0, 0, 0, 1, 2, None), of(0, 4, 8), of(True, True, False))
+        elif kind == "revert" and self.service.engine.state.version:
+            self.service.revert(of(*range(self.service.engine.state.version)))
         elif kind == "kill":
             self.kill(of(0.0, 0.0, 1e6), of(0.0, 5.0, -100.0, 1e6))
 
@@ -270,7 +272,7 @@ class Network(RuleBasedStateMachine):
             kept = self.disk.updates[id]
             waits = any(u.update == id for u in (*state.buffer, *state.merging))
             assert (kept.merged is not None) + waits + bool(kept.rejected) == 1 or self.service.outcome
-            assert kept.rejected in (None, "damaged")
+            assert kept.rejected in (None, "damaged", "taken back")
         assert state.version == self.judge.version
         assert [u.update for u in state.buffer] == [u.update for u in self.judge.pool]
 

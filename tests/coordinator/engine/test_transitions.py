@@ -22,6 +22,7 @@ from coordinator.engine.events import (
     MergeFailed,
     Offered,
     Restarted,
+    RevertWanted,
     Stored,
     Tick,
 )
@@ -36,7 +37,7 @@ ROWS: tuple[Any, ...] = tuple(row for one in (*WORK, *VERSION) for row in one.ro
 PLACES = [
     *((WORK, phase, event) for phase in get_args(WorkPhase) for event in get_args(DeviceEvent)),
     (WORK, "training", Tick),
-    *((VERSION, phase, event) for phase in get_args(MergePhase) for event in (Tick, Stored)),
+    *((VERSION, phase, event) for phase in get_args(MergePhase) for event in (Tick, Stored, RevertWanted)),
     *((VERSION, "merging", event) for event in (Merged, MergeFailed)),
     (VERSION, "collecting", Restarted),
 ]

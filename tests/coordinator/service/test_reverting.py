@@ -95,10 +95,15 @@ def test_buffered_updates_from_between_are_dropped_and_a_restart_remembers() -> 
     kept, gone = Buffered("k", "kept", 1, 1), Buffered("g", "gone", 2, 1)
     engine.handle(Restarted(version=3, rank=4, buffer=(kept, gone)), 0.0)
     engine.handle(RevertWanted(1), 1.0)
-    engine.handle(Merged(4, 4, reverts_to=1), 2.0)
+    declined, published = engine.handle(Merged(4, 4, reverts_to=1), 2.0).effects
+    assert isinstance(declined, Decline)
+    assert (declined.update, published) == ("g", Published(4))
     assert engine.state.buffer == [kept]
     again = Engine(Policy(buffer_size=3))
-    again.handle(Restarted(version=4, rank=4, buffer=(kept,), taken_back=((1, 4),)), 0.0)
+    began = Restarted(version=4, rank=4, buffer=(kept, gone), taken_back=((1, 4),))
+    (declined,) = again.handle(began, 0.0).effects  # a crash came before it was left out on disk
+    assert isinstance(declined, Decline)
+    assert (declined.update, again.state.buffer) == ("g", [kept])
     assert isinstance(again.handle(Offered("gone", "x", 3), 1.0).answer, Decline)
     assert again.handle(Offered("kept", "y", 4), 1.0).answer == Accept()
 
