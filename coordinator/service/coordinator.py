@@ -161,8 +161,6 @@ class Coordinator:
         """Grant work or say when to come back."""
         if ask.rank not in self.federation.ladder:
             raise ProtocolError(f"Ask.rank: {ask.rank} is not on the ladder {list(self.federation.ladder)}")
-        if ask.carry_rank < 0:
-            raise ProtocolError(f"Ask.carry_rank: {ask.carry_rank} is below 0")
         carry_rank = ask.carry_rank if self.federation.carries else 0
         # One at a time of a device: the disk must hear of its leases in the order in which they were granted.
         async with self._asking.setdefault(device, asyncio.Lock()):
