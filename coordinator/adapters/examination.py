@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coordinator.merging.admission import Admission, admit, measure
 from coordinator.merging.norm_bound import NormBound
-from coordinator.merging.reach import Reach, fresh_sizes, reach, sizes
+from coordinator.merging.reach import Reach, Sizes, fresh_sizes, frobenius, reach, sizes
 from coordinator.rules.named import rule_named, served
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
@@ -18,6 +18,8 @@ from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import Assignment, Federation, Update
+
+MOST_SIZES = 1 << 15  # kept: some versions of a large base, in a few MB
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Examination:
     ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
         self._rule, self._admission, self._learnt = rule_named(federation.rule), admission, learnt
+        self._sizes: dict[tuple[int, str, int], Sizes] = {}  # version, module, rank: of what is served
 
     def examine(
         self, device: str, assignment: Assignment, update: Update, path: Path, most_bytes: int
@@ -102,10 +105,19 @@ class Examination:
             else:
                 own = start.module(name) if start else nothing
                 begun = served(federation, version, name, own, rank)
-                known = sizes(begun)
+                known = self._sizes_of(version, name, begun)
             found = reach(known, shape, rank, moved, federation.scaling)
             # What version 0 serves changes nothing: then the change is all that came.
             yield _Module(name, factors, begun if start else nothing, found)
+
+    def _sizes_of(self, version: int, name: str, begun: LoraFactors) -> Sizes:
+        """Of one module as a version serves it: the same for every device of a rank."""
+        key = version, name, begun.rank
+        if key not in self._sizes:
+            if len(self._sizes) >= MOST_SIZES:
+                self._sizes.clear()
+            self._sizes[key] = sizes(begun)
+        return self._sizes[key]
 
     def _require_size(self, module: _Module) -> None:
         """Where factors are averaged by themselves each of them counts, whatever their product is.
@@ -117,11 +129,12 @@ class Examination:
         """
         if self._rule.sums_products or self._admission is None:
             return
-        found, factor = sizes(module.factors), self._admission.reach_factor
-        for which, size, most in (
-            ("B", found.frobenius_b, factor * module.reach.b),
-            ("A", found.frobenius_a, factor * module.reach.a),
+        factor = self._admission.reach_factor
+        for which, values, most in (
+            ("B", module.factors.b, factor * module.reach.b),
+            ("A", module.factors.a, factor * module.reach.a),
         ):
+            size = frobenius(values)
             if not size <= most:
                 raise AdapterError(
                     f"module {module.name}: {which} has norm {size:.3g}; training at this rate for so many "

@@ -55,7 +55,7 @@ def fresh_sizes(shape: tuple[int, int], rank: int) -> Sizes:
 
 def sizes(factors: LoraFactors) -> Sizes:
     """Of factors that were served."""
-    return Sizes(_spectral(factors.b.T), _spectral(factors.a), _frobenius(factors.b), _frobenius(factors.a))
+    return Sizes(_spectral(factors.b.T), _spectral(factors.a), frobenius(factors.b), frobenius(factors.a))
 
 
 def _spectral(rows: Matrix) -> float:
@@ -66,7 +66,8 @@ def _spectral(rows: Matrix) -> float:
     return math.sqrt(max(0.0, float(np.linalg.eigvalsh(wide @ wide.T)[-1])))
 
 
-def _frobenius(values: Matrix) -> float:
+def frobenius(values: Matrix) -> float:
+    """The Frobenius norm, in float64: squares of what a stranger sends may leave float32."""
     return float(np.linalg.norm(values.astype(np.float64)))
 
 
