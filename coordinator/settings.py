@@ -38,7 +38,7 @@ from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.messages import OWN_RULES, Base, Federation, Training
 from edge_sdk.core.ranges import Factor, Interval, Rank
-from edge_sdk.core.records import decode
+from edge_sdk.core.records import decode, encode
 
 # Of a new federation's files: a quarter of the bytes for the same loss (docs/WIRE.md).
 NEW_DTYPE: WireDtype = "int8"
@@ -174,6 +174,10 @@ def _check(settings: Settings, where: str) -> None:
     _check_rule(chosen, widest, where)
     _check_admission(settings, where)
     _check_training(training, chosen.rule, where)
+    try:
+        decode(Federation, encode(settings.build("new")))
+    except ProtocolError as error:
+        raise InputError(f"{where}: no device would take this federation: {error}") from error
 
 
 def _check_training(training: Training, rule: str, where: str) -> None:

@@ -42,6 +42,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str
             "unknown key 'storage.keep_version'; the keys are storage.keep_versions; did you mean",
         ),
         ("[policy]\nbuffer_size = 0", "policy.buffer_size is 0; it must be above 0"),
+        ("[policy]\nlease_s = 1e12", "no device would take this federation: Federation.lease_s"),
         ("[policy]\nquorum = 9", "policy.quorum is 9, above policy.buffer_size 4"),
         ("[policy]\ntimeout_s = -1", "policy.timeout_s is -1"),
         ("[policy]\ntimeout_s = nan", "policy.timeout_s: expected float"),
