@@ -28,7 +28,8 @@ from coordinator.storage.blobs import Blobs
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.backup import back_up, require_finished
 from coordinator.upkeep.data_folder import only_coordinator
-from coordinator.web.app import KEEP_ALIVE_S, build_app
+from coordinator.web.app import build_app
+from coordinator.web.server import make_runner
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import Federation
@@ -112,9 +113,7 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(options.data, settings, by)
-    runner = web.AppRunner(
-        build_app(coordinator), access_log=None, shutdown_timeout=5.0, keepalive_timeout=KEEP_ALIVE_S
-    )
+    runner = make_runner(build_app(coordinator), coordinator.refusals)
     await runner.setup()
     try:
         site = web.TCPSite(runner, options.host, options.port, backlog=BACKLOG)

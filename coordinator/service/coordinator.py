@@ -11,6 +11,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,7 @@ from coordinator.service.caches import Assignments, Credentials
 from coordinator.service.fault_log import FaultLog
 from coordinator.service.opening import buffered, open_folder, recalled
 from coordinator.service.process_limits import THREADS
+from coordinator.service.refusals import Refusals
 from coordinator.service.status import Overview, SharedAnswer
 from coordinator.settings import Settings
 from edge_sdk.core.errors import (
@@ -67,7 +69,7 @@ class Coordinator:
         opened = open_folder(folder, settings)
         self.federation, self.store, self.join_token = opened.federation, opened.store, opened.join_token
         self.privacy = settings.privacy
-        self.faults = FaultLog()
+        self.faults, self.refusals = FaultLog(), Refusals()
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
@@ -102,11 +104,16 @@ class Coordinator:
 
     async def run(self) -> None:
         """Keep the federation going until cancelled."""
-        await self._background.run(every_tick=self._credentials.refresh)
+        await self._background.run(every_tick=self._every_tick)
+
+    def _every_tick(self) -> None:
+        self._credentials.refresh()
+        self.refusals.flush()
 
     async def close(self) -> None:
         """Wait for a running merge and close the store."""
         await self._background.close()
+        self.refusals.flush(everything=True)
         self.store.close()
 
     def _apply(self, event: events.Event[Answer]) -> Answer:
@@ -238,8 +245,7 @@ class Coordinator:
         try:
             async with self._taking_in:
                 stored, fresh = await asyncio.to_thread(self.uploads.take_in, device, assignment, update)
-        except (AdapterError, TooLarge) as error:
-            log.warning("update %s of %s refused: %s", id, device, error)
+        except (AdapterError, TooLarge):
             await asyncio.to_thread(self.store.refuse, device, id)
             self._apply(events.Refused(device, id))
             raise
@@ -275,7 +281,8 @@ class Coordinator:
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
-        return encode(overview.status(seen_s_ago, self._examination.norm_bound(), spent))
+        status = overview.status(seen_s_ago, self._examination.norm_bound(), spent)
+        return encode(replace(status, bad_requests=self.refusals.count))
 
 
 def _hash(token: str) -> str:

@@ -25,14 +25,17 @@ from edge_sdk.core.errors import (
     EdgeError,
     InternalError,
     NotFound,
+    OffsetConflict,
     OurFault,
     ProtocolError,
+    StaleUpdate,
     TooLarge,
     Unauthorised,
 )
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
 from edge_sdk.core.records import decode, encode
 from edge_sdk.core.routes import ROUTES
+from edge_sdk.core.words import printable
 from edge_sdk.system.terminal import logger
 
 log = logger("coordinator")
@@ -43,7 +46,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
 BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
-KEEP_ALIVE_S = 15.0  # an idle connection is closed then: longer than between heartbeats, shorter than waits
+MAX_DETAIL = 4000  # characters of what was wrong with a request
+ROUTINE = (StaleUpdate, OffsetConflict)
+BROKE_OFF = "broke off"  # a word for the log
+DEVICE = "device"  # whose credential a request had
 
 
 def build_app(coordinator: Coordinator) -> web.Application:
@@ -69,34 +75,47 @@ async def _ticking(app: web.Application) -> AsyncIterator[None]:
 
 @web.middleware
 async def problem_documents(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer every error with a problem document that says what to do."""
+    """Answer every error with a problem document that says what to do; note what has to be noted of it."""
     try:
         return await handler(request)
-    except Busy as error:
-        return _problem(error)
-    except OurFault as error:
-        resource = request.match_info.route.resource
-        request.app[COORDINATOR].faults.log(
-            f"{request.method} {resource.canonical if resource else request.path}", error
-        )
-        return _problem(error)
     except EdgeError as error:
+        _note(request, error, error.title)
         return _problem(error)
     except web.HTTPException as error:
         kind = NotFound if error.status == 404 else ProtocolError
-        return _problem(kind(f"{request.method} {request.path}: {error.reason}"), error.status)
+        return _refuse(request, kind(f"{request.method} {request.path}: {error.reason}"), error.status)
     except TimeoutError:
-        return _problem(ProtocolError("the body stopped coming; send it again"), 408)
-    except (ConnectionError, web.RequestPayloadError) as error:
-        log.info("%s %s broke off (%s)", request.method, request.path, str(error) or type(error).__name__)
-        return _problem(ProtocolError("the body broke off; send the rest of it"), 408)
+        return _refuse(request, ProtocolError("the body stopped coming; send it again"), 408, BROKE_OFF)
+    except (ConnectionError, web.RequestPayloadError):
+        return _refuse(request, ProtocolError("the body broke off; send the rest of it"), 408, BROKE_OFF)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _problem(InternalError("the coordinator failed at this request; its log says why"))
 
 
+def _refuse(request: web.Request, error: EdgeError, status: int, title: str = "") -> web.Response:
+    _note(request, error, title or error.title)
+    return _problem(error, status)
+
+
+def _note(request: web.Request, error: EdgeError, title: str) -> None:
+    """A fault of this machine is said, a refusal is counted; what every honest device may meet is neither."""
+    coordinator = request.app[COORDINATOR]
+    if isinstance(error, OurFault):
+        if not isinstance(error, Busy):
+            resource = request.match_info.route.resource
+            place = resource.canonical if resource else request.path
+            coordinator.faults.log(f"{request.method} {place}", error)
+    elif not isinstance(error, ROUTINE):
+        device = request.get(DEVICE)
+        sender = f"{request.remote}, device {device}" if device else str(request.remote)
+        asked = f"{request.method} {request.path}: "
+        coordinator.refusals.add(title, sender, asked + str(error).removeprefix(asked))
+
+
 def _problem(error: EdgeError, status: int | None = None) -> web.Response:
-    document = {"title": error.title, "status": status or error.status, "detail": str(error), **error.details}
+    detail = printable(error, MAX_DETAIL)
+    document = {"title": error.title, "status": status or error.status, "detail": detail, **error.details}
     response = web.json_response(
         document, status=status or error.status, content_type=messages.PROBLEM_CONTENT_TYPE
     )
@@ -113,7 +132,8 @@ def _token(request: web.Request) -> str:
 
 
 def _device(request: web.Request) -> str:
-    return request.app[COORDINATOR].authenticate(_token(request))
+    device = request[DEVICE] = request.app[COORDINATOR].authenticate(_token(request))
+    return device
 
 
 def _member_or_host(request: web.Request) -> None:

@@ -275,3 +275,5 @@ class Status:
     epsilon: Size = 0.0
     delta: Share = 0.0
     start: Start = ""  # of the newest version, as in Assignment
+    # Since the coordinator started: malformed, not authorised, to no path, or otherwise refused.
+    bad_requests: Count = 0

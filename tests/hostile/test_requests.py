@@ -46,14 +46,64 @@ NOT_HTTP = [
 ]
 
 
+def refusals_in(target: Target) -> list[str]:
+    return [line for line in target.coordinator.log.read_text().splitlines() if "  refused (" in line]
+
+
+def counted(target: Target) -> int:
+    answer = httpx.get(
+        f"{target.coordinator.url}/v1/status", headers=bearer(target.coordinator.join_token), timeout=60.0
+    )
+    return int(answer.json()["bad_requests"])
+
+
 def test_requests_that_are_not_http(tmp_path: Path) -> None:
+    """A line for the first, and one at the end for the others: no traceback, and all are counted."""
     with attacked(tmp_path) as target:
-        target.may_log_tracebacks = True  # of the HTTP library; none of ours
         for sent in NOT_HTTP:
             answered = raw(target.coordinator, sent)
             statuses = [int(line[9:12]) for line in answered.split(b"\r\n") if line.startswith(b"HTTP/1.")]
             assert all(400 <= status < 500 for status in statuses), (sent[:80], statuses)
             assert len(statuses) <= 1, sent[:80]
+        assert counted(target) == len(NOT_HTTP)
+        log = target.coordinator.log
+    said = refusals_in(target)
+    assert len(said) == 2, log.read_text()
+    assert "refused (not HTTP) from 127.0.0.1: " in said[0]
+    assert f"… and {len(NOT_HTTP) - 1} more in the last minute, the last from 127.0.0.1" in said[1]
+
+
+def test_bodies_that_are_not_http(tmp_path: Path) -> None:
+    """The head is refused before its body turns out to be none."""
+    head = b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with attacked(tmp_path) as target, connections(target, 10) as opened:
+        for connection in opened:
+            connection.sendall(head)
+            assert b" 401 " in connection.recv(4096)
+            connection.sendall(b"zz\r\n")
+
+
+REFUSED = (
+    ("GET", "/v1/status", {}, 401),
+    ("GET", "/v1/status", {"Authorization": "Bearer wrong"}, 401),
+    ("GET", "/wrong/path%0a00:00:00%20%20version%209:%209%20updates", {}, 404),
+    ("DELETE", "/v1/status", {}, 405),
+)
+
+
+def test_a_flood_of_refused_requests(tmp_path: Path) -> None:
+    """Two lines of each kind, however many there are."""
+    with attacked(tmp_path) as target:
+        with httpx.Client(base_url=target.coordinator.url, timeout=60.0, trust_env=False) as http:
+            for method, path, headers, status in REFUSED:
+                for _ in range(100):
+                    assert http.request(method, path, headers=headers).status_code == status, path
+        assert counted(target) == 100 * len(REFUSED)
+        size = target.coordinator.log.stat().st_size
+    assert size < 10_000
+    said = refusals_in(target)
+    assert 3 <= len(said) <= 2 * len(REFUSED)
+    assert sum("… and " in line for line in said) == 3
 
 
 RECORDS = [

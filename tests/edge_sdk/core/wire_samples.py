@@ -101,6 +101,7 @@ RECORDS: tuple[Any, ...] = (
         epsilon=3.5,
         delta=1e-5,
         start="23cd" * 4,
+        bad_requests=5,
     ),
 )
 
