@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         Unreachable,
         WorkerDied,
     )
-    from edge_sdk.options import Event, Options
+    from edge_sdk.options import Event, Limits, Options
 
 __all__ = [
     "Agent",
@@ -44,6 +44,7 @@ __all__ = [
     "EdgeError",
     "Event",
     "InputError",
+    "Limits",
     "Options",
     "OurFault",
     "OutOfMemory",
@@ -59,6 +60,7 @@ _ELSEWHERE = {
     "Callbacks": "edge_sdk.callbacks",
     "Conditions": "edge_sdk.conditions",
     "Event": "edge_sdk.options",
+    "Limits": "edge_sdk.options",
     "Options": "edge_sdk.options",
 }
 

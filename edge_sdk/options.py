@@ -47,6 +47,33 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a federation may ask of this device; one that asks for more is refused before anything is fetched.
+
+    Args:
+        bases: names of base models, or beginnings of their fingerprints; empty: any.
+        most_tokens: of an assignment: steps × batch × sequence length.
+        most_download_bytes: of one adapter file.
+        least_examples: behind an update: steps × batch. An update of one step of one example is that
+            example's gradient, from which its text can be recovered (Zhu et al. 2019, arXiv:1906.08935); the
+            more are added up, the less each can be told apart. It is no guarantee: that needs noise.
+
+    Raises:
+        InputError: a limit that nothing can meet.
+    """
+
+    bases: tuple[str, ...] = ()
+    most_tokens: int = 100_000_000
+    most_download_bytes: int = 4 << 30
+    least_examples: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("most_tokens", "most_download_bytes", "least_examples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be 1 or more")
+
+
+@dataclass(frozen=True)
 class Options:
     """How a device takes part; every field has a calm default."""
 
@@ -62,6 +89,7 @@ class Options:
     threads: int = 1
     nice: int = 10  # of the thread that trains, where the system has that; 0 leaves it alone
     conditions: Conditions = field(default_factory=Conditions)  # under which to train; default: any
+    limits: Limits = field(default_factory=Limits)  # what a federation may ask for
     device: str = "auto"  # torch device
     isolate: bool = True  # train in a process of its own; False where no interpreter can be started
     quantise: bool = True  # where it works; a trial says whether it does

@@ -6,6 +6,9 @@ memory_budget = "6GB"
 [conditions]
 on_mains = true
 hours = "22:00-07:00"
+[limits]                          # a federation that asks for more is refused
+bases = ["HuggingFaceTB/SmolLM2-135M"]
+most_download = "500MB"
 
 The flags have the same names and win over the file.
 """
@@ -22,13 +25,37 @@ from edge_sdk.core import toml_file
 from edge_sdk.core.choice.setting import Ranks
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.profile import load_profile
-from edge_sdk.options import Options
+from edge_sdk.options import Limits, Options
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 PATHS = ("data", "state")
 TRUST = "let code that comes with the base model run on this machine"
 TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"  # where the join token may be, if nothing else says it
 Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """`[limits]`: what a federation may ask for, as `options.Limits` says; None where nothing was said."""
+
+    bases: tuple[str, ...] = ()
+    most_tokens: int | None = None
+    most_download: str | None = None  # of one adapter, like 500MB
+    least_examples: int | None = None
+
+    def limits(self) -> Limits:
+        """As the agent takes them.
+
+        Raises:
+            InputError: a value out of range.
+        """
+        chosen = {
+            "bases": self.bases or None,
+            "most_tokens": self.most_tokens,
+            "most_download_bytes": parse_bytes(self.most_download) if self.most_download else None,
+            "least_examples": self.least_examples,
+        }
+        return Limits(**{name: value for name, value in chosen.items() if value is not None})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -52,10 +79,16 @@ class DeviceConfig:
     quantise: bool | None = None
     trust_remote_code: bool | None = None
     conditions: Conditions = field(default_factory=Conditions)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     def over(self, other: DeviceConfig) -> DeviceConfig:
         """This one, and `other` where this one says nothing."""
-        return _over(self, other, conditions=_over(self.conditions, other.conditions))
+        return _over(
+            self,
+            other,
+            conditions=_over(self.conditions, other.conditions),
+            limits=_over(self.limits, other.limits),
+        )
 
     def options(self) -> Options:
         """As the agent takes them.
@@ -78,7 +111,8 @@ class DeviceConfig:
             "trust_remote_code": self.trust_remote_code,
         }
         given: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        return Options(**given, conditions=self.conditions, progress=None)
+        limits = self.limits.limits()
+        return Options(**given, conditions=self.conditions, limits=limits, progress=None)
 
 
 def _over(first: Record, second: Record, **settled: Any) -> Record:

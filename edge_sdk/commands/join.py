@@ -12,7 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.commands.device_config import TOKEN_VARIABLE, TRUST, DeviceConfig, load_device_config
+from edge_sdk.commands.device_config import (
+    TOKEN_VARIABLE,
+    TRUST,
+    DeviceConfig,
+    LimitsConfig,
+    load_device_config,
+)
 from edge_sdk.conditions import Conditions
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.terminal import say
@@ -49,7 +55,11 @@ def add_to(commands: Any) -> None:
     whole = "keep the base in 16 or 32 bits"
     join.add_argument("--no-quantise", dest="quantise", action="store_const", const=False, help=whole)
     join.add_argument("--trust-remote-code", action="store_const", const=True, help=TRUST)
+    join.add_argument(
+        "--dry-run", action="store_true", help="join nothing; print what is asked and what would be sent"
+    )
     _add_conditions(join)
+    _add_limits(join)
     join.set_defaults(run=run)
 
 
@@ -62,6 +72,25 @@ def _add_conditions(join: argparse.ArgumentParser) -> None:
     )
     when.add_argument("--hours", metavar="HH:MM-HH:MM", help="local time, e.g. 22:00-07:00")
     when.add_argument("--unmetered", action="store_true", help="not on a link that costs by volume (Linux)")
+
+
+def _add_limits(join: argparse.ArgumentParser) -> None:
+    most = join.add_argument_group(
+        "limits", "A federation that asks for more is refused, and nothing fetched."
+    )
+    most.add_argument(
+        "--allow-base",
+        action="append",
+        metavar="NAME",
+        help="base model or its fingerprint; may be repeated",
+    )
+    most.add_argument(
+        "--most-tokens", type=int, help="steps × batch × length of an assignment (default 100000000)"
+    )
+    most.add_argument("--most-download", metavar="SIZE", help="of one adapter, e.g. 500MB (default 4GiB)")
+    most.add_argument(
+        "--least-examples", type=int, help="steps × batch behind an update: fewer tell of each (default 8)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -78,12 +107,17 @@ def run(options: argparse.Namespace) -> int:
         raise InputError('give --data FILE, or data = "…" in a --config file')
     if config.updates is not None and config.updates < 1:
         raise InputError(f"--updates {config.updates} must be 1 or more")
-    chosen = config.options()
+    chosen, token = config.options(), config.token or os.environ.get(TOKEN_VARIABLE)
+    if options.dry_run:
+        from edge_sdk.diagnosis import dry_run
+
+        print(dry_run.report(dry_run.examine(config.url, token, Path(config.data), chosen)), end="")
+        return 0
     priority.lower_process(chosen.nice)
     agent = Agent(
         config.url,
         data=config.data,
-        join_token=config.token or os.environ.get(TOKEN_VARIABLE),
+        join_token=token,
         options=chosen,
         on_event=_event_printer(),
     )
@@ -97,7 +131,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _told(options: argparse.Namespace) -> DeviceConfig:
     """What the flags say."""
-    names = {field.name for field in dataclasses.fields(DeviceConfig)} - {"conditions"}
+    names = {field.name for field in dataclasses.fields(DeviceConfig)} - {"conditions", "limits"}
     values = {name: getattr(options, name) for name in names}
     conditions = Conditions(
         on_mains=options.only_on_mains,
@@ -106,7 +140,13 @@ def _told(options: argparse.Namespace) -> DeviceConfig:
         hours=options.hours,
         unmetered=options.unmetered,
     )
-    return DeviceConfig(**values, conditions=conditions)
+    limits = LimitsConfig(
+        bases=tuple(options.allow_base or ()),
+        most_tokens=options.most_tokens,
+        most_download=options.most_download,
+        least_examples=options.least_examples,
+    )
+    return DeviceConfig(**values, conditions=conditions, limits=limits)
 
 
 def _stop_on_signals(agent: Agent) -> None:

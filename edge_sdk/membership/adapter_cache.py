@@ -101,6 +101,11 @@ class AdapterCache:
             raise Unreachable(f"version {key.version} has rank {key.rank}, above {federation.rank_cap}")
         dtype = federation.download_dtype
         most_bytes = codec.max_adapter_bytes(federation.base.modules, key.rank, dtype)
+        if most_bytes > (allowed := self._membership.options.limits.most_download_bytes):
+            raise Unreachable(
+                f"version {key.version} at rank {key.rank} may have {most_bytes} bytes, more than the "
+                f"{allowed} that this device's owner allows"
+            )
         download = self._membership.transport.download
         download(key.version, key.rank, path, stopping, dtype, most_bytes=most_bytes)
 

@@ -9,7 +9,7 @@ from edge_sdk.callbacks import Teller
 from edge_sdk.connection.transport import Transport
 from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Federation
-from edge_sdk.membership import identity
+from edge_sdk.membership import identity, limits
 from edge_sdk.membership.journal import DIGESTS, Journal
 from edge_sdk.membership.session import Session, dropped, joined
 from edge_sdk.options import Options, default_state_dir
@@ -109,6 +109,7 @@ class Membership:
                 raise
             self._join_again(known.federation)
             return
+        limits.require(federation, self.options.limits)
         federation.base.require(self._fingerprint(federation))
         self._require_same(known.federation, federation)
         self._session = replace(known, federation=federation)  # its lease may be another by now
@@ -121,6 +122,7 @@ class Membership:
         self._transport = Transport(self.url, self._join_token, self.journal.link)
         federation = self._transport.federation()
         self._require_same(before, federation)
+        limits.require(federation, self.options.limits)
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
         reply = self._transport.join(identity.request(fingerprint, self.options))

@@ -18,6 +18,7 @@ from edge_sdk.core.errors import (
 )
 from edge_sdk.core.messages import Directive, Heartbeat, Update
 from edge_sdk.membership.adapter_cache import AdapterCache, AdapterKey
+from edge_sdk.membership.limits import least_steps
 from edge_sdk.membership.membership import Membership
 from edge_sdk.membership.session import delivered, spoilt, trained
 from edge_sdk.system.backoff import Backoff, asked_by
@@ -173,7 +174,12 @@ class AssignmentRun:
             return "continue"
         self._offline, self._beat_due = False, now + every_s
         self._beats.reset()
+        if reply.directive == "finish" and self._steps_done < self._least_steps():
+            return "continue"  # what so few examples have changed says too much of each
         return reply.directive
+
+    def _least_steps(self) -> int:
+        return least_steps(self._membership.federation, self._membership.options.limits)
 
     def beat_while_paused(self) -> None:
         """Keep in touch about work that rests in its checkpoint; drop it when it can count no more.

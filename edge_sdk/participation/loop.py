@@ -25,6 +25,7 @@ from edge_sdk.core.errors import (
 )
 from edge_sdk.core.messages import Ask, NotNow
 from edge_sdk.machine.surroundings import Watch
+from edge_sdk.membership import limits
 from edge_sdk.membership.adapter_cache import AdapterCache
 from edge_sdk.membership.membership import Membership
 from edge_sdk.membership.session import assigned, refitted
@@ -214,6 +215,7 @@ class Participation:
             self._tell("waiting", answer.reason)
             self._rest(self._setbacks.asked_s(answer.retry_after_s))
             return
+        limits.require_assignment(answer, self._membership.federation, self._options.limits)
         self._membership.journal.clear_work()
         setting = self.setting.setting_for(answer)
         self._membership.save(assigned(self._membership.session, answer, setting))

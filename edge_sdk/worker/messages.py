@@ -47,7 +47,6 @@ class Setup:
     modules: dict[Key, tuple[Width, Width]]
     scaling: Factor
     upload_dtype: WireDtype = "float32"  # of the finished adapter
-    trust_remote_code: bool = False  # whether code that comes with the model may run
     data: str | None = None  # JSONL; None for a worker that only answers
     device: str = "auto"
     quantise: bool = True
@@ -56,6 +55,7 @@ class Setup:
     progress: bool = False  # bars on stderr
     bitsandbytes: bool = True  # False: it must not be imported, because that ends the process
     alone: bool = True  # in its process: then it may lower its priority
+    trust_remote_code: bool = False  # whether code that comes with the model may run
 
 
 @dataclass(frozen=True)

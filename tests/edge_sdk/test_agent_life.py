@@ -519,7 +519,7 @@ def test_ctrl_c_cuts_an_answer_short_and_then_leaves(make: Callable[..., Agent])
 
 
 def test_chat_reads_a_pipe(
-    make: Callable[..., Agent], coordinator: CoordinatorProcess, tmp_path: Path
+    make: Callable[..., Agent], coordinator: CoordinatorProcess, base: Base, tmp_path: Path
 ) -> None:
     reader = make("reader", data=False)
     expected = " ".join(reader.generate("turn the red light on", 8).split())
@@ -533,6 +533,8 @@ def test_chat_reads_a_pipe(
                 coordinator.url,
                 "--state",
                 str(tmp_path / "chat"),
+                "--model",
+                base.model,
             ),
             *("--token", coordinator.join_token, "--device", "cpu", "--max-new-tokens", "8"),
         ],

@@ -35,7 +35,7 @@ def model(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def coordinator(folder: Path, model: Path) -> Iterator[CoordinatorProcess]:
     (folder / "base.json").write_text(json.dumps(to_json(base_model.describe(str(model)))))
-    config = toml({"training": {"steps": 1, "batch": 1, "sequence_len": 32}}, folder / "base.json")
+    config = toml({"training": {"steps": 1, "batch": 8, "sequence_len": 32}}, folder / "base.json")
     with CoordinatorProcess(folder, config) as process:
         yield process
 

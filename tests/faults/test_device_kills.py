@@ -190,7 +190,8 @@ def test_a_second_agent_on_a_state_folder_is_refused_and_a_killed_one_leaves_it_
 ) -> None:
     state, log, data = tmp_path / "device", tmp_path / "log", text_of(tmp_path)
     second = device(coordinator.url, coordinator.join_token, state, data)
-    pid = zygote.start(url=coordinator.url, token=coordinator.join_token, state=state, data=data, log=log)
+    told = {"url": coordinator.url, "token": coordinator.join_token, "model": USUAL.model}
+    pid = zygote.start(**told, state=state, data=data, log=log)
     wait_until(lambda: any(event["kind"] == "step" for event in events_in(log)))
     for attempt in (second.agent.run, second.agent.prepare):
         with pytest.raises(InputError, match=r"device: another agent trains with this state folder; stop"):
@@ -212,6 +213,7 @@ def test_a_device_whose_disk_is_full_says_so_once_and_goes_on(
     log, state, data = tmp_path / "log", tmp_path / "device", text_of(tmp_path)
     with Proxy(coordinator.port) as proxy:
         pid = zygote.start(
+            model=USUAL.model,
             url=proxy.url,
             token=coordinator.join_token,
             state=state,

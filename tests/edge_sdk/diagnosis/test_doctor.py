@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def coordinator(folder: Path) -> Iterator[CoordinatorProcess]:
     model = build_model(folder / "base", "llama")
     (folder / "base.json").write_text(json.dumps(to_json(base_model.describe(str(model)))))
-    config = toml({"training": {"steps": 1, "batch": 2, "sequence_len": 32}}, folder / "base.json")
+    config = toml({"training": {"steps": 4, "batch": 2, "sequence_len": 32}}, folder / "base.json")
     with CoordinatorProcess(folder, config) as process:
         yield process
 

@@ -13,6 +13,7 @@ from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.errors import ProtocolError
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.membership.adapter_cache import AdapterCache, AdapterKey
+from edge_sdk.options import Options
 
 ONES = encode({"layer": LoraFactors(np.ones((3, 2), np.float32), np.ones((2, 5), np.float32))}, 1.0)
 
@@ -42,7 +43,7 @@ def published(tmp_path: Path, downloads: Downloads) -> AdapterCache:
         rank_cap=8,
         base=SimpleNamespace(modules={"layers.0.q": (4, 6)}),
     )
-    membership: Any = SimpleNamespace(federation=federation, transport=downloads)
+    membership: Any = SimpleNamespace(federation=federation, transport=downloads, options=Options())
     return AdapterCache(membership, tmp_path / "adapters")
 
 
