@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         from edge_sdk.diagnosis import dry_run
 
-        print(dry_run.report(dry_run.examine(config.url, token, Path(config.data), chosen)), end="")
+        say(*dry_run.lines(dry_run.examine(config.url, token, Path(config.data), chosen)))
         return 0
     priority.lower_process(chosen.nice)
     agent = Agent(

@@ -109,12 +109,12 @@ def _sent(federation: Federation, options: Options, state: Path) -> tuple[tuple[
     ), objection
 
 
-def report(it: DryRun) -> str:
-    """As a person reads it."""
+def lines(it: DryRun) -> list[str]:
+    """As a person reads it, line by line; a stranger's words are within one."""
     federation = it.federation
     ladder = ", ".join(map(str, federation.ladder))
     down = limits.download_bytes(federation)
-    lines = [
+    said = [
         "Nothing was joined, and nothing but this federation's record was fetched.",
         "",
         f"Federation {federation.id} asks for",
@@ -128,10 +128,10 @@ def report(it: DryRun) -> str:
         "Joining would send, with the token and then the device's credential in the Authorization header",
     ]
     for sent in it.sent:
-        lines += [f"  {sent.route}", *(f"    {line}" for line in sent.body.splitlines())]
-    lines += ["", "These never leave this machine", *(f"  {what}" for what in it.stays)]
-    lines += ["", f"Joining would end here: {it.objection}"] if it.objection else []
-    return "\n".join(lines) + "\n"
+        said += [f"  {sent.route}", *(f"    {line}" for line in sent.body.splitlines())]
+    said += ["", "These never leave this machine", *(f"  {what}" for what in it.stays)]
+    said += ["", f"Joining would end here: {it.objection}"] if it.objection else []
+    return said
 
 
 def _shown(body: Any) -> str:

@@ -72,7 +72,7 @@ def test_the_record_is_the_one_that_joining_sends(
 def test_what_is_beyond_a_limit_is_said(coordinator: CoordinatorProcess, data: Path, tmp_path: Path) -> None:
     options = Options(state_dir=tmp_path, limits=Limits(("org/other",), least_examples=1000))
     found = dry_run.examine(coordinator.url, coordinator.join_token, data, options)
-    said = dry_run.report(found)
+    said = "\n".join(dry_run.lines(found))
     assert "refused   base: tiny (org/other)" in said
     assert "refused   examples behind an update" in said
     assert "Joining would end here: federation" in said
