@@ -17,7 +17,7 @@ import pytest
 from edge_sdk.agent import Agent
 from edge_sdk.connection import transport
 from edge_sdk.core.messages import Base
-from edge_sdk.options import Event, Options
+from edge_sdk.options import Event, Limits, Options
 from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.system import backoff
 from edge_sdk.worker.messages import Setup
@@ -132,7 +132,7 @@ def device(
         on_event(event)
 
     chosen: dict[str, Any] = {"device": "cpu", "memory_budget_bytes": 10**9, "isolate": False, "nice": 0}
-    chosen |= {"quantise": False, "model": USUAL.model}
+    chosen |= {"quantise": False, "model": USUAL.model, "limits": Limits(least_examples=1)}
     agent = Agent(
         url,
         data=data,

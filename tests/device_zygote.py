@@ -90,7 +90,7 @@ def run(it: dict[str, Any]) -> None:
     """Be a device until the work is done."""
     from edge_sdk.agent import Agent
     from edge_sdk.core.errors import EdgeError
-    from edge_sdk.options import Options
+    from edge_sdk.options import Limits, Options
 
     with Path(it["log"]).open("a", buffering=1) as log:
 
@@ -109,6 +109,7 @@ def run(it: dict[str, Any]) -> None:
             quantise=False,
             nice=0,
             model=it["model"],
+            limits=Limits(least_examples=1),
         )
         try:
             agent = Agent(it["url"], data=it["data"], join_token=it["token"], options=options, on_event=note)

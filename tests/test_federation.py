@@ -30,7 +30,7 @@ from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.messages import CARRYING, Base, Update, UpdateReply
 from edge_sdk.core.records import to_json
 from edge_sdk.model import base_model, files
-from edge_sdk.options import Event, Options
+from edge_sdk.options import Event, Limits, Options
 from edge_sdk.training.adapter_places import CARRIED, AdapterPlaces
 from tests.models import Architecture, build_model
 from tests.processes import PATIENCE_S, CoordinatorProcess, environment, toml
@@ -149,6 +149,7 @@ def test_a_round_from_training_to_loading(
                 name=colour,
                 state_dir=tmp_path / colour,
                 model=base.model,
+                limits=Limits(least_examples=1),
                 device="cpu",
                 memory_budget_bytes=budget_for(rank, base, rule),
                 budget_covers_libraries=False,
@@ -215,6 +216,7 @@ def test_a_killed_device_goes_on_from_its_checkpoint_and_delivers_once(tmp_path:
             "--model",
             base.model,
         ]
+        arguments += ["--least-examples", "1"]
         arguments += ["--token", coordinator.join_token, "--memory-budget", "1GB", "--duty", "0.1"]
         with (tmp_path / "device.log").open("w") as log:
             process = subprocess.Popen(
@@ -240,7 +242,12 @@ def test_a_killed_device_goes_on_from_its_checkpoint_and_delivers_once(tmp_path:
             coordinator.url,
             data=data,
             options=Options(
-                state_dir=state, model=base.model, device="cpu", memory_budget_bytes=10**9, isolate=False
+                state_dir=state,
+                model=base.model,
+                limits=Limits(least_examples=1),
+                device="cpu",
+                memory_budget_bytes=10**9,
+                isolate=False,
             ),
             on_event=events.append,
         )
@@ -275,6 +282,7 @@ def test_a_device_goes_on_while_the_coordinator_is_away(tmp_path: Path) -> None:
         options = Options(
             state_dir=tmp_path / "state",
             model=base.model,
+            limits=Limits(least_examples=1),
             device="cpu",
             memory_budget_bytes=10**9,
             isolate=False,
@@ -305,6 +313,7 @@ def test_a_refused_update_is_no_delivered_one(tmp_path: Path, monkeypatch: pytes
             options=Options(
                 state_dir=tmp_path / "state",
                 model=base.model,
+                limits=Limits(least_examples=1),
                 device="cpu",
                 memory_budget_bytes=10**9,
                 isolate=False,
@@ -343,6 +352,7 @@ def test_a_sparse_warm_up_trains_the_drawn_columns_and_then_all(tmp_path: Path) 
             options=Options(
                 state_dir=tmp_path / "state",
                 model=base.model,
+                limits=Limits(least_examples=1),
                 device="cpu",
                 memory_budget_bytes=10**9,
                 isolate=False,

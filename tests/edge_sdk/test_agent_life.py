@@ -28,7 +28,7 @@ from edge_sdk.core.errors import InputError, Unreachable
 from edge_sdk.core.messages import Base
 from edge_sdk.membership.session import Session
 from edge_sdk.model import base_model
-from edge_sdk.options import Event, Options
+from edge_sdk.options import Event, Limits, Options
 from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.participation.resident_model import worker_for
 from edge_sdk.training.plan import Start, StepAnswer, StepReport
@@ -71,6 +71,7 @@ def make(coordinator: CoordinatorProcess, base: Base, tmp_path: Path) -> Iterato
             options=Options(
                 name=name,
                 model=base.model,
+                limits=Limits(least_examples=1),
                 state_dir=tmp_path / name,
                 device="cpu",
                 memory_budget_bytes=10**9,

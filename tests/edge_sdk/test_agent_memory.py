@@ -11,7 +11,7 @@ import pytest
 from edge_sdk.agent import Agent
 from edge_sdk.core.messages import Base
 from edge_sdk.model import base_model
-from edge_sdk.options import Event, Options
+from edge_sdk.options import Event, Limits, Options
 from tests import memory_limits
 from tests.models import build_larger_llama
 from tests.processes import PATIENCE_S, CoordinatorProcess, workers
@@ -60,6 +60,7 @@ def test_the_work_in_hand_goes_on_in_a_smaller_way(
             options=Options(
                 name="narrow",
                 model=base.model,
+                limits=Limits(least_examples=1),
                 state_dir=tmp_path / "state",
                 device="cpu",
                 quantise=False,
