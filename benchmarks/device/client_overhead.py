@@ -183,6 +183,7 @@ def measure(folder: Path, model: str, runs: int, steps: int, console: Console) -
                 join_token=federation.token,
                 options=Options(
                     state_dir=folder / "device",
+                    model=model,
                     isolate=False,  # both loops take turns in this process
                     nice=0,
                     conditions=Conditions(cpu_below=100),

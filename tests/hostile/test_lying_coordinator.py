@@ -27,6 +27,7 @@ from edge_sdk.core.errors import EdgeError, subclasses
 from edge_sdk.core.lora import LoraFactors
 from edge_sdk.core.messages import (
     Assignment,
+    Directive,
     Federation,
     HeartbeatReply,
     JoinReply,
@@ -38,7 +39,7 @@ from edge_sdk.core.profile import DeviceProfile
 from edge_sdk.core.records import to_json
 from edge_sdk.membership.adapter_cache import AdapterKey
 from edge_sdk.model import base_model
-from edge_sdk.options import Options
+from edge_sdk.options import Limits, Options
 from edge_sdk.participation.collaborators import Collaborators
 from edge_sdk.system import backoff
 from edge_sdk.training.plan import StepReport
@@ -130,6 +131,8 @@ class Liar(ThreadingHTTPServer):
         )
         self.stored = 0
         self.delivered = 0
+        self.directive: Directive = "continue"
+        self.steps_done = 0
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -176,9 +179,10 @@ class Answers(BaseHTTPRequestHandler):
             it.stored = 0
             record = Assignment("a-1", 1, 2, 0, 4, 1, 60.0, "01ab" * 4)
         elif path.endswith("/heartbeat"):
-            record = HeartbeatReply("continue")
+            record = HeartbeatReply(it.directive)
         elif path.endswith("/update"):
             it.delivered += 1
+            it.steps_done = json.loads(sent)["steps"]
             record = UpdateReply("u-1", 2)
         elif path.endswith("/status"):
             record = Status("f-1", 1, 0, 4, False, {"1": 2}, {"1": 0.0}, (), start="01ab" * 4)
@@ -211,12 +215,13 @@ class Pretender:
 
     def train(self, job: Job, on_step: Any) -> Finished:
         for step in range(1, job.plan.steps + 1):
-            on_step(StepReport(step, job.plan.steps, 1.0, 8 * step, 0.1))
+            if on_step(StepReport(step, job.plan.steps, 1.0, 8 * step, 0.1)) == "finish":
+                break
         content = Path(job.adapter).read_bytes() if job.adapter else b""
         Path(job.outbox).write_bytes(content)
         memory = Memory(0, 0, 0)
         digest = codec.sha256_file(Path(job.outbox))
-        return Finished(2, digest, len(content), 32, job.plan.steps, 2.0, 1.0, 0.1, memory)
+        return Finished(2, digest, len(content), 8 * step, step, 2.0, 1.0, 0.1, memory)
 
     def generate(self, question: Any, on_text: Any = None) -> list[str]:
         return [""]
@@ -302,6 +307,37 @@ def test_whatever_a_coordinator_answers(truth: Truth, told: list[Lie]) -> None:
         assert files_in(outer) - files_in(outer / "deep" / "state") >= {"data.jsonl", "deep", "deep/state"}
         beside = {at for at in files_in(outer) if not at.startswith("deep/state/")}
         assert beside == {"data.jsonl", "deep", "deep/state"}
+
+
+@pytest.mark.parametrize("least", [8, 24, 32])
+def test_told_to_finish_at_once_it_goes_on_to_the_least(
+    federation: Federation, tmp_path: Path, least: int
+) -> None:
+    """An update of one step of a few records would tell of each; the owner says how many there must be."""
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    with Liar(federation, []) as liar:
+        liar.directive = "finish"
+        threading.Thread(target=liar.serve_forever, args=(0.01,), daemon=True).start()
+        agent = Agent(
+            liar.url,
+            data=tmp_path / "data.jsonl",
+            join_token="token",
+            options=Options(
+                state_dir=tmp_path / "state",
+                device="cpu",
+                profile=LAPTOP,
+                isolate=False,
+                quantise=False,
+                memory_budget_bytes=2 * 10**9,
+                nice=0,
+                limits=Limits(least_examples=least),
+            ),
+            collaborators=Collaborators(make_worker=lambda *_: Pretender()),
+        )
+        assert agent.run(updates=1) == 1
+        agent.close()
+        liar.shutdown()
+    assert liar.steps_done == least // 8
 
 
 @pytest.mark.parametrize("id", ["/tmp/out", "../../out", "a/b", "a\nb", "", "x" * 65, "a\x1b[8m"])
