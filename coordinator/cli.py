@@ -36,7 +36,7 @@ from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import decode
 from edge_sdk.core.version import __version__
 from edge_sdk.core.words import printable
-from edge_sdk.system.durable import for_others, make_private
+from edge_sdk.system.durable import for_others
 from edge_sdk.system.terminal import log_to_terminal, run_command, say
 
 SHOWN_VERSIONS = 5
@@ -94,8 +94,6 @@ def _serve(options: argparse.Namespace) -> int:
     log_to_terminal()
     settings, by = load_settings(options.config), decompose_on(options.device)
     require_finished(options.data)
-    if mended := make_private(options.data):
-        say(mended)
     give_memory_back()
     take_turns_often()
     if notice := raise_file_limit():

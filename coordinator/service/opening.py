@@ -17,11 +17,11 @@ from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.collection import Collector
-from coordinator.upkeep.data_folder import join_token, require_new, require_sound
+from coordinator.upkeep.data_folder import OURS, join_token, require_new, require_sound
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
 from edge_sdk.core.records import decode, encode, to_json
-from edge_sdk.system.durable import make_folder
+from edge_sdk.system.durable import make_folder, make_private
 from edge_sdk.system.terminal import logger
 
 log = logger("coordinator")
@@ -48,6 +48,8 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
     """
     try:
         make_folder(folder)
+        if mended := make_private(folder, OURS):
+            log.warning("%s", mended)
         blobs = Blobs(folder)
     except OSError as error:
         raise InputError(f"{folder}: no usable data folder ({error.strerror}); name another") from error

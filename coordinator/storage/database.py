@@ -18,6 +18,7 @@ from coordinator.storage.failpoints import Point, reach
 from coordinator.storage.group_commit import GroupCommit
 from coordinator.storage.schema import MIGRATIONS, migrate, schema_of
 from edge_sdk.core.errors import DiskFull, InputError
+from edge_sdk.system.durable import create
 
 
 class Contradiction(Exception):
@@ -38,6 +39,8 @@ class Database:
     def __init__(self, path: Path, upgrade: bool = True) -> None:
         self._path, self._home = path, threading.get_ident()
         try:
+            if not path.exists():
+                create(path).close()  # the files that SQLite puts beside it have the same mode
             db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")

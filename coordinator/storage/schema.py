@@ -12,7 +12,7 @@ from pathlib import Path
 
 from coordinator.storage.failpoints import reach
 from edge_sdk.core.errors import InputError
-from edge_sdk.system.durable import Step, fsync_file, move_into_place
+from edge_sdk.system.durable import Step, create, fsync_file, move_into_place
 from edge_sdk.system.terminal import logger
 
 log = logger("coordinator")
@@ -155,6 +155,7 @@ def _copying(step: Step) -> None:
 def write_copy(db: sqlite3.Connection, to: Path) -> None:
     """Copy a database as it is at one moment into one file, durably, whoever is writing to it meanwhile."""
     to.unlink(missing_ok=True)
+    create(to).close()
     with contextlib.closing(sqlite3.connect(to)) as copy:
         db.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")  # whole in one file, without a log beside it

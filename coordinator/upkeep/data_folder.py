@@ -16,7 +16,8 @@ from edge_sdk.core.adapter_file.header import read_header
 from edge_sdk.core.errors import EdgeError, InputError
 from edge_sdk.system.durable import PRIVATE, Step, make_folder, replacing
 
-TOKEN_FILE = "join-token"
+TOKEN_FILE, LOCK = "join-token", "coordinator.lock"
+OURS = (f"{DATABASE}*", f".{DATABASE}*", "blobs", "uploads", "cache", TOKEN_FILE, f".{TOKEN_FILE}*", LOCK)
 
 
 def require_new(folder: Path) -> None:
@@ -82,7 +83,7 @@ def only_coordinator(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it, or the folder cannot be one; names it.
     """
-    lock = FileLock(folder / "coordinator.lock", timeout=0, mode=PRIVATE)
+    lock = FileLock(folder / LOCK, timeout=0, mode=PRIVATE)
     try:
         make_folder(folder)
         lock.acquire()

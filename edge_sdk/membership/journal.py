@@ -3,9 +3,10 @@
 session.json                 replaced as a whole, readable by the owner alone (it holds the credential)
 checkpoint.safetensors       of the assignment in hand; the trainer writes it
 outbox.safetensors           the finished adapter, until it is delivered
-adapters/{…}.safetensors     downloaded versions; can be fetched again
+adapters/{…}.safetensors     downloaded versions; can be fetched again (`served` for one that only asks)
 digests.json                 of the base model's files, which take a minute to read
 link.json                    measured throughput to the coordinator (see `link_speed`)
+memory.json                  measured against estimated memory (see `corrections`)
 lock                         held by the agent that trains; the system lets go of it when that process ends
 """
 
@@ -20,10 +21,21 @@ from filelock import FileLock, Timeout
 from edge_sdk.core.errors import InputError, ProtocolError
 from edge_sdk.core.records import decode, encode
 from edge_sdk.membership.session import Session
-from edge_sdk.system.durable import PRIVATE, make_folder, write_durably
+from edge_sdk.system.durable import PRIVATE, make_folder, make_private, write_durably
 
 SESSION, DIGESTS = "session.json", "digests.json"
 LEFT_BEHIND = (".*.tmp", "*.new")  # by a process that was killed while it wrote; `.new` by earlier releases
+OURS = (
+    SESSION,
+    DIGESTS,
+    "checkpoint.*",
+    "outbox.*",
+    "adapters",
+    "served",
+    "link.json",
+    "memory.json",
+    "lock",
+)
 
 
 class Journal:
@@ -64,6 +76,10 @@ class Journal:
             yield
         finally:
             self._lock.release()
+
+    def mend(self) -> str | None:
+        """Take what an earlier release left readable away from other users; says what it was."""
+        return make_private(self.folder, (*OURS, *LEFT_BEHIND))
 
     def _tidy(self) -> None:
         for pattern in LEFT_BEHIND:

@@ -55,6 +55,8 @@ class Membership:
         """
         with self._connecting:
             if not self._checked:
+                if mended := self.journal.mend():
+                    self.tell("notice", mended)
                 self._connect()
                 self._checked = True
 

@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -150,28 +150,45 @@ def make_folder(folder: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
-def make_private(folder: Path) -> str | None:
-    """Take a folder of ours, and all that is in it, away from everybody but its owner.
+def make_private(folder: Path, ours: Sequence[str]) -> str | None:
+    """Take what is ours in a folder, with all that is below it, away from everybody but its owner.
 
-    Links are not followed, and what belongs to somebody else stays as it is.
+    The folder itself too, unless something else lies in it or everybody may write there: somebody may have
+    named a folder of theirs. Links are not followed, and what belongs to another user stays as it is.
+
+    Args:
+        folder: may be missing.
+        ours: patterns of the names in it.
 
     Returns:
         What was mended, in words; None where nothing had to be.
     """
     if os.name == "nt" or not folder.is_dir():
         return None
-    mended = []
-    for path in (folder, *folder.rglob("*")):
-        with contextlib.suppress(OSError):  # it has just gone, or is another user's
-            mode = stat.S_IMODE(path.lstat().st_mode)
-            if not path.is_symlink() and mode & 0o077:
-                path.chmod(mode & 0o700)
-                mended.append(path)
+    lying = sorted(folder.iterdir())
+    found = [path for path in lying if any(path.match(pattern) for pattern in ours)]
+    shared = len(found) < len(lying) or folder.stat().st_mode & stat.S_ISVTX
+    mended = [] if shared or not _mend(folder) else ["the folder itself"]
+    for path in found:
+        below = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else []
+        mended += [str(one.relative_to(folder)) for one in (path, *below) if _mend(one)]
     if not mended:
         return None
-    named = ", ".join(str(path.relative_to(folder)) for path in mended[:_MOST_NAMED])
+    named = ", ".join(mended[:_MOST_NAMED])
     more = f" and {len(mended) - _MOST_NAMED} more" if len(mended) > _MOST_NAMED else ""
     return f"{folder}: other users could read {named}{more}; now only you can"
+
+
+def _mend(path: Path) -> bool:
+    """Whether others had a right to it, and have none any more."""
+    try:
+        mode = stat.S_IMODE(path.lstat().st_mode)
+        if path.is_symlink() or not mode & 0o077:
+            return False
+        path.chmod(mode & 0o700)
+    except OSError:  # it has just gone, or is another user's
+        return False
+    return True
 
 
 # --- for a device, whose owner is told which file it is ---
