@@ -53,6 +53,7 @@ from edge_sdk.core.messages import (
     Update,
     UpdateReply,
 )
+from edge_sdk.core.ranges import MOST
 from edge_sdk.core.records import encode
 from edge_sdk.core.svd.decompose import decompose
 from edge_sdk.core.words import printable
@@ -282,7 +283,7 @@ class Coordinator:
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
         status = overview.status(seen_s_ago, self._examination.norm_bound(), spent)
-        return encode(replace(status, bad_requests=self.refusals.count))
+        return encode(replace(status, bad_requests=min(self.refusals.count, MOST)))
 
 
 def _hash(token: str) -> str:
