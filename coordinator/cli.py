@@ -15,6 +15,7 @@ from coordinator.adapters.serving import export
 from coordinator.merging.torch_svd import decompose_on
 from coordinator.privacy import ledger
 from coordinator.service.coordinator import Coordinator
+from coordinator.service.other_runs import worked_elsewhere
 from coordinator.service.process_limits import (
     disk_threads,
     give_memory_back,
@@ -25,15 +26,12 @@ from coordinator.service.reverting import revert
 from coordinator.settings import Settings, load_settings
 from coordinator.storage import failpoints
 from coordinator.storage.blobs import Blobs
-from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep.backup import back_up, require_finished
-from coordinator.upkeep.data_folder import only_coordinator
+from coordinator.upkeep.data_folder import only_coordinator, open_existing
 from coordinator.web.app import build_app
 from coordinator.web.server import make_runner
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
-from edge_sdk.core.messages import Federation
-from edge_sdk.core.records import decode
 from edge_sdk.core.version import __version__
 from edge_sdk.core.words import printable
 from edge_sdk.system.durable import for_others
@@ -135,20 +133,8 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
         await runner.cleanup()
 
 
-def _open(folder: Path) -> tuple[Store, Federation]:
-    """The store and federation of an existing data folder."""
-    path = folder / DATABASE
-    if not path.exists():
-        raise InputError(f"{folder}: no coordinator data here; give the --data folder of `serve`")
-    store = Store(path, upgrade=False)
-    stored = store.meta("federation")
-    if stored is None:
-        raise InputError(f"{folder}: no federation was started here")
-    return store, decode(Federation, stored)
-
-
 def _status(options: argparse.Namespace) -> int:
-    store, federation = _open(options.data)
+    store, federation = open_existing(options.data)
     versions = store.versions(SHOWN_VERSIONS)
     say(f"federation  {federation.id}  ({federation.base.model}, rule {federation.rule})")
     say(f"version     {versions[0].version if versions else '0 (nothing merged yet)'}")
@@ -157,6 +143,8 @@ def _status(options: argparse.Namespace) -> int:
         say(f"privacy     {ledger.worst(store, chosen.delta)}")
     else:
         say(f"clipped     {store.clipped()} updates")
+    for id, run in store.elsewhere():
+        say(f"device {id} {worked_elsewhere(run)}")
     say(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
     for device in store.devices():
         shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
@@ -173,7 +161,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    store, federation = _open(options.data)
+    store, federation = open_existing(options.data)
     versions = store.versions(1)
     if not versions:
         raise InputError(f"{options.data}: no version has been published yet")
@@ -202,7 +190,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _revert(options: argparse.Namespace) -> int:
     require_finished(options.data)
-    store, federation = _open(options.data)
+    store, federation = open_existing(options.data)
     made = revert(options.data, store, federation, options.to)
     say(
         f"version {made.version} is what version {options.to} was; "

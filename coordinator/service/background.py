@@ -41,6 +41,8 @@ class Background:
         collector: removes files, in a thread.
         faults: where faults of the machine are said.
         tell: gives the engine an event, and brings back here what is to be done about it.
+        note_version: called in a thread with each version, once it is in the store and before anything is
+            collected for it.
     """
 
     def __init__(
@@ -50,9 +52,10 @@ class Background:
         collector: Collector,
         faults: FaultLog,
         tell: Callable[[Event[None]], None],
+        note_version: Callable[[int], None],
     ) -> None:
         self._store, self._make_version, self._collector = store, make_version, collector
-        self._faults, self._tell = faults, tell
+        self._faults, self._tell, self._note_version = faults, tell, note_version
         self._tasks: set[asyncio.Task[None]] = set()
         self._collecting: asyncio.Task[None] | None = None
         self._declined: dict[str, str] = {}  # updates that are not left out on disk yet, and why
@@ -152,6 +155,10 @@ class Background:
             version = there
         finally:
             trim_heap()
+        try:
+            self._note_version(version.version)
+        except OurFault as error:
+            self._faults.log(f"version {version.version}", error)
         return Merged(version.version, version.rank, version.reverts_to)
 
     def _collect_soon(self) -> None:

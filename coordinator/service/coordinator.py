@@ -29,10 +29,12 @@ from coordinator.service.background import Background
 from coordinator.service.caches import Assignments, Credentials
 from coordinator.service.fault_log import FaultLog
 from coordinator.service.opening import buffered, open_folder, recalled
+from coordinator.service.other_runs import OtherRuns
 from coordinator.service.process_limits import THREADS
 from coordinator.service.refusals import Refusals
 from coordinator.service.status import Overview, SharedAnswer
 from coordinator.settings import Settings
+from coordinator.upkeep import folder_file
 from edge_sdk.core.errors import (
     AdapterError,
     NotFound,
@@ -69,8 +71,9 @@ class Coordinator:
     def __init__(self, folder: Path, settings: Settings, by: Decompose = decompose) -> None:
         opened = open_folder(folder, settings)
         self.federation, self.store, self.join_token = opened.federation, opened.store, opened.join_token
-        self.privacy = settings.privacy
+        self.run_name, self.privacy = opened.run.name, settings.privacy
         self.faults, self.refusals = FaultLog(), Refusals()
+        self._other_runs = OtherRuns(self.store, self.faults)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
@@ -88,7 +91,10 @@ class Coordinator:
         make_version = partial(merger.make, prepare=self.serving.prepare)
         self._status = SharedAnswer(self._status_text)
         self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
-        self._background = Background(self.store, make_version, opened.collector, self.faults, self._apply)
+        note_version = partial(folder_file.note_version, folder, self.federation.id, opened.run)
+        self._background = Background(
+            self.store, make_version, opened.collector, self.faults, self._apply, note_version
+        )
 
     # --- life ---
 
@@ -163,16 +169,17 @@ class Coordinator:
         self._seen[device] = self.now()
         self._apply(events.Joined(device))
         log.info("device %s (%s) joined", device, name)
-        return JoinReply(device, credential, self.federation)
+        return JoinReply(device, credential, self.federation, self.run_name)
 
     async def ask(self, device: str, ask: Ask) -> Assignment | NotNow:
         """Grant work or say when to come back."""
         if ask.rank not in self.federation.ladder:
             raise ProtocolError(f"Ask.rank: {ask.rank} is not on the ladder {list(self.federation.ladder)}")
         carry_rank = ask.carry_rank if self.federation.carries else 0
+        elsewhere = await self._other_runs.heard(device, ask.run)
         # One at a time of a device: the disk must hear of its leases in the order in which they were granted.
         async with self._asking.setdefault(device, asyncio.Lock()):
-            return await self._ask(device, ask.rank, carry_rank)
+            return replace(await self._ask(device, ask.rank, carry_rank), elsewhere=elsewhere)
 
     async def _ask(self, device: str, rank: int, carry_rank: int) -> Assignment | NotNow:
         answer = self._apply(events.Asked(device, rank, secrets.token_hex(12), carry_rank))
@@ -195,6 +202,7 @@ class Coordinator:
             seed=int(hashlib.sha256(lease.assignment.encode()).hexdigest()[:8], 16),
             expires_in_s=max(0.0, lease.expires_at - self.now()),
             start=self.store.start(lease.version),
+            run=self.run_name,
         )
 
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:

@@ -14,13 +14,14 @@ from coordinator.privacy import ledger
 from coordinator.privacy.mechanism import Privacy
 from coordinator.settings import Settings
 from coordinator.storage.blobs import Blobs
-from coordinator.storage.rows import StoredUpdate
+from coordinator.storage.rows import Run, StoredUpdate
 from coordinator.storage.store import DATABASE, Store
+from coordinator.upkeep import folder_file
 from coordinator.upkeep.collection import Collector
-from coordinator.upkeep.data_folder import OURS, join_token, require_new, require_sound
+from coordinator.upkeep.data_folder import OURS, federation_of, join_token, require_new, require_sound
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
-from edge_sdk.core.records import decode, encode, to_json
+from edge_sdk.core.records import encode, to_json
 from edge_sdk.system.durable import make_folder, make_private
 from edge_sdk.system.terminal import logger
 
@@ -36,6 +37,7 @@ class Opened:
     blobs: Blobs
     collector: Collector
     join_token: str
+    run: Run
     ration: Ration | None  # None without differential privacy
 
 
@@ -56,14 +58,18 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
     database = folder / DATABASE
     if not database.exists() or not database.stat().st_size:
         require_new(folder)
+    said = folder_file.read(folder)
     store = Store(database)
     federation = _fixed_federation(store, settings, folder)
+    folder_file.require_accounted(folder, said, store, federation.id)
     ledger.open_ledger(store, settings.privacy, folder)
     collector = Collector(store, blobs, settings.storage.keep_versions, settings.policy.staleness_limit)
     require_sound(folder, store, blobs, collector.newest)
     collector.tidy()
     token = join_token(folder)
-    return Opened(federation, store, blobs, collector, token, _restored_ration(store, settings.privacy))
+    ration = _restored_ration(store, settings.privacy)
+    run = folder_file.begin_run(folder, store, federation.id)
+    return Opened(federation, store, blobs, collector, token, run, ration)
 
 
 def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federation:
@@ -71,13 +77,12 @@ def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federat
 
     What the host may change between starts, the time of a lease, is as the settings have it now.
     """
-    stored = store.meta("federation")
-    if stored is None:
+    federation = federation_of(store, folder)
+    if federation is None:
         require_new(folder)
         made = settings.build(secrets.token_hex(8))
         store.set_meta("federation", encode(made).decode())
         return made
-    federation = decode(Federation, stored)
     if settings.federation.rule == federation.rule and settings.carries != federation.carries:
         raise InputError(
             f"{folder}: rule {federation.rule} {_holding(settings.carries)}, but this federation began with "

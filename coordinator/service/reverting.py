@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from coordinator.merging.merger import Merger
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import Version
 from coordinator.storage.store import Store
+from coordinator.upkeep import folder_file
 from coordinator.upkeep.data_folder import is_served, only_coordinator
-from edge_sdk.core.errors import InputError
+from edge_sdk.core.errors import InputError, OurFault
 from edge_sdk.core.messages import Federation
 
 PATIENCE_S = 120.0  # a merge that is under way is done first
@@ -34,7 +36,11 @@ def revert(folder: Path, store: Store, federation: Federation, to: int) -> Versi
     newest = _require_possible(folder, store, to)
     if not is_served(folder):
         with only_coordinator(folder):
-            return Merger(federation, store, Blobs(folder)).revert(Revert(newest.version + 1, to))
+            version = Merger(federation, store, Blobs(folder)).revert(Revert(newest.version + 1, to))
+            if said := folder_file.agreeing_with(store, federation.id):
+                with contextlib.suppress(OurFault):  # it is on disk; the next start makes the file follow
+                    folder_file.write(folder, said)
+            return version
     store.want_revert(to)
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:

@@ -20,6 +20,8 @@ from coordinator.storage.schema import MIGRATIONS, migrate, schema_of
 from edge_sdk.core.errors import DiskFull, InputError
 from edge_sdk.system.durable import create
 
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
 
 class Contradiction(Exception):
     """A transaction would break a rule of the schema, or one between rows; nothing of it is there."""
@@ -33,32 +35,15 @@ class Database:
         upgrade: bring an older schema up to date, which only the holder of the folder's lock may.
 
     Raises:
-        InputError: it cannot be used, is damaged, or has a newer schema; one line that says what to do.
+        InputError: it cannot be used, is damaged or another program's, or has a newer schema; one line that
+            says what to do. Nothing of it was changed.
     """
 
     def __init__(self, path: Path, upgrade: bool = True) -> None:
         self._path, self._home = path, threading.get_ident()
-        try:
-            if not path.exists():
-                create(path).close()  # the files that SQLite puts beside it have the same mode
-            db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute("PRAGMA foreign_keys = ON")
-            if upgrade:
-                _require_whole(db, path)
-                migrate(db, path)
-            elif (have := schema_of(db, path)) < len(MIGRATIONS):
-                raise InputError(
-                    f"{path}: schema {have} is older than this program's {len(MIGRATIONS)}; the next "
-                    "`edge-coordinator serve` on this folder brings it up to date"
-                )
+        with _refusing(path):
+            self._commits = GroupCommit(_opened(path, upgrade))
             self._own_reader, self._reader = _Reader(path), _Reader(path)
-        except (sqlite3.DatabaseError, OSError) as error:
-            if isinstance(disk_error(path.name, error, path.parent), DiskFull):
-                raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
-            raise InputError(f"{path}: not a usable coordinator database ({error})") from error
-        self._commits = GroupCommit(db)
 
     @contextmanager
     def transaction(self, written: Point, committed: Point) -> Iterator[sqlite3.Connection]:
@@ -119,8 +104,51 @@ class _Reader:
             self._db.close()
 
 
-def _require_whole(db: sqlite3.Connection, path: Path) -> None:
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Say in one line why a database cannot be opened, and what to do."""
+    try:
+        yield
+    except (sqlite3.DatabaseError, OSError) as error:
+        if isinstance(disk_error(path.name, error, path.parent), DiskFull):
+            raise InputError(f"{path}: the disk is full ({error}); make room and start again") from error
+        damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+        what_to_do = "; restore the folder from a backup" if damaged else ""
+        raise InputError(f"{path}: not a usable coordinator database ({error}){what_to_do}") from error
+
+
+def _opened(path: Path, upgrade: bool) -> sqlite3.Connection:
+    """A connection that may write; the file is looked at before anything of it is changed."""
+    if not path.exists():
+        create(path).close()  # the files that SQLite puts beside it have the same mode
+    logged = path.with_name(f"{path.name}-wal").exists()  # pages that a crash kept from coming here
+    db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        _require_whole(db, path, logged)
+        have = schema_of(db, path)
+        if not upgrade and have < len(MIGRATIONS):
+            raise InputError(
+                f"{path}: schema {have} is older than this program's {len(MIGRATIONS)}; the next "
+                "`edge-coordinator serve` on this folder brings it up to date"
+                if have
+                else f"{path} is empty; restore the folder from a backup"
+            )
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        if upgrade:
+            migrate(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _require_whole(db: sqlite3.Connection, path: Path, logged: bool) -> None:
     (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    (page_bytes,) = db.execute("PRAGMA page_size").fetchone()
+    if not logged and path.stat().st_size % page_bytes:  # what is missing of a page is taken for zeros
+        found = "its last page is cut short"
     if found != "ok":
         reason = " ".join(str(found).split())
         raise InputError(f"{path} is damaged ({reason}); restore the folder from a backup")

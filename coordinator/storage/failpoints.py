@@ -40,14 +40,21 @@ Point = Literal[
     # A file that devices start from, which can be made again.
     "cache-written",
     "cache-renamed",
+    # The file that says what the database must account for, at each start and version.
+    "folder-file-written",
+    "folder-file-renamed",
     # The join token, at the first start.
     "token-written",
     "token-renamed",
     # Rows: written in a transaction that is still open; committed.
     "meta-written",
     "meta-committed",
+    "run-written",
+    "run-committed",
     "device-written",
     "device-committed",
+    "elsewhere-written",
+    "elsewhere-committed",
     "assignment-written",
     "assignment-committed",
     "expiry-written",

@@ -52,6 +52,20 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Run:
+    """A start of a coordinator on this folder. `place`: which folder on which machine that was, in words."""
+
+    number: int  # the first is 1
+    id: str  # random, so that two copies of a folder do not begin the same run
+    place: str
+
+    @property
+    def name(self) -> str:
+        """What devices call it: `7-3fa9c2d1`."""
+        return f"{self.number}-{self.id}"
+
+
+@dataclass(frozen=True)
 class Device:
     """An enrolled device."""
 

@@ -7,6 +7,7 @@ is copied beside itself: a kill in between leaves the old one, the copy, or both
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 from pathlib import Path
 
@@ -97,6 +98,16 @@ MIGRATIONS = [
     """
     ALTER TABLE versions ADD COLUMN reverts_to INTEGER;
     """,
+    # Each time that a coordinator was started on this folder, and where that was. Which devices came with a
+    # run that is not one of these, and in which of these that was.
+    """
+    CREATE TABLE runs (
+        number INTEGER PRIMARY KEY, id TEXT NOT NULL, began_at REAL NOT NULL, place TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE elsewhere (
+        device TEXT PRIMARY KEY REFERENCES devices(id), run TEXT NOT NULL, heard_in INTEGER NOT NULL
+    ) STRICT;
+    """,
 ]
 
 
@@ -126,17 +137,40 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
 
 
 def schema_of(db: sqlite3.Connection, path: Path) -> int:
-    """How many steps a database has taken.
+    """How many steps a database has taken: 0 for a new one.
 
     Raises:
-        InputError: more than there are.
+        InputError: more than there are; or its tables are not those of a coordinator.
     """
     (have,) = db.execute("PRAGMA user_version").fetchone()
+    found = _columns(db)
+    wanted = _columns_after(have) if 0 <= have <= len(MIGRATIONS) else _OF_EVERY_SCHEMA
+    if have < 0 or not wanted <= found or (have == 0 and found):
+        raise InputError(
+            f"{path} has other tables than a coordinator's database; restore the folder from a backup"
+        )
     if have > len(MIGRATIONS):
         raise InputError(
             f"{path}: schema {have} is newer than this coordinator's {len(MIGRATIONS)}; update it"
         )
     return int(have)
+
+
+_OF_EVERY_SCHEMA = {("meta", "key"), ("meta", "value")}
+
+
+@functools.cache
+def _columns_after(steps: int) -> set[tuple[str, str]]:
+    """What a database has that took so many steps."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript("".join(MIGRATIONS[:steps]))
+        return _columns(db)
+
+
+def _columns(db: sqlite3.Connection) -> set[tuple[str, str]]:
+    """(table, column) of all tables but SQLite's own."""
+    query = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c "
+    return set(db.execute(query + "WHERE m.type = 'table' AND m.name NOT LIKE 'sqlite$_%' ESCAPE '$'"))
 
 
 def _copy(db: sqlite3.Connection, path: Path, have: int) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.storage.database import Contradiction, Database
-from coordinator.storage.rows import Device, StoredUpdate, Version
+from coordinator.storage.rows import Device, Run, StoredUpdate, Version
 from edge_sdk.core.errors import ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import decode, encode
@@ -66,6 +66,36 @@ class Store:
         """Set or replace such a value."""
         with self.db.transaction("meta-written", "meta-committed") as db:
             db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # --- runs ---
+
+    def begin_run(self, id: str, place: str, now: float) -> Run:
+        """Count a start; the run that begins with it."""
+        with self.db.transaction("run-written", "run-committed") as db:
+            row = db.execute(
+                "INSERT INTO runs SELECT COALESCE(MAX(number), 0) + 1, ?, ?, ? FROM runs RETURNING number",
+                (id, now, place),
+            ).fetchone()
+        return Run(row[0], id, place)
+
+    def newest_run(self) -> Run | None:
+        """The run that began last; None in a folder that was last used before runs were counted."""
+        rows = self.db.rows("SELECT number, id, place FROM runs ORDER BY number DESC LIMIT 1")
+        return Run(*rows[0]) if rows else None
+
+    def run_names(self) -> set[str]:
+        """What devices call each run that there was."""
+        return {name for (name,) in self.db.rows("SELECT number || '-' || id FROM runs")}
+
+    def note_elsewhere(self, device: str, run: str) -> None:
+        """Remember for the host that a device came with a run that is not one of these."""
+        with self.db.transaction("elsewhere-written", "elsewhere-committed") as db:
+            db.execute("INSERT OR REPLACE INTO elsewhere SELECT ?, ?, MAX(number) FROM runs", (device, run))
+
+    def elsewhere(self) -> list[tuple[str, str]]:
+        """(device, the run that it came with) of those that were noted since the last start."""
+        newest = "SELECT MAX(number) FROM runs"
+        return self.db.rows(f"SELECT device, run FROM elsewhere WHERE heard_in = ({newest}) ORDER BY device")
 
     # --- devices ---
 

@@ -18,7 +18,9 @@ from coordinator.storage.blobs import Blobs
 from coordinator.storage.failpoints import reach
 from coordinator.storage.schema import write_copy
 from coordinator.storage.store import DATABASE, Store
-from coordinator.upkeep.data_folder import TOKEN_FILE, write_token
+from coordinator.upkeep import folder_file
+from coordinator.upkeep.data_folder import TOKEN_FILE, open_existing, write_token
+from coordinator.upkeep.folder_file import FolderFile
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.durable import fsync_file, fsync_folder, make_folder, move_into_place
@@ -51,25 +53,25 @@ def back_up(data: Path, out: Path) -> Backup:
     Raises:
         InputError: `data` is none, or damaged; `out` is not empty, or cannot be written.
     """
-    if not (data / DATABASE).is_file():
-        raise InputError(f"{data}: no coordinator data here; give the --data folder of `serve`")
+    store, federation = open_existing(data)
+    store.close()
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} is there and not empty; name a new folder for the backup")
         make_folder(out)
-        return _back_up(data, out)
+        return _back_up(data, out, federation.id)
     except (OSError, sqlite3.Error) as error:
         raise InputError(f"{out}: the backup failed ({error}); remove it and try again") from error
 
 
-def _back_up(data: Path, out: Path) -> Backup:
+def _back_up(data: Path, out: Path, federation: str) -> Backup:
     rows, source, copies = out / _UNFINISHED, Blobs(data), Blobs(out)
     gone: set[str] = set()
     for _ in range(TRIES):
         with contextlib.closing(sqlite3.connect(data / DATABASE)) as db:
             write_copy(db, rows)
         reach("backup-rows")
-        made, needed = _read(rows)
+        made, needed, said = _read(rows, federation)
         lost = gone & needed
         if lost:
             raise InputError(
@@ -82,6 +84,8 @@ def _back_up(data: Path, out: Path) -> Backup:
         raise InputError(f"{data}: versions came faster than their blobs could be copied; try again")
     for digest in set(copies.digests()) - needed:
         copies.path(digest).unlink()
+    if said:
+        folder_file.write(out, said)
     write_token(out / TOKEN_FILE, (data / TOKEN_FILE).read_text().strip())
     for folder in (out / "blobs", *(out / "blobs").iterdir()):
         fsync_folder(folder)
@@ -91,15 +95,15 @@ def _back_up(data: Path, out: Path) -> Backup:
     return made
 
 
-def _read(rows: Path) -> tuple[Backup, set[str]]:
-    """What a copy of the rows says, and the digests of the blobs that it needs."""
+def _read(rows: Path, federation: str) -> tuple[Backup, set[str], FolderFile | None]:
+    """What a copy of the rows says, the digests of the blobs that it needs, and the file beside it."""
     store = Store(rows, upgrade=False)
     try:
         needed, versions = store.needed_digests(), store.versions(1)
-        buffered = len(store.unmerged())
+        buffered, said = len(store.unmerged()), folder_file.agreeing_with(store, federation)
     finally:
         store.close()
-    return Backup(versions[0].version if versions else 0, buffered, len(needed)), needed
+    return Backup(versions[0].version if versions else 0, buffered, len(needed)), needed, said
 
 
 def _copied(source: Blobs, copies: Blobs, digest: str) -> bool:

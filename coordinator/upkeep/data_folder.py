@@ -12,12 +12,62 @@ from filelock import FileLock, Timeout
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.failpoints import reach
 from coordinator.storage.store import DATABASE, Store
+from coordinator.upkeep import folder_file
+from coordinator.upkeep.folder_file import FOLDER_FILE
 from edge_sdk.core.adapter_file.header import read_header
-from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.core.errors import EdgeError, InputError, ProtocolError
+from edge_sdk.core.messages import Federation
+from edge_sdk.core.records import decode
 from edge_sdk.system.durable import PRIVATE, Step, make_folder, replacing
 
 TOKEN_FILE, LOCK = "join-token", "coordinator.lock"
 OURS = (f"{DATABASE}*", f".{DATABASE}*", "blobs", "uploads", "cache", TOKEN_FILE, f".{TOKEN_FILE}*", LOCK)
+
+
+def open_existing(folder: Path) -> tuple[Store, Federation]:
+    """The rows of a data folder and its federation, to look at, also while a coordinator runs on it.
+
+    Raises:
+        InputError: no federation is there, or its database is damaged or an older one; says how to restore.
+    """
+    database, left = folder / DATABASE, _left_in(folder)
+    if not database.exists():
+        held = f", but {left.relative_to(folder)} is: restore the folder from a backup" if left else None
+        raise InputError(f"{folder}: no coordinator data here{held or '; give the --data folder of `serve`'}")
+    said = folder_file.read(folder)
+    store = Store(database, upgrade=False)
+    try:
+        federation = federation_of(store, folder)
+        if federation is None:
+            require_new(folder)
+            raise InputError(f"{folder}: no federation was started here")
+        folder_file.require_accounted(folder, said, store, federation.id)
+    except BaseException:
+        store.close()
+        raise
+    return store, federation
+
+
+def federation_of(store: Store, folder: Path) -> Federation | None:
+    """The federation that a store knows of.
+
+    Raises:
+        InputError: its record is damaged.
+    """
+    stored = store.meta("federation")
+    try:
+        return None if stored is None else decode(Federation, stored)
+    except (ValueError, ProtocolError) as error:
+        raise InputError(
+            f"{folder}: the record of the federation in {DATABASE} is damaged ({error}); restore the folder "
+            "from a backup"
+        ) from error
+
+
+def _left_in(folder: Path) -> Path | None:
+    """A file that shows that a folder held a federation, whatever its database says."""
+    signs = (FOLDER_FILE, "blobs/??/*", "uploads/*.part", TOKEN_FILE, f"{DATABASE}.schema-*.bak")
+    return next((found for sign in signs for found in folder.glob(sign)), None)
 
 
 def require_new(folder: Path) -> None:
@@ -26,15 +76,15 @@ def require_new(folder: Path) -> None:
     For a folder whose database is missing, empty, or knows of no federation.
 
     Raises:
-        InputError: there are blobs, uploads, a join token or a copy of the database; names one.
+        InputError: there are blobs, uploads, a join token, a copy of the database or what it must account
+            for; names one.
     """
-    for left in ("blobs/??/*", "uploads/*.part", TOKEN_FILE, f"{DATABASE}.schema-*.bak"):
-        if found := next(folder.glob(left), None):
-            raise InputError(
-                f"{folder} held a federation ({found.relative_to(folder)} is there), but its database "
-                f"{DATABASE} is gone or empty; restore the folder from a backup, or name another one to "
-                "begin anew"
-            )
+    if found := _left_in(folder):
+        raise InputError(
+            f"{folder} held a federation ({found.relative_to(folder)} is there), but its database "
+            f"{DATABASE} is gone or empty; restore the folder from a backup, or name another one to "
+            "begin anew"
+        )
 
 
 def require_sound(folder: Path, store: Store, blobs: Blobs, newest: int) -> None:

@@ -32,6 +32,7 @@ from edge_sdk.core.ranges import (
     Name,
     Rank,
     RankOrNone,
+    Run,
     Seconds,
     Seed,
     Several,
@@ -162,6 +163,7 @@ class JoinReply:
     device_id: Id
     credential: Credential
     federation: Federation
+    run: Run = ""  # as in Assignment
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,12 @@ class Ask:
     """A device asks for work at the rank it has chosen.
 
     `carry_rank`: the most components of the global adapter that it can hold frozen beside; 0 for none.
+    `run`: the last one that it heard of, as in Assignment; "" for none.
     """
 
     rank: Rank
     carry_rank: RankOrNone = 0
+    run: Run = ""
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,10 @@ class Assignment:
     # The first 16 hex digits of the SHA-256 of the stored global adapter of `version`; "" for version 0.
     # After a restored backup one number may stand for two adapters: files are kept by number and this.
     start: Start = ""
+    # Names the start of the coordinator on its folder: how many there were, and a random id, "7-3fa9c2d1".
+    run: Run = ""
+    # The run that the device asked with is not one of this folder: a copy of that runs, or an older backup.
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,7 @@ class NotNow:
 
     retry_after_s: Seconds
     reason: Text
+    elsewhere: bool = False  # as in Assignment
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}(?!\n)$")]
 """A SHA-256 in hex."""
 Start = Annotated[str, Meta(pattern=r"^([0-9a-f]{16})?(?!\n)$")]
 """The beginning of a digest, or nothing."""
+Run = Annotated[str, Meta(pattern=r"^([1-9][0-9]{0,9}-[0-9a-f]{8})?(?!\n)$")]
+"""The number of a coordinator's start and a random id, or nothing."""
 Credential = Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")]
 """What fits into an Authorization header."""
 Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}(?!\n)$")]

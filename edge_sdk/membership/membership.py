@@ -14,6 +14,8 @@ from edge_sdk.membership.journal import DIGESTS, Journal
 from edge_sdk.membership.session import Session, dropped, joined
 from edge_sdk.options import Options, default_state_dir
 
+MOST_TOLD_OF = 100  # runs; whoever makes up more of them than that is not listened to
+
 
 class Membership:
     """One device's place in one federation. Only the agent's thread saves; `recall` is for any thread."""
@@ -27,6 +29,7 @@ class Membership:
         self._checked = False
         self._connecting = threading.Lock()
         self._newest = 0
+        self._told_of: set[str] = set()  # runs that the owner was told are not this coordinator's
 
     @property
     def session(self) -> Session:
@@ -89,12 +92,24 @@ class Membership:
         with self._connecting:
             if not self._join_token:
                 return False
-            self._join_again(self.federation)
+            self._join_again(self.session)
             return True
 
-    def _join_again(self, federation: Federation) -> None:
+    def asked_elsewhere(self) -> None:
+        """Tell the owner, once of each, that the run which this device knows is not this coordinator's."""
+        run = self.session.run
+        if run not in self._told_of and len(self._told_of) < MOST_TOLD_OF:
+            self._told_of.add(run)
+            self.tell(
+                "notice",
+                f"this device has worked with another coordinator of this federation (run {run}): a copy of "
+                "its folder runs, or this one was restored from an older backup; tell its host",
+            )
+
+    def _join_again(self, before: Session) -> None:
         self.tell("notice", "the coordinator does not know this device any more; it joins anew")
-        self._join(federation)
+        self._told_of.add(before.run)  # that is the same news
+        self._join(before)
         self.journal.clear_work()
 
     def _connect(self) -> None:
@@ -109,21 +124,22 @@ class Membership:
         except Unauthorised:
             if not self._join_token:
                 raise
-            self._join_again(known.federation)
+            self._join_again(known)
             return
         limits.require(federation, self.options.limits)
         federation.base.require(self._fingerprint(federation))
         self._require_same(known.federation, federation)
         self._session = replace(known, federation=federation)  # its lease may be another by now
 
-    def _join(self, before: Federation | None) -> None:
-        """Become a member; `before` is the federation that this state folder is of, if it is of one."""
+    def _join(self, before: Session | None) -> None:
+        """Become a member; `before` is what this state folder was until now, if it was of a federation."""
         if not self._join_token:
             raise InputError("this device has not joined yet; give it the federation's join token")
         self.close()
         self._transport = Transport(self.url, self._join_token, self.journal.link)
         federation = self._transport.federation()
-        self._require_same(before, federation)
+        if before:
+            self._require_same(before.federation, federation)
         limits.require(federation, self.options.limits)
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
@@ -132,11 +148,11 @@ class Membership:
             raise Unreachable(f"{self.url} names one federation and lets into another; is it a coordinator?")
         self._transport.close()
         self._transport = Transport(self.url, reply.credential, self.journal.link)
-        self.save(joined(self.url, reply))
+        self.save(joined(self.url, reply, before))
         self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
 
-    def _require_same(self, before: Federation | None, federation: Federation) -> None:
-        if before not in (None, federation):
+    def _require_same(self, before: Federation, federation: Federation) -> None:
+        if before != federation:
             raise InputError(
                 f"{self.journal.folder} belongs to federation {before.id}, but {self.url} serves "
                 f"{federation.id}; use another state folder"

@@ -209,7 +209,10 @@ class Participation:
             return
         chosen = self.setting.again()
         with self._doing("an answer of the coordinator"):
-            answer = self._membership.transport.ask(Ask(chosen.rank, chosen.setting.carry_rank))
+            run = self._membership.session.run
+            answer = self._membership.transport.ask(Ask(chosen.rank, chosen.setting.carry_rank, run))
+        if answer.elsewhere:
+            self._membership.asked_elsewhere()
         if isinstance(answer, NotNow):
             self._setbacks.over()
             self._tell("waiting", answer.reason)

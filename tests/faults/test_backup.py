@@ -74,7 +74,10 @@ def test_a_restored_folder_goes_on_with_the_devices_that_it_knew(tmp_path: Path)
         waited_for(coordinator, 2)
         start = two.transport.status().start
         assert coordinator.stop() == 0
-    assert {path.name for path in out.iterdir()} == {DATABASE, "join-token", "blobs", "uploads", "cache"}
+    assert {path.name for path in out.iterdir()} == {
+        DATABASE,
+        *("folder.json", "join-token", "blobs", "uploads", "cache"),
+    }
     with CoordinatorProcess(out.parent, config) as restored:
         transport = Transport(restored.url, two.credential)
         again = Device(transport, two.id, two.credential)

@@ -101,12 +101,18 @@ def test_devices_go_on_with_a_coordinator_that_was_restored(
     version, adapter = red.agent.newest()
     assert (version, adapter is not None) == (3, True)
     assert len(updates(coordinator, red.id)) == 3
+    # A copy that runs besides would look the same, so both sides are told, once, and work goes on.
+    (told,) = red.texts("notice")
+    assert "has worked with another coordinator of this federation (run 2-" in told
+    log = coordinator.log.read_text()
+    assert log.count(f"device {red.id} has worked with another coordinator") == 1
 
     # Devices that joined after the copy was made are not known: one that has the join token joins anew.
     old = blue.id
     assert blue.agent.run(updates=1) == 1
     assert blue.id != old
     assert blue.texts("notice") == ["the coordinator does not know this device any more; it joins anew"]
+    assert f"device {blue.id} has worked with another coordinator" in coordinator.log.read_text()
     again_without = device(coordinator.url, None, tmp_path / "stranger", data)
     with pytest.raises(Unauthorised, match="join again with the join token"):
         again_without.agent.run(updates=1)

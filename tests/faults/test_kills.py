@@ -6,6 +6,7 @@ that come up under load are taken one after the other on one folder, with the de
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import time
@@ -17,6 +18,8 @@ import pytest
 
 from coordinator.storage.failpoints import POINTS, VARIABLE, Point
 from edge_sdk.core.adapter_file import codec
+from edge_sdk.core.errors import Unreachable
+from edge_sdk.core.messages import Ask
 from tests.coordinator.devices import SCALING, Device, configuration, member, random_adapter, update_of
 from tests.faults.conftest import Run
 from tests.faults.crowd import Crowd
@@ -59,7 +62,14 @@ UNDER_LOAD: tuple[Point, ...] = (
     "cache-collected",
     "upload-collected",
 )
-AT_A_START: tuple[Point, ...] = ("temporary-collected",)
+TIDYING: tuple[Point, ...] = ("temporary-collected",)
+AT_EACH_START: tuple[Point, ...] = (
+    "run-written",
+    "run-committed",
+    "folder-file-written",
+    "folder-file-renamed",
+)
+FROM_ELSEWHERE: tuple[Point, ...] = ("elsewhere-written", "elsewhere-committed")
 REJECTING: tuple[Point, ...] = ("rejection-written", "rejection-committed")
 CLIPPING: tuple[Point, ...] = ("clip-written", "clip-committed")
 MIGRATING: tuple[Point, ...] = ("migration-copied", "migration-copy-renamed")  # test_migration.py
@@ -69,7 +79,8 @@ BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "ma
 
 
 def test_every_point_is_reached_by_a_test() -> None:
-    named = FIRST_START + UNDER_LOAD + AT_A_START + REJECTING + CLIPPING + MIGRATING + BACKING_UP
+    named = FIRST_START + UNDER_LOAD + TIDYING + AT_EACH_START + FROM_ELSEWHERE
+    named += REJECTING + CLIPPING + MIGRATING + BACKING_UP
     assert len(POINTS) == len(set(POINTS))
     assert sorted(named) == sorted(POINTS)
 
@@ -162,7 +173,21 @@ def test_killed_under_load(federation: Federation, point: Point) -> None:
     federation.kill_at(point)
 
 
-@pytest.mark.parametrize("point", AT_A_START)
+@pytest.mark.parametrize("point", AT_EACH_START)
+def test_killed_while_it_counts_a_start(federation: Federation, point: Point) -> None:
+    federation.kill_at(point)
+
+
+@pytest.mark.parametrize("point", ["folder-file-written", "folder-file-renamed"])
+def test_killed_while_it_notes_a_version(federation: Federation, point: Point) -> None:
+    """The first time is that of the start. The database may be ahead of the file: the next start goes on."""
+    federation.kill_at(point, 2)
+    said = json.loads((federation.coordinator.data / "folder.json").read_text())["version"]
+    ((newest,),) = rows(federation.coordinator.data, "SELECT MAX(version) FROM versions")
+    assert newest - said == (1 if point == "folder-file-written" else 0)
+
+
+@pytest.mark.parametrize("point", TIDYING)
 def test_killed_while_it_tidies_up(federation: Federation, point: Point) -> None:
     strays = [
         federation.coordinator.data / "uploads" / ".write-1-0a",
@@ -203,7 +228,7 @@ def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
 def test_killed_at_its_first_start(tmp_path: Path) -> None:
     coordinator = CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 1}))
     arguments = ("serve", "--data", coordinator.data, "--config", coordinator.config)
-    for point in FIRST_START:
+    for point in FIRST_START + AT_EACH_START:
         done = command("coordinator.cli", *arguments, environ={VARIABLE: f"{point}=kill"})
         assert (done.returncode, done.stderr) == (-9, f"reached {point}, time 1: killed\n")
     with coordinator:
@@ -244,6 +269,22 @@ def test_killed_while_it_leaves_out_a_damaged_update(tmp_path: Path, point: Poin
         assert seen.merged == {good.id: 1, third: 1}
         ((reason,),) = rows(coordinator.data, "SELECT rejected FROM updates WHERE rejected IS NOT NULL")
         assert "not what was acknowledged" in reason
+
+
+@pytest.mark.parametrize("point", FROM_ELSEWHERE)
+def test_killed_while_it_notes_a_device_from_elsewhere(tmp_path: Path, point: Point) -> None:
+    made = CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 1}))
+    made.environment[VARIABLE] = f"{point}=kill"
+    with made as coordinator, member(coordinator) as device:
+        with pytest.raises(Unreachable):
+            device.transport.ask(Ask(4, 0, "1-01234567"))
+        assert coordinator.wait() == -9
+        noted = rows(coordinator.data, "SELECT device, run, heard_in FROM elsewhere")
+        assert noted == ([(device.id, "1-01234567", 1)] if point == "elsewhere-committed" else [])
+        coordinator.environment.clear()
+        coordinator.start()
+        device.hand_in(device.work())
+        assert coordinator.stop() == 0
 
 
 @pytest.mark.parametrize("point", CLIPPING)

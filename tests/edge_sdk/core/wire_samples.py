@@ -52,6 +52,7 @@ FEDERATION = messages.Federation(
     split="balanced",
     holds_global=True,
 )
+RUN = "7-3fa9c2d1"
 DEVICE = messages.DeviceStatus(
     id="d-1",
     name="attic",
@@ -68,9 +69,19 @@ RECORDS: tuple[Any, ...] = (
     messages.Training(),
     FEDERATION,
     messages.JoinRequest("attic", BASE.fingerprint, {"memory": "8 GiB"}),
-    messages.JoinReply("d-1", "secret", FEDERATION),
-    messages.Ask(4, carry_rank=12),
-    messages.Assignment("a-1", 7, 4, carry_rank=16, steps=20, seed=99, expires_in_s=600.0, start="01ab" * 4),
+    messages.JoinReply("d-1", "secret", FEDERATION, RUN),
+    messages.Ask(4, carry_rank=12, run=RUN),
+    messages.Assignment(
+        id="a-1",
+        version=7,
+        rank=4,
+        carry_rank=16,
+        steps=20,
+        seed=99,
+        expires_in_s=600.0,
+        start="01ab" * 4,
+        run=RUN,
+    ),
     messages.NotNow(5.0, "nothing to do"),
     messages.Heartbeat(7),
     messages.HeartbeatReply("finish"),
