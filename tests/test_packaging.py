@@ -46,8 +46,8 @@ def test_the_constraints_pin_every_direct_dependency() -> None:
 
 
 # What applications import. A name that goes, or moves behind another, breaks them.
-PUBLIC = ["Agent", "BaseMismatch", "Callbacks", "Conditions", "EdgeError", "Event", "InputError", "Options"]
-PUBLIC += ["OurFault", "OutOfMemory", "TheirFault", "Unauthorised", "Unreachable", "WorkerDied"]
+PUBLIC = ["Agent", "BaseMismatch", "Callbacks", "Conditions", "EdgeError", "Event", "InputError", "Limits"]
+PUBLIC += ["Options", "OurFault", "OutOfMemory", "TheirFault", "Unauthorised", "Unreachable", "WorkerDied"]
 PUBLIC += ["__version__"]
 
 
