@@ -44,7 +44,9 @@ def test_one_coordinator_on_one_folder_and_a_kill_leaves_no_lock(run: Run, tmp_p
 
 
 def test_the_time_of_a_lease_may_change_between_starts(tmp_path: Path) -> None:
-    with CoordinatorProcess(tmp_path, configuration(tmp_path, {"lease_s": 600.0})) as coordinator:
+    with CoordinatorProcess(
+        tmp_path, configuration(tmp_path, {"lease_s": 600.0, "first_lease_s": 900.0})
+    ) as coordinator:
         assert coordinator.stop() == 0
         coordinator.config.write_text(configuration(tmp_path, {"lease_s": 900.0, "first_lease_s": 900.0}))
         coordinator.start()
