@@ -13,9 +13,10 @@ from pathlib import Path
 from coordinator.engine.state import Ration
 from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
+from coordinator.storage.rows import record_of
 from coordinator.storage.store import Store
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.records import decode, encode
+from edge_sdk.core.records import encode
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def open_ledger(store: Store, chosen: Privacy | None, folder: Path) -> None:
 def choices(store: Store) -> Privacy | None:
     """`[privacy]` of the newest start on this store, or None where there was none."""
     stored = store.meta("privacy")
-    return None if stored in (None, "null") else decode(Privacy, stored, "privacy")
+    return None if stored in (None, "null") else record_of(Privacy, stored)
 
 
 def worst(store: Store, delta: float) -> Spending:

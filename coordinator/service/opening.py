@@ -67,9 +67,19 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
     require_sound(folder, store, blobs, collector.newest)
     collector.tidy()
     token = join_token(folder)
+    _leave_out_unreadable(store)
     ration = _restored_ration(store, settings.privacy)
     run = folder_file.begin_run(folder, store, federation.id)
     return Opened(federation, store, blobs, collector, token, run, ration)
+
+
+def _leave_out_unreadable(store: Store) -> None:
+    """An update whose record is damaged costs its own device, as one whose file is, and nobody else."""
+    unreadable = store.unreadable_updates()
+    for id, reason in unreadable.items():
+        log.error("update %s is left out: %s", id, reason)
+    if unreadable:
+        store.reject_updates(unreadable)
 
 
 def _fixed_federation(store: Store, settings: Settings, folder: Path) -> Federation:

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
+from edge_sdk.core.errors import InternalError, ProtocolError
 from edge_sdk.core.messages import Update
+from edge_sdk.core.records import decode
+
+Record = TypeVar("Record")
+
+
+def record_of(kind: type[Record], text: str) -> Record:
+    """The record that a row holds as JSON.
+
+    Raises:
+        InternalError: it is none; the row was damaged, or is from before the record's type had ranges.
+    """
+    try:
+        return decode(kind, text)
+    except (ValueError, ProtocolError) as error:
+        raise InternalError(
+            f"a record in the database is damaged ({error}); its host must restore the folder from a backup"
+        ) from error
 
 
 @dataclass(frozen=True)

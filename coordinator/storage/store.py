@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.storage.database import Contradiction, Database
-from coordinator.storage.rows import Device, Run, StoredUpdate, Version
-from edge_sdk.core.errors import ProtocolError, StaleUpdate
+from coordinator.storage.rows import Device, Run, StoredUpdate, Version, record_of
+from edge_sdk.core.errors import InternalError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
-from edge_sdk.core.records import decode, encode
+from edge_sdk.core.records import encode
 
 DATABASE = "coordinator.sqlite"  # in a data folder
 
@@ -152,7 +152,7 @@ class Store:
     def assignment(self, id: str, device: str) -> Assignment | None:
         """An assignment of this device, open or not."""
         rows = self.db.rows("SELECT record FROM assignments WHERE id = ? AND device = ?", id, device)
-        return decode(Assignment, rows[0][0]) if rows else None
+        return record_of(Assignment, rows[0][0]) if rows else None
 
     def newest_assignments(self) -> dict[str, str]:
         """Device -> the assignment that was granted to it last, by the order of grants, not by a clock."""
@@ -162,16 +162,17 @@ class Store:
     def open_assignments(self) -> list[tuple[str, Assignment, float]]:
         """(device, assignment, when it was granted) of every lease that is neither delivered nor expired."""
         rows = self.db.rows("SELECT device, record, granted_at FROM assignments WHERE open = 1")
-        return [(str(device), decode(Assignment, record), at) for device, record, at in rows]
+        return [(str(device), record_of(Assignment, record), at) for device, record, at in rows]
 
     def paces_s(self, newest: int) -> dict[str, tuple[float, ...]]:
         """Device -> seconds a step, from the grant to the update, of its newest assignments; oldest first.
 
-        By clock times: where the clock was put back in between, nothing is known.
+        By clock times: where the clock was put back in between, or a record is damaged, nothing is known.
         """
         rows = self.db.rows(
             "SELECT device, pace_s FROM (SELECT u.device AS device, u.received_at AS at, "
-            "(u.received_at - a.granted_at) / MAX(1, json_extract(u.record, '$.steps')) AS pace_s, "
+            "(u.received_at - a.granted_at) / MAX(1, CASE WHEN json_valid(u.record) "
+            "THEN json_extract(u.record, '$.steps') END) AS pace_s, "
             "ROW_NUMBER() OVER (PARTITION BY u.device ORDER BY u.received_at DESC) AS age "
             "FROM updates u JOIN assignments a ON a.id = u.assignment WHERE u.rejected IS NULL) "
             "WHERE age <= ? AND pace_s > 0 ORDER BY at",
@@ -260,9 +261,8 @@ class Store:
 
     def update_bytes(self, assignment: str) -> int:
         """Size of the adapter that was acknowledged for an assignment; 0 if none was."""
-        query = "SELECT json_extract(record, '$.size_bytes') FROM updates WHERE assignment = ?"
-        rows = self.db.rows(query, assignment)
-        return int(rows[0][0]) if rows else 0
+        rows = self.db.rows("SELECT record FROM updates WHERE assignment = ?", assignment)
+        return record_of(Update, rows[0][0]).size_bytes if rows else 0
 
     def unmerged(self) -> list[StoredUpdate]:
         """Acknowledged updates that no version holds yet, oldest first."""
@@ -271,9 +271,21 @@ class Store:
             "WHERE merged_version IS NULL AND rejected IS NULL ORDER BY +rowid"
         )
         return [
-            StoredUpdate(i, d, v, decode(Update, record), factor, norm)
+            StoredUpdate(i, d, v, record_of(Update, record), factor, norm)
             for i, d, v, record, factor, norm in rows
         ]
+
+    def unreadable_updates(self) -> dict[str, str]:
+        """Of those, the ones whose record cannot be read: id -> what is wrong with it."""
+        found = {}
+        for id, record in self.db.rows(
+            "SELECT assignment, record FROM updates WHERE merged_version IS NULL AND rejected IS NULL"
+        ):
+            try:
+                record_of(Update, record)
+            except InternalError as error:
+                found[id] = str(error)
+        return found
 
     def latest_norms(self, devices: int) -> list[float]:
         """The norm as merged of the newest accepted update of each device; of so many, those heard last.

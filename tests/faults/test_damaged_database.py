@@ -161,6 +161,33 @@ def test_a_damaged_database_is_refused_by_every_command(
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize(
+    "damage", ["substr(record, 9)", "replace(record, '\"steps\":20', '\"steps\":1' || printf('%0400d', 0))"]
+)
+def test_an_update_whose_record_is_damaged_costs_its_own_device(tmp_path: Path, damage: str) -> None:
+    with CoordinatorProcess(tmp_path, configuration(tmp_path, {"buffer_size": 2})) as coordinator:
+        with member(coordinator, "one") as one, member(coordinator, "two") as two:
+            bad = one.work()
+            one.hand_in(bad)
+            assert coordinator.stop() == 0
+            with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as db:
+                db.execute(f"UPDATE updates SET record = {damage}")
+                db.commit()
+            coordinator.start()
+            for seed, device in enumerate((one, two)):
+                device.hand_in(device.work(), seed=seed)
+            waited_for(coordinator, 1)
+        assert coordinator.stop() == 0
+        with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as db:
+            db.execute(f"UPDATE updates SET record = {damage}")  # merged by now: nobody needs it any more
+            db.commit()
+        coordinator.start()
+        assert coordinator.stop() == 0
+        log = coordinator.log.read_text()
+        assert f"update {bad.id} is left out: a record in the database is damaged (" in log
+        assert "Traceback" not in log
+
+
 def test_a_folder_without_its_database_says_how_to_restore(
     run: Run, original: CoordinatorProcess, tmp_path: Path
 ) -> None:
