@@ -24,8 +24,8 @@ def budget_spent(at: Situation[DeviceEvent]) -> bool:
 
 
 def update_waits(at: Situation[Asked]) -> bool:
-    """An update of it waits for a version."""
-    return at.seat.buffered > 0
+    """Under privacy, an update of it waits for a version."""
+    return at.ration is not None and at.seat.buffered > 0
 
 
 def same_work(at: Situation[Asked]) -> bool:

@@ -343,7 +343,7 @@ class Judge:
         seen, why = self.of(device), []
         if self.is_spent(device):
             why.append("budget")
-        if any(update.device == device for update in self.pool):
+        if self.most != 0 and any(update.device == device for update in self.pool):
             why.append("own update")
         if any(version >= self.version for version in seen.given):
             why.append("version")

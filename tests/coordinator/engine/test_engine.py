@@ -442,13 +442,9 @@ class Federation(RuleBasedStateMachine):
         return not closed and self.version - version <= self.limit and all(v < version for v in counted)
 
     def waits(self, device: str) -> bool:
-        """Whether an update of this device, from the current version or in no version yet, is in."""
-        merging = {update.update for update, _, _ in self.pending.weights} if self.pending else set()
-        done = {*self.counted_in, *merging}
+        """Whether an update of this device, trained from the current version, is in and may yet count."""
         return any(
-            owner == device
-            and (version == self.version or update not in done)
-            and update not in self.rejected
+            owner == device and version == self.version and update not in self.rejected
             for update, (owner, version) in self.acknowledged.items()
         )
 
