@@ -24,8 +24,8 @@ def budget_spent(at: Situation[DeviceEvent]) -> bool:
 
 
 def update_waits(at: Situation[Asked]) -> bool:
-    """Under privacy, an update of it waits for a version."""
-    return at.ration is not None and at.seat.buffered > 0
+    """An update of it was left for the next version; under privacy, any of it waits for one."""
+    return at.seat.buffered > 0 and (at.seat.left_over or at.ration is not None)
 
 
 def same_work(at: Situation[Asked]) -> bool:

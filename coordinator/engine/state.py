@@ -29,6 +29,7 @@ class Seat:
     lease: Lease | None = None  # the work in hand, expired or not; None while idle
     newest: str | None = None  # the assignment that was granted last; what was granted before counts no more
     buffered: int = 0  # updates of it in the buffer
+    left_over: bool = False  # one of them was, when a version took another: more would wait ever longer
     contributed: int | None = None  # newest version that an update of it, merged or to be, is from
     paces_s: tuple[float, ...] = ()  # seconds a step of its last assignments, newest last
     refusals: int = 0  # in a row
@@ -84,7 +85,9 @@ class State:
         taken = {update.update for update in updates}
         self.buffer = [update for update in self.buffer if update.update not in taken]
         for update in updates:
-            self.seat(update.device).buffered -= 1
+            seat = self.seat(update.device)
+            seat.buffered -= 1
+            seat.left_over = seat.buffered > 0
 
     def leases(self) -> Iterator[Lease]:
         """All leases that have not expired."""

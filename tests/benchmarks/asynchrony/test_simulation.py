@@ -170,8 +170,8 @@ def test_the_engine_s_clock_never_goes_backwards() -> None:
 def test_no_device_hands_in_before_it_can_have_trained(drop_out: float) -> None:
     conditions = replace(EXACT, drop_out=drop_out, away_s=20.0)
     devices = [device(f"d{i}", 1.0 + i, 0.5) for i in range(4)]
-    simulation = federation(replace(PATIENT, buffer_size=1, quorum=1), devices, conditions)
-    trace = run(simulation, 60)
+    policy = replace(PATIENT, buffer_size=1, quorum=1, least_version_s=0.0)  # a version for each hand-in
+    trace = run(federation(policy, devices, conditions), 60)
     for place, one in enumerate(devices):
         times = [v.at_s for v in trace.versions if v.devices == (place,)]
         for gap in np.diff([0.0, *times]):

@@ -107,6 +107,7 @@ class Judge:
     rest_until: float = -math.inf
     seen: dict[str, Seen] = field(default_factory=dict)
     published_at: float | None = None
+    left_over: set[str] = field(default_factory=set)  # who has an update that a version did not take
     entered: dict[str, int] = field(default_factory=dict)
     published: list[tuple[str, ...]] = field(default_factory=list)  # never forgotten
     numbers: int = 0
@@ -277,6 +278,7 @@ class Judge:
             assert self.merge is not None
             self.publish()
         self.rank, self.merge, self.pool, self.fails = event.rank, None, [], 0
+        self.left_over = set()
         self.seen, self.rest_until, self.published_at = {}, -math.inf, None
         for device, version in event.contributed:
             self.of(device).given = [version]
@@ -343,7 +345,8 @@ class Judge:
         seen, why = self.of(device), []
         if self.is_spent(device):
             why.append("budget")
-        if self.most != 0 and any(update.device == device for update in self.pool):
+        waits = any(update.device == device for update in self.pool)
+        if waits and (self.most != 0 or device in self.left_over):
             why.append("own update")
         if any(version >= self.version for version in seen.given):
             why.append("version")
@@ -540,6 +543,7 @@ class Judge:
         assert isinstance(merge, Merge)
         assert merge.version == self.version + 1
         taken = self.ready()
+        owners = {update.device for update in taken}
         assert [update for update, _, _ in merge.weights] == taken
         assert not any(self.is_gone(update.version) for update in taken)
         taus = [self.version - update.version for update in taken]
@@ -555,6 +559,8 @@ class Judge:
         assert [weight for _, weight, _ in merge.weights] == pytest.approx(wanted)
         self.merge, self.merge_since, self.pool_since = merge, self.pool_since, None
         self.pool = [update for update in self.pool if update not in taken]
+        self.left_over -= owners
+        self.left_over |= {update.device for update in self.pool if update.device in owners}
 
     def publish(self) -> None:
         assert self.merge is not None

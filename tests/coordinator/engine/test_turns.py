@@ -200,7 +200,7 @@ def test_leases_hoarded_at_two_ranks_in_turn_give_one_update() -> None:
 
 
 def test_work_beside_a_late_update_in_the_buffer_is_for_the_version_after() -> None:
-    """It need not wait, but it does not count twice in one version either."""
+    """It need not wait, but does not count twice in one version. What is then left over is waited for."""
     engine = Engine(Policy(buffer_size=2, least_version_s=0.0), State(version=1))
     said(engine, Restarted(version=1, leases=(Lease("late", "d", 0, 4, 10.0),), newest=(("d", "late"),)), 0.0)
     said(engine, stored("late", "d", 0), 1.0)
@@ -208,7 +208,10 @@ def test_work_beside_a_late_update_in_the_buffer_is_for_the_version_after() -> N
     assert said(engine, stored(work.assignment, "d", 1), 3.0) == []
     assert names(merge(said(engine, stored("x", "e", 1), 4.0))) == ["late", "x"]
     said(engine, Merged(2, 4), 5.0)
+    assert "one of each device" in wait(said(engine, Asked("d", 4, "more"), 5.5)).reason
     assert names(merge(said(engine, stored("y", "e", 2), 6.0))) == ["now", "y"]
+    said(engine, Merged(3, 4), 7.0)
+    lease(said(engine, Asked("d", 4, "more"), 8.0))
 
 
 def test_over_versions_too_hoarded_leases_are_worth_one_each() -> None:
