@@ -54,8 +54,8 @@ class Past:
     known: Known = field(default_factory=Known)  # of norms
 
     def branch(self) -> Past:
-        """The same past, for another future."""
-        return Past(self.files, list(self.versions), Known(dict(self.known.latest), self.known.limit))
+        """The same past, for another future: its bound, if it has one, is learnt from the honest versions."""
+        return Past(self.files, list(self.versions), Known(dict(self.known.latest)))
 
 
 class Federation:

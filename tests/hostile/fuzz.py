@@ -1,154 +1,30 @@
-"""Arbitrary bytes to whatever reads a stranger's: `python -m tests.hostile.fuzz TARGET --seed N --runs N`.
+"""Arbitrary bytes to the targets of fuzz_targets.py: `python -m tests.hostile.fuzz TARGET --seed N --runs N`.
 
-The contract of each target: only errors of the documented kinds, and what decodes encodes back to the same.
-The inputs are honest samples, spoilt by a seed; with `--coverage` atheris chooses them, where installed.
+The inputs are honest samples, spoilt by a seed; with `--coverage` atheris chooses them (`pip install
+"flexlora-edge[fuzz]"`, Python 3.11 to 3.13). What takes too long or too much memory is a finding too.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import faulthandler
+import logging
 import random
+import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import CodeType, FunctionType
 
-from coordinator.engine.policy import Policy
-from coordinator.settings import FederationSettings
-from edge_sdk.connection.refusals import error_of
-from edge_sdk.core import records, toml_file
-from edge_sdk.core.adapter_file import codec
-from edge_sdk.core.errors import AdapterError, EdgeError, InputError, ProtocolError, TooLarge
-from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE
-from edge_sdk.core.routes import ROUTES
-from tests.coordinator.devices import SCALING, SHAPES, random_adapter
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-KINDS: tuple[type[Any], ...] = tuple(
-    dict.fromkeys(
-        kind
-        for route in ROUTES
-        for kind in (route.body, *(answer.content for answer in route.answers))
-        if isinstance(kind, type)
-    )
-)
-
-
-@dataclass(frozen=True)
-class HostFile:
-    """Tables of a host's configuration."""
-
-    base: str = "tiny"
-    federation: FederationSettings = field(default_factory=FederationSettings)
-    policy: Policy = field(default_factory=Policy)
-
+from tests.hostile.fuzz_targets import TARGETS
 
 MOST_S = 5.0  # for one input; a thousandth of it is usual
-
-
-@dataclass(frozen=True)
-class Fuzzed:
-    """What is fuzzed: `read` raises AssertionError where the contract is broken; `samples` are honest."""
-
-    read: Callable[[bytes], None]
-    samples: tuple[bytes, ...]
-
-
-def adapter(content: bytes) -> None:
-    """A file is refused by name, or its values encode to a file with the same values."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            opened = codec.open_adapter(Path(file.name), SHAPES, 4, SCALING, 1 << 20)
-            found = dict(opened.modules())
-        except (AdapterError, TooLarge) as error:
-            assert "\n" not in str(error)
-            return
-        again = codec.encode(found, SCALING)
-        with tempfile.NamedTemporaryFile() as second:
-            second.write(again)
-            second.flush()
-            reread = codec.open_adapter(Path(second.name), SHAPES, 4, SCALING, 1 << 20)
-            assert codec.encode(dict(reread.modules()), SCALING) == again
-
-
-def header(content: bytes) -> None:
-    """The check for a file that a coordinator sent: whole, or refused by name."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            codec.require_whole(Path(file.name))
-        except (AdapterError, TooLarge) as error:
-            assert "\n" not in str(error)
-
-
-def record(content: bytes) -> None:
-    """The first byte chooses the kind; what decodes is the same after a round."""
-    kind = KINDS[content[0] % len(KINDS)] if content else KINDS[0]
-    try:
-        decoded = records.decode(kind, content[1:])
-    except (ProtocolError, InputError, ValueError) as error:
-        assert isinstance(error, EdgeError | UnicodeDecodeError | json.JSONDecodeError) or str(error)
-        return
-    assert records.decode(kind, records.encode(decoded)) == decoded
-
-
-def problem(content: bytes) -> None:
-    """Any answer becomes an error of the tree; the first byte chooses the status."""
-    import httpx
-
-    status = 400 + (content[0] if content else 0) % 200
-    answer = httpx.Response(
-        status,
-        headers={"Content-Type": PROBLEM_CONTENT_TYPE},
-        content=content[1:],
-        request=httpx.Request("GET", "http://x/"),
-    )
-    assert isinstance(error_of(answer), EdgeError)
-
-
-def toml(content: bytes) -> None:
-    """A host's file is its tables or one error of input."""
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        with contextlib.suppress(InputError):
-            toml_file.load(HostFile, Path(file.name))
-
-
-def _adapters() -> tuple[bytes, ...]:
-    dtypes: tuple[Any, ...] = ("float32", "float16", "int8")
-    return tuple(codec.encode(random_adapter(2, seed, 0.1), SCALING, d) for seed, d in enumerate(dtypes))
-
-
-def _records() -> tuple[bytes, ...]:
-    return tuple(
-        bytes([number]) + (GOLDEN / f"{kind.__name__}.json").read_bytes()
-        for number, kind in enumerate(KINDS)
-        if (GOLDEN / f"{kind.__name__}.json").exists()
-    )
-
-
-PROBLEMS = (
-    b'\x16{"title": "adapter refused", "status": 422, "detail": "x", "retry_after_s": 3}',
-    b'\x09{"title": "wrong upload offset", "status": 409, "detail": "x", "offset": 7}',
-    b'\x09{"title": "stale update", "status": 409, "detail": "x", "current": 3}',
-)
-TOML = (b"base = 'base.json'\n[federation]\nladder = [2, 4]\nrank_cap = 8\n[policy]\nbuffer_size = 2\n",)
-TARGETS = {
-    "adapter": Fuzzed(adapter, _adapters()),
-    "header": Fuzzed(header, _adapters()),
-    "record": Fuzzed(record, _records()),
-    "problem": Fuzzed(problem, PROBLEMS),
-    "toml": Fuzzed(toml, TOML),
-}
+MOST_BYTES = 512 << 20  # for one input, above what was held before
 
 PIECES = (
     b"[" * 3000,
@@ -182,6 +58,29 @@ def spoilt(chance: random.Random, samples: Sequence[bytes]) -> bytes:
     return bytes(content)
 
 
+class TooLong(Exception):
+    """An input took more than MOST_S."""
+
+
+@contextlib.contextmanager
+def bounded() -> Iterator[None]:
+    """Stop what takes too long: by an alarm, where there are alarms and this is the main thread."""
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, MOST_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def run(target: str, seed: int, runs: int, seconds: float = float("inf")) -> int:
     """Bounded, and the same inputs for the same seed; how many there were.
 
@@ -189,30 +88,57 @@ def run(target: str, seed: int, runs: int, seconds: float = float("inf")) -> int
         AssertionError: the contract is broken; names the input's number and shows it.
     """
     fuzzed, chance = TARGETS[target], random.Random(seed)
-    ending = time.monotonic() + seconds
+    ending, peak = time.monotonic() + seconds, peak_bytes()
     for number in range(runs):
         content = spoilt(chance, fuzzed.samples)
-        begun = time.monotonic()
-        if begun > ending:
+        if time.monotonic() > ending:
             return number
         try:
-            fuzzed.read(content)
+            with bounded():
+                fuzzed.read(content)
         except Exception as error:  # whatever it is, it is not of the contract
             raise AssertionError(f"{target}, seed {seed}, input {number}: {content!r}") from error
-        assert time.monotonic() - begun < MOST_S, (target, seed, number)
+        assert peak_bytes() < peak + MOST_BYTES, f"{target}, seed {seed}, input {number}: {content[:200]!r}"
     return runs
 
 
+def peak_bytes() -> int:
+    """The most memory that this process has held so far, as Linux counts it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
 def guided(target: str, seed: int, seconds: int, corpus: Path) -> None:
-    """By coverage, with atheris (https://github.com/google/atheris), until time is over; never returns."""
+    """By coverage, with atheris (https://github.com/google/atheris), until time is over; never returns.
+
+    Functions are instrumented where they are: as much as an input can reach, and no library but tomllib.
+    libFuzzer ends an input that takes too long or too much memory, and what it reports is the input.
+    """
     import atheris  # type: ignore[import-not-found,unused-ignore]
 
     for number, sample in enumerate(TARGETS[target].samples):
         (corpus / str(number)).write_bytes(sample)
-    atheris.instrument_all()
-    flags = [f"-seed={seed}", f"-max_total_time={seconds}", "-max_len=65536", str(corpus)]
+    for function in own_functions():
+        atheris.instrument_func(function)
+    faulthandler.enable()  # what ran when libFuzzer ended it
+    limits = [f"-timeout={MOST_S:.0f}", f"-rss_limit_mb={(peak_bytes() + MOST_BYTES) >> 20}"]
+    flags = [f"-seed={seed}", f"-max_total_time={seconds}", "-max_len=65536", *limits, str(corpus)]
     atheris.Setup([sys.argv[0], *flags], TARGETS[target].read)
     atheris.Fuzz()
+
+
+def own_functions() -> Iterator[FunctionType]:
+    """All functions and methods of modules that are loaded, of this project and of tomllib."""
+    seen: set[CodeType] = set()
+    for name, module in sorted(sys.modules.items()):
+        if name.partition(".")[0] in ("edge_sdk", "coordinator", "tomllib"):
+            values = list(vars(module).values())
+            values += [value for kind in values if isinstance(kind, type) for value in vars(kind).values()]
+            for value in values:
+                function = getattr(value, "__func__", getattr(value, "fget", value))
+                own = isinstance(function, FunctionType) and function.__module__ == name
+                if own and function.__code__ not in seen:
+                    seen.add(function.__code__)
+                    yield function
 
 
 def main() -> None:
@@ -223,9 +149,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=300)
     parser.add_argument("--coverage", action="store_true", help="let atheris guide it")
     arguments = parser.parse_args()
+    logging.disable()
     if arguments.coverage:
         with tempfile.TemporaryDirectory() as folder:
             guided(arguments.target, arguments.seed, arguments.seconds, Path(folder))
+    # What hangs where no alarm is heard is ended too.
+    faulthandler.dump_traceback_later(arguments.seconds + 10 * MOST_S, exit=True)
     count = run(arguments.target, arguments.seed, arguments.runs, arguments.seconds)
     print(f"{arguments.target}: {count} inputs, nothing found")
 

@@ -9,7 +9,8 @@ import pytest
 
 from edge_sdk.core.adapter_file.codec import encode
 from tests.coordinator.devices import SCALING, random_adapter
-from tests.hostile.fuzz import TARGETS, header, problem, run
+from tests.hostile.fuzz import run
+from tests.hostile.fuzz_targets import TARGETS, header, problem
 
 
 @pytest.mark.parametrize("target", TARGETS)
