@@ -21,7 +21,8 @@ from edge_sdk.core.records import decode
 from edge_sdk.system.durable import PRIVATE, Step, make_folder, replacing
 
 TOKEN_FILE, LOCK = "join-token", "coordinator.lock"
-OURS = (f"{DATABASE}*", f".{DATABASE}*", "blobs", "uploads", "cache", TOKEN_FILE, f".{TOKEN_FILE}*", LOCK)
+_FILES = (DATABASE, FOLDER_FILE, TOKEN_FILE)  # each with what is written beside it
+OURS = (*(f"{dot}{name}*" for name in _FILES for dot in ("", ".")), "blobs", "uploads", "cache", LOCK)
 
 
 def open_existing(folder: Path) -> tuple[Store, Federation]:
@@ -151,7 +152,7 @@ def only_coordinator(folder: Path) -> Iterator[None]:
 
 def is_served(folder: Path) -> bool:
     """Whether a coordinator runs on this folder at present."""
-    lock = FileLock(folder / "coordinator.lock", timeout=0, mode=PRIVATE)
+    lock = FileLock(folder / LOCK, timeout=0, mode=PRIVATE)
     try:
         lock.acquire()
     except Timeout:

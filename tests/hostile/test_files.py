@@ -72,7 +72,7 @@ def join(coordinator: CoordinatorProcess, folder: Path, updates: int) -> str:
 def federation(folder: Path) -> CoordinatorProcess:
     base = base_model.describe(str(build_model(folder / "base", "llama")))
     (folder / "base.json").write_text(json.dumps(to_json(base)))
-    training = {"steps": 2, "batch": 1, "sequence_len": 32, "checkpoint_s": 0.001}
+    training = {"steps": 2, "batch": 4, "sequence_len": 32, "checkpoint_s": 0.001}
     config = {"training": training, "policy": {"buffer_size": 1, "retry_s": 0.1}}
     made = CoordinatorProcess(folder, toml(config, folder / "base.json"))
     made.before = WITH_UMASK

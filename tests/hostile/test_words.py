@@ -186,7 +186,8 @@ def join(url: str, model: Path, folder: Path) -> list[str]:
     notes = folder / "notes.jsonl"
     notes.write_text('{"prompt": "turn the light on", "completion": "done"}\n')
     where = ["--token", "t", "--data", str(notes), "--state", str(folder / "state"), "--model", str(model)]
-    return ["join", url, *where, "--no-quantise", "--device", "cpu", "--name", FORGED, "--nice", "0"]
+    how = ["--no-quantise", "--device", "cpu", "--name", FORGED, "--nice", "0", "--least-examples", "1"]
+    return ["join", url, *where, *how]
 
 
 @pytest.mark.parametrize("path", ["/refuses", "/odd"])
