@@ -49,6 +49,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("upkeep",),
         ("service",),
         ("web",),
+        ("commands",),
         ("cli",),
     ),
 }

@@ -1,0 +1,1 @@
+"""The commands of `edge-coordinator`, one a file: each adds its flags and runs."""
