@@ -72,6 +72,14 @@ class FederationSettings:
 
 
 @dataclass(frozen=True)
+class Joining:
+    """How devices come in, and how long what they show holds."""
+
+    approve: bool = False  # nobody takes part before the host has said so: `edge-coordinator approve`
+    credential_days: Interval = 30.0  # after which a device is told to fetch another credential
+
+
+@dataclass(frozen=True)
 class _File:
     """The file, table by table."""
 
@@ -82,6 +90,7 @@ class _File:
     admission: Admission = field(default_factory=Admission)
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
+    joining: Joining = field(default_factory=Joining)
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class Settings:
     admission: Admission
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
+    joining: Joining = field(default_factory=Joining)
 
     @property
     def carries(self) -> bool:
@@ -130,9 +140,8 @@ def load_settings(path: Path | None) -> Settings:
         rule_named(file.federation.rule)
     except InputError as error:
         raise InputError(f"{where}: federation.{error}") from error
-    settings = Settings(
-        base, file.federation, file.training, file.policy, file.admission, file.privacy, file.storage
-    )
+    tables = {name.name: getattr(file, name.name) for name in dataclasses.fields(file) if name.name != "base"}
+    settings = Settings(base, **tables)
     _check(settings, where)
     _check_privacy(settings, where)
     return settings

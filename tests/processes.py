@@ -88,6 +88,10 @@ class CoordinatorProcess:
     def join_token(self) -> str:
         return (self.data / "join-token").read_text().strip()
 
+    @property
+    def host_token(self) -> str:
+        return (self.data / "host-token").read_text().strip()
+
     def start(self) -> None:
         """Start, and return when it listens."""
         with self.log.open("ab") as log:

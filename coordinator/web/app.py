@@ -132,16 +132,26 @@ def _token(request: web.Request) -> str:
 
 
 def _device(request: web.Request) -> str:
-    device = request[DEVICE] = request.app[COORDINATOR].authenticate(_token(request))
+    door = request.app[COORDINATOR].door
+    device = request[DEVICE] = door.authenticate(_token(request), _address(request))
     return device
 
 
-def _member_or_host(request: web.Request) -> None:
-    """Let in a device's credential or the join token."""
-    try:
-        request.app[COORDINATOR].require_join_token(_token(request))
-    except Unauthorised:
-        _device(request)
+def _member(request: web.Request) -> str:
+    """A device that takes part, or did when it began what it asks about."""
+    device = _device(request)
+    request.app[COORDINATOR].door.require_member(device)
+    return device
+
+
+def _host(request: web.Request) -> None:
+    """Let in the host alone."""
+    asked = f"{request.method} {request.path}"
+    request.app[COORDINATOR].door.require_host(_token(request), _address(request), asked)
+
+
+def _address(request: web.Request) -> str:
+    return request.remote or "unknown"
 
 
 async def _body(request: web.Request, kind: type[Record]) -> Record:
@@ -169,13 +179,19 @@ def _reply(record: Any, status: int = 200) -> web.Response:
 async def join(request: web.Request) -> web.Response:
     """POST /v1/join."""
     coordinator = request.app[COORDINATOR]
-    coordinator.require_join_token(_token(request))
-    return _reply(await coordinator.join(await _body(request, JoinRequest)), status=201)
+    token, address = _token(request), _address(request)
+    coordinator.door.require_invited(token, address)
+    reply = await coordinator.join(await _body(request, JoinRequest), token, address)
+    return _reply(reply, status=201)
 
 
 async def federation(request: web.Request) -> web.Response:
     """GET /v1/federation, for devices and for those about to join."""
-    _member_or_host(request)
+    door, token = request.app[COORDINATOR].door, _token(request)
+    if door.knows(token):
+        _device(request)
+    else:
+        door.require_invited(token, _address(request))
     return _reply(request.app[COORDINATOR].federation)
 
 
@@ -200,7 +216,9 @@ async def heartbeat(request: web.Request) -> web.Response:
 async def upload_offset(request: web.Request) -> web.Response:
     """HEAD /v1/assignments/{id}/adapter: how many bytes are stored; all, once they are acknowledged."""
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
-    coordinator.require_assignment(_device(request), id)
+    device = _device(request)
+    coordinator.require_assignment(device, id)
+    coordinator.require_counts(device)
     request.app[INTAKE].require_room()  # said before the bytes come
     return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.uploads.stored_bytes(id))})
 
@@ -210,6 +228,7 @@ async def upload(request: web.Request) -> web.Response:
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
     device = _device(request)
     assignment = coordinator.require_assignment(device, id)
+    coordinator.require_counts(device)
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -230,7 +249,7 @@ async def deliver(request: web.Request) -> web.Response:
 
 async def adapter(request: web.Request) -> web.StreamResponse:
     """GET the adapter of a version at a rank, in a dtype: immutable, so any cache may keep it."""
-    _device(request)
+    _member(request)
     dtype = request.match_info.get("dtype", "float32")
     if dtype not in WIRE_DTYPES:
         raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
@@ -261,7 +280,7 @@ class HeldFile(web.FileResponse):
 
 async def adapter_config(request: web.Request) -> web.Response:
     """GET the PEFT config beside that file."""
-    _device(request)
+    _member(request)
     coordinator = request.app[COORDINATOR]
     rank = _number(request, "rank")
     coordinator.require_version(_number(request, "version"), rank)
@@ -269,9 +288,28 @@ async def adapter_config(request: web.Request) -> web.Response:
     return web.json_response(codec.peft_config(base.model, base.modules, rank, scaling))
 
 
+async def newest(request: web.Request) -> web.Response:
+    """GET /v1/newest."""
+    _member(request)
+    return _reply(request.app[COORDINATOR].newest())
+
+
+async def renew(request: web.Request) -> web.Response:
+    """POST /v1/credential."""
+    device = _device(request)
+    return _reply(await request.app[COORDINATOR].door.renew(device, _address(request)), status=201)
+
+
+async def leave(request: web.Request) -> web.Response:
+    """POST /v1/leave."""
+    device = _device(request)
+    await request.app[COORDINATOR].leave(device, _address(request))
+    return web.Response(status=204)
+
+
 async def status(request: web.Request) -> web.Response:
-    """GET /v1/status, for devices and for the holder of the join token."""
-    _member_or_host(request)
+    """GET /v1/status, for the host."""
+    _host(request)
     text = await request.app[COORDINATOR].status()
     return web.Response(body=text, content_type="application/json")
 
@@ -292,6 +330,9 @@ HANDLERS: Mapping[str, Handler] = {
     "adapter": adapter,
     "adapter_in": adapter,
     "adapter_config": adapter_config,
+    "newest": newest,
+    "renew": renew,
+    "leave": leave,
     "status": status,
     "openapi": description,
 }

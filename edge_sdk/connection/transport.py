@@ -32,6 +32,8 @@ from edge_sdk.core.messages import (
     HeartbeatReply,
     JoinReply,
     JoinRequest,
+    NewCredential,
+    Newest,
     NotNow,
     Status,
     Update,
@@ -105,8 +107,20 @@ class Transport:
         route = messages.HEARTBEAT.format(id=assignment)
         return self._record(HeartbeatReply, self._send("POST", route, record=beat, timeout=BEAT_TIMEOUT))
 
+    def newest(self) -> Newest:
+        """Which version there is by now."""
+        return self._record(Newest, self._send("GET", messages.NEWEST))
+
+    def renew(self) -> NewCredential:
+        """Ask for another credential; the present one holds until that one is used."""
+        return self._record(NewCredential, self._send("POST", messages.CREDENTIAL))
+
+    def leave(self) -> None:
+        """Give the membership back."""
+        self._send("POST", messages.LEAVE)
+
     def status(self) -> Status:
-        """The federation at a glance."""
+        """The federation at a glance, for who has the host's token."""
         most = answers.MOST_STATUS_BYTES
         return self._record(Status, self._send("GET", messages.STATUS, most_bytes=most))
 

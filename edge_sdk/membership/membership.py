@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -106,6 +107,14 @@ class Membership:
                 "its folder runs, or this one was restored from an older backup; tell its host",
             )
 
+    def renew(self) -> None:
+        """Take another credential, as the coordinator asked; what fails is asked for again later."""
+        with self._connecting, contextlib.suppress(Unreachable, OurFault):
+            renewed = self.transport.renew().credential
+            self.save(replace(self.session, credential=renewed))
+            self.transport.close()
+            self._transport = Transport(self.url, renewed, self.journal.link)
+
     def _join_again(self, before: Session) -> None:
         self.tell("notice", "the coordinator does not know this device any more; it joins anew")
         self._told_of.add(before.run)  # that is the same news
@@ -143,12 +152,13 @@ class Membership:
         limits.require(federation, self.options.limits)
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
-        reply = self._transport.join(identity.request(fingerprint, self.options))
+        reply = self._transport.join(identity.request(fingerprint, self.options, self.journal.attempt()))
         if reply.federation != federation:
             raise Unreachable(f"{self.url} names one federation and lets into another; is it a coordinator?")
         self._transport.close()
         self._transport = Transport(self.url, reply.credential, self.journal.link)
         self.save(joined(self.url, reply, before))
+        self.journal.end_attempt()
         self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
 
     def _require_same(self, before: Federation, federation: Federation) -> None:

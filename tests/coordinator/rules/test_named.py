@@ -94,7 +94,7 @@ def test_a_federation_under_a_rule_from_elsewhere(tmp_path: Path, elsewhere: Pat
         wait_for(one.transport, 1)
         coordinator.kill()
         coordinator.start()  # and it is found again
-        assert one.transport.status().version == 1
+        assert one.status().version == 1
         for module, factors in stored(coordinator.data, 1).items():
             lengths = [norm({module: adapter[module]}) for adapter in (short, long)]
             mean = sum(lengths) / 2

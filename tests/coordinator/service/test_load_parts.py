@@ -116,7 +116,7 @@ def work(id: str) -> Assignment:
 def test_assignments_are_remembered_for_their_own_device_only(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.sqlite")
     for name in "de":
-        store.add_device(name, name, f"hash of {name}", {}, 1.0)
+        store.members.add_device(name, name, f"hash of {name}", {}, 1.0)
     for id in "abc":
         store.add_assignment("d", work(id), 1.0)
     known = Assignments(store, kept=2)
@@ -130,14 +130,14 @@ def test_assignments_are_remembered_for_their_own_device_only(tmp_path: Path) ->
 
 def test_credentials_follow_what_another_process_revokes(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.sqlite")
-    store.add_device("d", "d", "hash of d", {}, 1.0)
+    store.members.add_device("d", "d", "hash of d", {}, 1.0)
     credentials = Credentials(store)
-    store.add_device("e", "e", "hash of e", {}, 1.0)
+    store.members.add_device("e", "e", "hash of e", {}, 1.0)
     credentials.add("hash of e", "e")
     credentials.refresh()
     assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == ("d", "e")
     with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
-        other.execute("UPDATE devices SET revoked = 1 WHERE id = 'd'")
+        other.execute("UPDATE devices SET standing = 'revoked' WHERE id = 'd'")
         other.commit()
     credentials.refresh()
     assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == (None, "e")
@@ -156,7 +156,7 @@ def test_a_credential_revoked_while_it_runs_is_refused_soon(tmp_path: Path) -> N
     with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator, member(coordinator) as device:
         device.work()
         with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as database:
-            database.execute("UPDATE devices SET revoked = 1")
+            database.execute("UPDATE devices SET standing = 'revoked'")
             database.commit()
         deadline = time.monotonic() + 30.0
         while not refused(device):

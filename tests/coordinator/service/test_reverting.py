@@ -145,7 +145,7 @@ def test_over_a_running_coordinator_the_old_content_comes_back(tmp_path: Path, r
         done = going_back(coordinator.data, 1)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("version 4 is what version 1 was; ")
-        assert one.transport.status().version == 4
+        assert one.status().version == 4
         with pytest.raises(StaleUpdate, match="which the host took back"):
             two.hand_in(between)
         first, fourth = stored(coordinator.data, 1), stored(coordinator.data, 4)
@@ -176,7 +176,7 @@ def test_without_one_that_runs_it_is_done_at_once_also_to_the_very_beginning(tmp
         done = going_back(coordinator.data, 0)
         assert (done.returncode, done.stderr) == (0, "")
         coordinator.start()
-        assert device.transport.status().version == 2
+        assert device.status().version == 2
         work = device.work()
         assert (work.version, work.carry_rank) == (2, 0)  # nothing is left that it would hold
         assert all(not f.product().any() for f in stored(coordinator.data, 2).values())
@@ -206,7 +206,7 @@ def test_what_cannot_be_gone_back_to_is_refused_in_one_line(tmp_path: Path) -> N
         assert "the file of that version is damaged or gone" in going_back(coordinator.data, 1).stderr
         deadline = time.monotonic() + 2.0
         while time.monotonic() < deadline:
-            assert device.transport.status().version == 2
+            assert device.status().version == 2
             time.sleep(0.5)
 
 
