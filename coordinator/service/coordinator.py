@@ -35,7 +35,7 @@ from coordinator.service.refusals import Refusals
 from coordinator.service.status import Overview, SharedAnswer
 from coordinator.service.trail import SHOWN, Trail
 from coordinator.settings import Settings
-from coordinator.upkeep import folder_file
+from coordinator.upkeep import data_folder, folder_file
 from edge_sdk.core.errors import (
     AdapterError,
     NotFound,
@@ -73,7 +73,7 @@ class Coordinator:
 
     def __init__(self, folder: Path, settings: Settings, by: Decompose = decompose) -> None:
         opened = open_folder(folder, settings)
-        self.federation, self.store = opened.federation, opened.store
+        self.folder, self.federation, self.store = folder, opened.federation, opened.store
         self.run_name, self.privacy = opened.run.name, settings.privacy
         self.faults, self.refusals = FaultLog(), Refusals()
         self._other_runs = OtherRuns(self.store, self.faults)
@@ -99,6 +99,16 @@ class Coordinator:
         self._background = Background(
             self.store, make_version, opened.collector, self.faults, self._apply, note_version
         )
+
+    @property
+    def join_token(self) -> str:
+        """By which devices of this machine join."""
+        return data_folder.join_token(self.folder)
+
+    @property
+    def host_token(self) -> str:
+        """For what only the host may see."""
+        return data_folder.host_token(self.folder)
 
     # --- life ---
 

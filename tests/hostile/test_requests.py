@@ -52,7 +52,7 @@ def refusals_in(target: Target) -> list[str]:
 
 def counted(target: Target) -> int:
     answer = httpx.get(
-        f"{target.coordinator.url}/v1/status", headers=bearer(target.coordinator.join_token), timeout=60.0
+        f"{target.coordinator.url}/v1/status", headers=bearer(target.coordinator.host_token), timeout=60.0
     )
     return int(answer.json()["bad_requests"])
 

@@ -53,7 +53,8 @@ def test_a_name_with_a_forged_line(tmp_path: Path) -> None:
     """In the log, in `edge-coordinator status`, and in the status that others ask for."""
     with attacked(tmp_path) as target:
         with contextlib.closing(target.device(FORGED)) as device:
-            listed = device.http.get("/v1/status").json()["devices"]
+            host = bearer(target.coordinator.host_token)
+            listed = device.http.get("/v1/status", headers=host).json()["devices"]
             assert all("\n" not in one["name"] and "\x1b" not in one["name"] for one in listed)
         with contextlib.closing(target.device("书房")):
             pass

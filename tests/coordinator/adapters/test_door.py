@@ -14,7 +14,7 @@ from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.flexlora import live_rank
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Ask, NotNow
-from tests.coordinator.devices import SCALING, SHAPES, configuration, member, random_adapter
+from tests.coordinator.devices import SCALING, SHAPES, Device, configuration, member, random_adapter
 from tests.edge_sdk.core.draws import dense
 from tests.processes import PATIENCE_S, CoordinatorProcess
 

@@ -24,13 +24,16 @@ from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.merging.parallel import cores
 from coordinator.service import process_limits, status
-from coordinator.service.caches import Assignments, Credentials
+from coordinator.service.caches import Assignments
+from coordinator.service.door import Door, hash_of
 from coordinator.service.status import SharedAnswer
+from coordinator.service.trail import Trail
+from coordinator.settings import Joining
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
 from coordinator.storage.store import Store
 from edge_sdk.core.errors import Unauthorised
-from edge_sdk.core.messages import Assignment, Base, Federation, Update
+from edge_sdk.core.messages import Assignment, Base, Federation, JoinRequest, Update
 from tests.coordinator.devices import FINGERPRINT, Device, configuration, member
 from tests.processes import CoordinatorProcess
 
@@ -128,20 +131,27 @@ def test_assignments_are_remembered_for_their_own_device_only(tmp_path: Path) ->
     store.close()
 
 
-def test_credentials_follow_what_another_process_revokes(tmp_path: Path) -> None:
-    store = Store(tmp_path / "x.sqlite")
-    store.members.add_device("d", "d", "hash of d", {}, 1.0)
-    credentials = Credentials(store)
-    store.members.add_device("e", "e", "hash of e", {}, 1.0)
-    credentials.add("hash of e", "e")
-    credentials.refresh()
-    assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == ("d", "e")
-    with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
-        other.execute("UPDATE devices SET standing = 'revoked' WHERE id = 'd'")
-        other.commit()
-    credentials.refresh()
-    assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == (None, "e")
-    store.close()
+def test_the_door_follows_what_another_process_revokes(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = Store(tmp_path / "x.sqlite")
+        store.members.add_device("d", "d", hash_of("one"), {}, 1.0)
+        door = Door(tmp_path, store, Joining(), Trail(store.members))
+        assert door.authenticate("one", "here") == "d"
+        joined = await door.join(
+            JoinRequest("e", FINGERPRINT), (tmp_path / "join-token").read_text().strip(), ""
+        )
+        assert await door.tick() == []
+        with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
+            other.execute("UPDATE devices SET standing = 'revoked' WHERE id = 'd'")
+            other.commit()
+        assert await door.tick() == ["d"]
+        assert await door.tick() == []
+        with pytest.raises(Unauthorised):
+            door.authenticate("one", "here")
+        assert door.authenticate(joined[1], "here") == joined[0]
+        store.close()
+
+    asyncio.run(run())
 
 
 def refused(device: Device) -> bool:

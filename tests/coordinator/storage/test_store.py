@@ -14,7 +14,7 @@ from coordinator.storage.database import Contradiction
 from coordinator.storage.rows import StoredUpdate, Version
 from coordinator.storage.schema import MIGRATIONS
 from coordinator.storage.store import Store
-from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
+from edge_sdk.core.errors import BadUpdates, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import to_json
 
@@ -58,7 +58,7 @@ def test_what_was_written_is_there_after_reopening(path: Path, store: Store) -> 
     assert again.meta("federation") == "{}"
     assert again.unmerged() == [stored]
     assert again.members.credentials()["hash of d"] == "d"
-    assert [device.name for device in again.devices()] == ["name of d", "name of e"]
+    assert [device.name for device in again.members.devices()] == ["name of d", "name of e"]
     again.close()
 
 
@@ -171,7 +171,7 @@ def test_a_rejected_update_is_in_no_version_and_holds_its_device_up_no_longer(st
     store.reject_updates({"b": "its blob is gone"})
     assert [stored.id for stored in store.unmerged()] == ["a"]
     assert store.last_contributions() == {"d": 0}
-    with pytest.raises(Contradiction):
+    with pytest.raises(BadUpdates, match="update b: its blob is gone"):
         store.publish(version(1), [("b", 1.0, 0)])
 
 

@@ -595,7 +595,7 @@ def test_a_strange_name_harms_nobody(coordinator: CoordinatorProcess, name: str)
     body = f'{{"name": "{name}", "fingerprint": "{FINGERPRINT}"}}'.encode()
     answer = request(coordinator, "POST", messages.JOIN, coordinator.join_token, content=body)
     assert answer.status_code in (201, 400), answer.text
-    assert request(coordinator, "GET", messages.STATUS, coordinator.join_token).status_code == 200
+    assert request(coordinator, "GET", messages.STATUS, coordinator.host_token).status_code == 200
 
 
 def test_a_newer_protocol_is_refused_by_name(coordinator: CoordinatorProcess) -> None:
