@@ -35,7 +35,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], ...]] = {
     "edge_sdk.core": (
         ("version", "words"),
         ("errors", "ranges"),
-        ("records", "lora"),
+        ("records", "lora", "invitation"),
         ("toml_file", "adapter_file", "svd"),
         ("profile", "flexlora"),
         ("messages",),
