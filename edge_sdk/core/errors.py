@@ -20,6 +20,7 @@ EdgeError
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
+│   └── WrongKey          503  somebody answers who is not the coordinator that is meant; nothing was sent
 └── OutOfMemory           507  this machine's memory was not enough; a smaller setting may be
 """
 
@@ -190,6 +191,12 @@ class Unreachable(EdgeError):
 
     status = 503
     title = "unreachable"
+
+
+class WrongKey(Unreachable):
+    """Whoever answers at the coordinator's address is somebody else. No request was sent, so no secret."""
+
+    title = "wrong key"
 
 
 class OutOfMemory(EdgeError):

@@ -84,7 +84,7 @@ def parse(text: str) -> Invitation:
     address, sharp, secret = bare[len(MARK) :].partition("#")
     if not sharp or not secret:
         raise InputError(
-            "the invitation ends before its token; copy all of it, with what follows the #, and put it in quotes"
+            "the invitation ends before its token; copy all of it, in quotes, with what follows the #"
         )
     token, dot, pin = secret.partition(".")
     if dot and not pin:
