@@ -46,6 +46,11 @@ Point = Literal[
     # The join token, at the first start.
     "token-written",
     "token-renamed",
+    # The key and the certificate that the coordinator makes itself, at the first start that needs them.
+    "tls-key-written",
+    "tls-key-renamed",
+    "tls-certificate-written",
+    "tls-certificate-renamed",
     # Rows: written in a transaction that is still open; committed.
     "meta-written",
     "meta-committed",

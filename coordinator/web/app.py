@@ -16,6 +16,8 @@ from aiohttp.abc import AbstractStreamWriter
 from coordinator.adapters.ladder import Rung
 from coordinator.service.coordinator import Coordinator
 from coordinator.web import openapi
+from coordinator.web.addresses import ENDPOINT, client_address, only_if_meant
+from coordinator.web.endpoint import Endpoint
 from coordinator.web.intake import Intake, receive
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file import codec
@@ -52,14 +54,16 @@ BROKE_OFF = "broke off"  # a word for the log
 DEVICE = "device"  # whose credential a request had
 
 
-def build_app(coordinator: Coordinator) -> web.Application:
-    """The application that serves one federation."""
-    app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
+def build_app(coordinator: Coordinator, endpoint: Endpoint | None = None) -> web.Application:
+    """The application that serves one federation, at an endpoint or, without one, on this machine alone."""
+    app = web.Application(middlewares=[problem_documents, only_if_meant], client_max_size=MAX_RECORD_BYTES)
     app[COORDINATOR], app[INTAKE] = coordinator, Intake()
+    app[ENDPOINT] = endpoint or Endpoint()
+    prefix = app[ENDPOINT].serving.path_prefix
     app.cleanup_ctx.append(_ticking)
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else partial(app.router.add_route, route.method)
-        add(route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
+        add(prefix + route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
     return app
 
 
@@ -108,7 +112,8 @@ def _note(request: web.Request, error: EdgeError, title: str) -> None:
             coordinator.faults.log(f"{request.method} {place}", error)
     elif not isinstance(error, ROUTINE):
         device = request.get(DEVICE)
-        sender = f"{request.remote}, device {device}" if device else str(request.remote)
+        address = client_address(request)
+        sender = f"{address}, device {device}" if device else address
         asked = f"{request.method} {request.path}: "
         coordinator.refusals.add(title, sender, asked + str(error).removeprefix(asked))
 

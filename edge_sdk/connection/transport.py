@@ -21,9 +21,10 @@ from edge_sdk.connection.answers import PLAIN, Patience
 from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.partial_download import Part
 from edge_sdk.connection.refusals import error_of
-from edge_sdk.connection.trust import Trust, explained, is_local
+from edge_sdk.connection.trust import Trust, explained
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.addresses import is_local
 from edge_sdk.core.errors import InputError, OffsetConflict, OurFault, ProtocolError, Unreachable
 from edge_sdk.core.messages import (
     Ask,
@@ -95,7 +96,7 @@ class Transport:
             timeout=TIMEOUT,
             headers=self._headers,
             verify=self._tls,
-            trust_env=not is_local(self.url),
+            trust_env=not is_local(httpx.URL(self.url).host),
         )
 
     def federation(self) -> Federation:
@@ -292,8 +293,10 @@ class Transport:
         if (found := explained(self.url, error)) is not None:
             return found
         reason = str(error) or type(error).__name__
+        hung_up = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+        hint = "; one that speaks TLS has an https:// address" if hung_up and self.url[:5] == "http:" else ""
         return Unreachable(
-            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs"
+            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs{hint}"
         )
 
 

@@ -7,7 +7,6 @@ the handshake is over, in which nothing but the name of the host is told; the re
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import ssl
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 import certifi
 
+from edge_sdk.core.addresses import is_local
 from edge_sdk.core.errors import InputError, Unreachable, WrongKey
 from edge_sdk.core.invitation import pin_of
 
@@ -46,7 +46,7 @@ class Trust:
             raise InputError(
                 f"{url} is plain HTTP, which has no key to be pinned; its address begins with https://"
             )
-        if not self.insecure and not is_local(url):
+        if not self.insecure and not is_local(urlsplit(url).hostname or ""):
             raise InputError(
                 f"{url} is plain HTTP: everybody on the way would read what lets this device in. Give the "
                 "invitation (flexlora+https://…) or an https:// address, or allow it by --insecure "
@@ -80,17 +80,6 @@ class Trust:
         if self.ca is None and not named:
             context.load_verify_locations(certifi.where())  # a system may have none of its own
         return context
-
-
-def is_local(url: str) -> bool:
-    """Whether an address is of this machine itself, whose network nobody else can listen to."""
-    host = urlsplit(url).hostname or ""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host == "localhost"
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 # --- pins -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ EdgeError
 │   ├── StaleUpdate       409  trained from a version too old to merge; carries the current version
 │   ├── OffsetConflict    409  an upload continued at the wrong byte; carries the right one
 │   ├── TooLarge          413  a body or file over its cap
+│   ├── WrongHost         421  meant for another host, or sent past the proxy that it should come by
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
 │   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
@@ -115,6 +116,13 @@ class TooLarge(TheirFault):
 
     status = 413
     title = "too large"
+
+
+class WrongHost(TheirFault):
+    """A request that is not meant for this coordinator, or did not come the way that its host wants."""
+
+    status = 421
+    title = "wrong host"
 
 
 class AdapterError(TheirFault):

@@ -16,15 +16,13 @@ import re
 import urllib.parse
 from dataclasses import dataclass, field
 
+from edge_sdk.core.addresses import normal_address
 from edge_sdk.core.errors import InputError
 
 MARK = "flexlora+"  # before the scheme of the address
 FORM = f"{MARK}https://host:8765/#TOKEN.PIN"
 MOST = 4096  # characters of an invitation, or of a file that holds one
-DEFAULT_PORTS = {"https": 443, "http": 80}
 _TOKEN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,255}")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
-_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)*")
 _PIN_BYTES = hashlib.sha256().digest_size
 
 
@@ -95,32 +93,6 @@ def parse(text: str) -> Invitation:
 def _bare(text: str) -> str:
     """Without what a mail, a shell script or an editor puts around it."""
     return text.strip().strip("'\"<>`").strip()
-
-
-def normal_address(url: str) -> str:
-    """An address of a coordinator in its one form: lower case, without the usual port and a slash at its end.
-
-    Raises:
-        InputError: it is none.
-    """
-    try:
-        parts = urllib.parse.urlsplit(url)
-        port, host = parts.port, parts.netloc.rpartition(":")[0] if parts.port is not None else parts.netloc
-    except ValueError as error:
-        raise _no_address(url) from error
-    path = parts.path.rstrip("/")
-    good = parts.scheme in DEFAULT_PORTS and _HOST.fullmatch(host) and _PATH.fullmatch(path) and port != 0
-    if not good or parts.query or parts.fragment or not url.isascii() or url != "".join(url.split()):
-        raise _no_address(url)
-    ending = "" if port in (None, DEFAULT_PORTS[parts.scheme]) else f":{port}"
-    return f"{parts.scheme}://{host.lower()}{ending}{path}"
-
-
-def _no_address(url: str) -> InputError:
-    shown = url.partition("#")[0]
-    return InputError(
-        f"{shown[:200]!r} is no address of a coordinator; write it like https://192.168.1.20:8765"
-    )
 
 
 def pin_of(public_key: bytes) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from edge_sdk.connection.trust import Trust, is_local
+from edge_sdk.connection.trust import Trust
+from edge_sdk.core.addresses import is_local
 from edge_sdk.core.errors import InputError, WrongKey
 from edge_sdk.membership.session import Session
 from edge_sdk.options import Options
@@ -44,7 +45,7 @@ def require_known(url: str) -> None:
 
     Whoever says so is sent the join token next.
     """
-    if not _has_tls(url) and not is_local(url):
+    if not _has_tls(url) and not is_local(urlsplit(url).hostname or ""):
         raise WrongKey(
             f"whoever answers at {url} does not know this device, and over plain HTTP that may be anybody: "
             "the join token is not sent. Ask the host; if it has forgotten this device, join with another "

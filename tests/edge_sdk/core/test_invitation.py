@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.core.addresses import is_local, normal_address
 from edge_sdk.core.errors import InputError
-from edge_sdk.core.invitation import Invitation, is_invitation, normal_address, parse, pin_of
+from edge_sdk.core.invitation import Invitation, is_invitation, parse, pin_of
 
 PIN = pin_of(b"a key")
 TOKEN = "5ecret_t0ken-"
@@ -140,3 +141,18 @@ def test_a_piece_of_one_is_refused_or_pins_nothing_else(invitation: Invitation, 
     assert found.url == invitation.url
     assert invitation.token.startswith(found.token)
     assert found.pin == ""
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST", "127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1"]
+)
+def test_this_machine(host: str) -> None:
+    assert is_local(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "localhost.", "localhost.evil.example", "127.0.0.1.example", "0.0.0.0", "::", "10.0.0.1", "127.1"],
+)
+def test_another_machine_or_one_that_could_be(host: str) -> None:
+    assert not is_local(host)
