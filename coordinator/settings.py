@@ -15,6 +15,8 @@ buffer_size = 4
 over_norm = "clip"
 [storage]                    # likewise
 keep_versions = 20
+[serving]                    # likewise: addresses and proxies, docs/HOSTING.md
+public_url = "https://federation.example.org"
 [privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
 noise_multiplier = 1.0
 clip_norm = 5.0
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.engine.policy import Policy
+from coordinator.listening import Serving
 from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
@@ -91,6 +94,7 @@ class _File:
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
     joining: Joining = field(default_factory=Joining)
+    serving: Serving = field(default_factory=Serving)
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ class Settings:
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
     joining: Joining = field(default_factory=Joining)
+    serving: Serving = field(default_factory=Serving)
 
     @property
     def carries(self) -> bool:
@@ -140,8 +145,8 @@ def load_settings(path: Path | None) -> Settings:
         rule_named(file.federation.rule)
     except InputError as error:
         raise InputError(f"{where}: federation.{error}") from error
-    tables = {name.name: getattr(file, name.name) for name in dataclasses.fields(file) if name.name != "base"}
-    settings = Settings(base, **tables)
+    tables = {f.name: getattr(file, f.name) for f in dataclasses.fields(file) if f.name != "base"}
+    settings = Settings(base=base, **tables)
     _check(settings, where)
     _check_privacy(settings, where)
     return settings

@@ -46,6 +46,11 @@ Point = Literal[
     # The tokens of this machine: at the first start, and the join token when a device is revoked.
     "token-written",
     "token-renamed",
+    # The key and the certificate that the coordinator makes itself, at the first start that needs them.
+    "tls-key-written",
+    "tls-key-renamed",
+    "tls-certificate-written",
+    "tls-certificate-renamed",
     # Rows: written in a transaction that is still open; committed.
     "meta-written",
     "meta-committed",

@@ -21,7 +21,9 @@ from edge_sdk.core.records import decode
 from edge_sdk.system.durable import PRIVATE, Step, make_folder, replacing
 
 TOKEN_FILE, HOST_TOKEN_FILE, LOCK = "join-token", "host-token", "coordinator.lock"
-_FILES = (DATABASE, FOLDER_FILE, TOKEN_FILE, HOST_TOKEN_FILE)  # each with what is written beside it
+KEY_FILE, CERTIFICATE_FILE = "tls-key.pem", "tls-cert.pem"
+_TOKENS, _TLS = (TOKEN_FILE, HOST_TOKEN_FILE), (KEY_FILE, CERTIFICATE_FILE)
+_FILES = (DATABASE, FOLDER_FILE, *_TOKENS, *_TLS)  # each with what is written beside it
 OURS = (*(f"{dot}{name}*" for name in _FILES for dot in ("", ".")), "blobs", "uploads", "cache", LOCK)
 
 

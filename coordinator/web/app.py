@@ -16,6 +16,8 @@ from aiohttp.abc import AbstractStreamWriter
 from coordinator.adapters.ladder import Rung
 from coordinator.service.coordinator import Coordinator
 from coordinator.web import openapi
+from coordinator.web.addresses import ENDPOINT, client_address, only_if_meant
+from coordinator.web.endpoint import Endpoint
 from coordinator.web.intake import Intake, receive
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file import codec
@@ -52,14 +54,16 @@ BROKE_OFF = "broke off"  # a word for the log
 DEVICE = "device"  # whose credential a request had
 
 
-def build_app(coordinator: Coordinator) -> web.Application:
-    """The application that serves one federation."""
-    app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
+def build_app(coordinator: Coordinator, endpoint: Endpoint | None = None) -> web.Application:
+    """The application that serves one federation, at an endpoint or, without one, on this machine alone."""
+    app = web.Application(middlewares=[problem_documents, only_if_meant], client_max_size=MAX_RECORD_BYTES)
     app[COORDINATOR], app[INTAKE] = coordinator, Intake()
+    app[ENDPOINT] = endpoint or Endpoint()
+    prefix = app[ENDPOINT].serving.path_prefix
     app.cleanup_ctx.append(_ticking)
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else partial(app.router.add_route, route.method)
-        add(route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
+        add(prefix + route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
     return app
 
 
@@ -108,7 +112,8 @@ def _note(request: web.Request, error: EdgeError, title: str) -> None:
             coordinator.faults.log(f"{request.method} {place}", error)
     elif not isinstance(error, ROUTINE):
         device = request.get(DEVICE)
-        sender = f"{request.remote}, device {device}" if device else str(request.remote)
+        address = client_address(request)
+        sender = f"{address}, device {device}" if device else address
         asked = f"{request.method} {request.path}: "
         coordinator.refusals.add(title, sender, asked + str(error).removeprefix(asked))
 
@@ -133,7 +138,7 @@ def _token(request: web.Request) -> str:
 
 def _device(request: web.Request) -> str:
     door = request.app[COORDINATOR].door
-    device = request[DEVICE] = door.authenticate(_token(request), _address(request))
+    device = request[DEVICE] = door.authenticate(_token(request), client_address(request))
     return device
 
 
@@ -147,11 +152,7 @@ def _member(request: web.Request) -> str:
 def _host(request: web.Request) -> None:
     """Let in the host alone."""
     asked = f"{request.method} {request.path}"
-    request.app[COORDINATOR].door.require_host(_token(request), _address(request), asked)
-
-
-def _address(request: web.Request) -> str:
-    return request.remote or "unknown"
+    request.app[COORDINATOR].door.require_host(_token(request), client_address(request), asked)
 
 
 async def _body(request: web.Request, kind: type[Record]) -> Record:
@@ -179,7 +180,7 @@ def _reply(record: Any, status: int = 200) -> web.Response:
 async def join(request: web.Request) -> web.Response:
     """POST /v1/join."""
     coordinator = request.app[COORDINATOR]
-    token, address = _token(request), _address(request)
+    token, address = _token(request), client_address(request)
     coordinator.door.require_invited(token, address)
     reply = await coordinator.join(await _body(request, JoinRequest), token, address)
     return _reply(reply, status=201)
@@ -191,7 +192,7 @@ async def federation(request: web.Request) -> web.Response:
     if door.knows(token):
         _device(request)
     else:
-        door.require_invited(token, _address(request))
+        door.require_invited(token, client_address(request))
     return _reply(request.app[COORDINATOR].federation)
 
 
@@ -297,13 +298,13 @@ async def newest(request: web.Request) -> web.Response:
 async def renew(request: web.Request) -> web.Response:
     """POST /v1/credential."""
     device = _device(request)
-    return _reply(await request.app[COORDINATOR].door.renew(device, _address(request)), status=201)
+    return _reply(await request.app[COORDINATOR].door.renew(device, client_address(request)), status=201)
 
 
 async def leave(request: web.Request) -> web.Response:
     """POST /v1/leave."""
     device = _device(request)
-    await request.app[COORDINATOR].leave(device, _address(request))
+    await request.app[COORDINATOR].leave(device, client_address(request))
     return web.Response(status=204)
 
 

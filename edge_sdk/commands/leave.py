@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from edge_sdk.commands import destination
 from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
 from edge_sdk.system.terminal import say
 
@@ -13,7 +14,7 @@ from edge_sdk.system.terminal import say
 def add_to(commands: Any) -> None:
     """Add the command and its flags."""
     leave = commands.add_parser("leave", help="give the membership back, and forget the federation")
-    leave.add_argument("url", nargs="?", help="address of the coordinator, as it was joined")
+    destination.add_to(leave)
     leave.add_argument("--state", type=Path, help="the state folder, where `join` was given one")
     leave.add_argument("--name", help="the device's name, where `join` was given one")
     leave.add_argument(
@@ -26,12 +27,15 @@ def run(options: argparse.Namespace) -> int:
     """Leave. What was handed in until now still counts; text and the base model stay where they are."""
     from edge_sdk.connection.transport import Transport
     from edge_sdk.membership.journal import Journal
+    from edge_sdk.membership.known_coordinator import trust_in
     from edge_sdk.options import Options, default_state_dir
 
-    if options.state is None and options.url is None:
+    to = destination.of(options)
+    if options.state is None and to is None:
         raise InputError("give the address of the coordinator, or --state FOLDER")
-    name = options.name or Options().name
-    folder = options.state or default_state_dir(options.url, name)
+    ca = Path(options.ca) if options.ca else None
+    chosen = Options(name=options.name or Options().name, ca=ca, insecure=bool(options.insecure))
+    folder = options.state or default_state_dir(to.url if to else "", chosen.name)
     if not folder.is_dir():
         raise InputError(f"{folder}: no state folder; name the one that `join` used with --state")
     journal = Journal(folder)
@@ -39,7 +43,8 @@ def run(options: argparse.Namespace) -> int:
         session = journal.load()
         if session is None:
             raise InputError(f"{folder}: this device is no member of a federation")
-        transport = Transport(session.url, session.credential)
+        trust = trust_in(session.url, "", chosen, session)
+        transport = Transport(session.url, session.credential, trust=trust)
         try:
             transport.leave()
         except Unauthorised:

@@ -27,7 +27,7 @@ from edge_sdk.core.errors import (
 from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE
 from edge_sdk.system.backoff import WAIT, asked_wait_s, within_reason
 
-PASSING = (408, 425, 429)  # and all from 500 on: the same request may succeed later
+PASSING = (408, 421, 425, 429)  # and all from 500 on: the same request may succeed later
 # What only this side can find: of its disk, its memory, its training and its owner's words.
 OWN = (Unwritable, WorkerDied, OutOfMemory, Unreachable, InputError, BadUpdates)
 BODYLESS: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}  # what HEAD is refused with

@@ -21,8 +21,10 @@ from edge_sdk.connection.answers import PLAIN, Patience
 from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.partial_download import Part
 from edge_sdk.connection.refusals import error_of
+from edge_sdk.connection.trust import Trust, explained
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.addresses import is_local
 from edge_sdk.core.errors import InputError, OffsetConflict, OurFault, ProtocolError, Unreachable
 from edge_sdk.core.messages import (
     Ask,
@@ -62,17 +64,22 @@ class Transport:
     """Calls of one device. `token` is its credential, or the join token before it has one.
 
     `link` is the measured throughput; `link_file` keeps it for the next start. `server_date` is the Date
-    header of the last answer.
+    header of the last answer. Nothing is sent to anybody but those whom `trust` allows.
 
     Raises:
-        InputError: the address or the token cannot be one; nothing was sent.
+        InputError: the address or the token cannot be one, or is not to be trusted; nothing was sent.
     """
 
-    def __init__(self, url: str, token: str, link_file: Path | None = None) -> None:
+    def __init__(
+        self, url: str, token: str, link_file: Path | None = None, trust: Trust | None = None
+    ) -> None:
         _require_address(url)
+        trust = trust or Trust()
+        trust.require(url)
         if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
             raise InputError("the token is not one: it must be printable ASCII without spaces around it")
-        self.url = url.rstrip("/")
+        self.url, self.trust = url.rstrip("/"), trust
+        self._tls = trust.context(url)
         self._headers = {"Authorization": f"Bearer {token}", **PLAIN}
         self._link_file = link_file
         self.link = load_link(link_file) if link_file else LinkSpeed()
@@ -85,7 +92,14 @@ class Transport:
         self._http.close()
 
     def _client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
+        # What is on this machine is asked without a proxy, which would be another one.
+        return httpx.Client(
+            base_url=self.url,
+            timeout=TIMEOUT,
+            headers=self._headers,
+            verify=self._tls,
+            trust_env=not is_local(httpx.URL(self.url).host),
+        )
 
     def federation(self) -> Federation:
         """What there is to take part in."""
@@ -290,9 +304,13 @@ class Transport:
             raise Unreachable(f"{self.url} does not answer like a coordinator: {error}") from error
 
     def _unreachable(self, error: httpx.RequestError) -> Unreachable:
+        if (found := explained(self.url, error)) is not None:
+            return found
         reason = str(error) or type(error).__name__
+        hung_up = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+        hint = "; one that speaks TLS has an https:// address" if hung_up and self.url[:5] == "http:" else ""
         return Unreachable(
-            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs"
+            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs{hint}"
         )
 
 
@@ -305,7 +323,7 @@ def _require_address(url: str) -> None:
     except httpx.InvalidURL:
         good = False
     if not good:
-        raise InputError(f"{url!r} is no address of a coordinator; write it like http://192.168.1.20:8765")
+        raise InputError(f"{url!r} is no address of a coordinator; write it like https://192.168.1.20:8765")
 
 
 def _heed(stopping: Callable[[], bool] | None) -> None:

@@ -73,6 +73,12 @@ FROM_ELSEWHERE: tuple[Point, ...] = ("elsewhere-written", "elsewhere-committed")
 REJECTING: tuple[Point, ...] = ("rejection-written", "rejection-committed")
 CLIPPING: tuple[Point, ...] = ("clip-written", "clip-committed")
 MIGRATING: tuple[Point, ...] = ("migration-copied", "migration-copy-renamed")  # test_migration.py
+MAKING_A_KEY: tuple[Point, ...] = (  # tests/coordinator/web/test_tls.py
+    "tls-key-written",
+    "tls-key-renamed",
+    "tls-certificate-written",
+    "tls-certificate-renamed",
+)
 BACKING_UP: tuple[Point, ...] = ("backup-rows", "backup-blob", "backup-ready")  # test_backup.py
 
 BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "max_staleness": 2}
@@ -80,7 +86,7 @@ BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "ma
 
 def test_every_point_is_reached_by_a_test() -> None:
     named = FIRST_START + UNDER_LOAD + TIDYING + AT_EACH_START + FROM_ELSEWHERE
-    named += REJECTING + CLIPPING + MIGRATING + BACKING_UP
+    named += REJECTING + CLIPPING + MIGRATING + BACKING_UP + MAKING_A_KEY
     assert len(POINTS) == len(set(POINTS))
     assert sorted(named) == sorted(POINTS)
 
