@@ -103,8 +103,8 @@ class Door:
         """The id of the invitation that has this token; None for the folder's join token.
 
         Raises:
-            Unauthorised: none has. Whether it lets one more device in is another question: a device whose
-                answer was lost comes with one that is used up.
+            Unauthorised: none has, or it has expired. Whether it lets one more device in is another question:
+                a device whose answer was lost comes with one that is used up.
         """
         hashed = hash_of(token)
         if hmac.compare_digest(hashed, self._known.join_hash):
@@ -113,6 +113,9 @@ class Door:
         if invitation is None:
             self._trail.add("wrong join token", address=address)
             raise Unauthorised("wrong join token; ask the host for an invitation")
+        if time.time() >= invitation.expires_at:
+            self._trail.add("join refused", address=address, detail=f"invitation {invitation.id} is over")
+            raise Unauthorised("this invitation has expired; ask the host for another")
         return invitation.id
 
     def standing(self, device: str) -> Standing:
