@@ -15,6 +15,8 @@ buffer_size = 4
 over_norm = "clip"
 [storage]                    # likewise
 keep_versions = 20
+[limits]                     # likewise: what strangers and members may cost, docs/LIMITS.md
+devices = 20000
 [privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
 noise_multiplier = 1.0
 clip_norm = 5.0
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.engine.policy import Policy
+from coordinator.limits.limits import Limits
 from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
@@ -82,6 +85,7 @@ class _File:
     admission: Admission = field(default_factory=Admission)
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ class Settings:
     admission: Admission
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def carries(self) -> bool:
@@ -114,6 +119,9 @@ class Settings:
         return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 
 
+TABLES = tuple(field.name for field in dataclasses.fields(_File) if field.name != "base")
+
+
 def load_settings(path: Path | None) -> Settings:
     """Read a configuration file; None gives the defaults with the embedded base.
 
@@ -130,9 +138,8 @@ def load_settings(path: Path | None) -> Settings:
         rule_named(file.federation.rule)
     except InputError as error:
         raise InputError(f"{where}: federation.{error}") from error
-    settings = Settings(
-        base, file.federation, file.training, file.policy, file.admission, file.privacy, file.storage
-    )
+    tables = {name: getattr(file, name) for name in TABLES}
+    settings = Settings(base=base, **tables)
     _check(settings, where)
     _check_privacy(settings, where)
     return settings
@@ -170,6 +177,7 @@ def _check(settings: Settings, where: str) -> None:
         )
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
+    _check_limits(settings, where)
     _check_mixed_ranks(chosen, where)
     _check_rule(chosen, widest, where)
     _check_admission(settings, where)
@@ -178,6 +186,14 @@ def _check(settings: Settings, where: str) -> None:
         decode(Federation, encode(settings.build("new")))
     except ProtocolError as error:
         raise InputError(f"{where}: no device would take this federation: {error}") from error
+
+
+def _check_limits(settings: Settings, where: str) -> None:
+    """A federation can live within its limits."""
+    try:
+        settings.limits.require_room_for(settings.policy.buffer_size, settings.federation.heartbeat_s)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_training(training: Training, rule: str, where: str) -> None:

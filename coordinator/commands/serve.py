@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from coordinator.merging.torch_svd import decompose_on
 from coordinator.privacy import ledger
 from coordinator.service.coordinator import Coordinator
 from coordinator.service.process_limits import (
     disk_threads,
+    file_limit,
     give_memory_back,
     raise_file_limit,
     take_turns_often,
@@ -24,12 +23,11 @@ from coordinator.settings import Settings, load_settings
 from coordinator.upkeep.backup import require_finished
 from coordinator.upkeep.data_folder import only_coordinator
 from coordinator.web.app import build_app
-from coordinator.web.server import make_runner
+from coordinator.web.connections import Connections
+from coordinator.web.server import WebServer
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.system.terminal import log_to_terminal, say
-
-BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together
 
 
 def add_to(commands: Any) -> None:
@@ -65,18 +63,20 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(options.data, settings, by)
-    runner = make_runner(build_app(coordinator), coordinator.refusals)
-    await runner.setup()
+    limits = settings.limits
+    most, of_address = limits.connections_within(file_limit())
+    strict = limits.connections_of_address is not None
+    connections = Connections(most, of_address, strict, limits.answer_s)
+    server = WebServer(build_app(coordinator), coordinator.refusals, coordinator.faults, connections)
     try:
-        site = web.TCPSite(runner, options.host, options.port, backlog=BACKLOG)
         try:
-            await site.start()
+            addresses = await server.start(options.host, options.port)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError(
                 f"cannot listen on {options.host}:{options.port} ({reason}); choose another --port"
             ) from error
-        port = runner.addresses[0][1]
+        port = addresses[0][1]
         federation = coordinator.federation
         say(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}")
         if coordinator.privacy:
@@ -86,4 +86,4 @@ async def _listen(options: argparse.Namespace, settings: Settings, by: Decompose
         say(f"  edge-sdk join http://{options.host}:{port} --token TOKEN --data notes.jsonl")
         await stop.wait()
     finally:
-        await runner.cleanup()
+        await server.stop()

@@ -23,6 +23,10 @@ class Credentials:
         self._data_version = store.data_version()
         self._devices = store.credentials()
 
+    def __len__(self) -> int:
+        """How many devices may still take part."""
+        return len(self._devices)
+
     def device_of(self, credential_hash: str) -> str | None:
         """The device that holds it."""
         return self._devices.get(credential_hash)

@@ -23,6 +23,8 @@ from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.engine import events
 from coordinator.engine.engine import Engine
+from coordinator.limits.allowances import Allowances
+from coordinator.limits.free_disk import FreeDisk
 from coordinator.merging.merger import Merger
 from coordinator.privacy import ledger
 from coordinator.service.background import Background
@@ -32,13 +34,14 @@ from coordinator.service.opening import buffered, open_folder, recalled
 from coordinator.service.other_runs import OtherRuns
 from coordinator.service.process_limits import THREADS
 from coordinator.service.refusals import Refusals
-from coordinator.service.status import Overview, SharedAnswer
+from coordinator.service.status import Overview, SharedAnswer, pages
 from coordinator.settings import Settings
 from coordinator.upkeep import folder_file
 from edge_sdk.core.errors import (
     AdapterError,
     NotFound,
     ProtocolError,
+    StaleUpdate,
     TooLarge,
     Unauthorised,
 )
@@ -73,12 +76,15 @@ class Coordinator:
         self.federation, self.store, self.join_token = opened.federation, opened.store, opened.join_token
         self.run_name, self.privacy = opened.run.name, settings.privacy
         self.faults, self.refusals = FaultLog(), Refusals()
+        self.limits, self.allowances = settings.limits, Allowances(settings.limits)
+        self.disk = FreeDisk(folder, settings.limits.least_free_bytes)
         self._other_runs = OtherRuns(self.store, self.faults)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
         self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
         self._seen: dict[str, float] = {}
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
+        self._joining = 0  # devices that are about to be stored
         self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # likewise
         self._restore()
         noise = self.privacy.noise(settings.policy.buffer_size) if self.privacy else None
@@ -87,9 +93,11 @@ class Coordinator:
         chosen = None if self.privacy else settings.admission
         self._examination = Examination(self.federation, self.store, opened.blobs, chosen, merger.learnt)
         self.uploads = Uploads(self.federation, self.store, opened.blobs, self._examination)
-        self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
+        self.serving = Serving(
+            self.federation, self.store, opened.blobs, opened.collector.newest, self.disk.take
+        )
         make_version = partial(merger.make, prepare=self.serving.prepare)
-        self._status = SharedAnswer(self._status_text)
+        self._status = SharedAnswer(self._status_pages)
         self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
         note_version = partial(folder_file.note_version, folder, self.federation.id, opened.run)
         self._background = Background(
@@ -116,6 +124,7 @@ class Coordinator:
     def _every_tick(self) -> None:
         self._credentials.refresh()
         self.refusals.flush()
+        self.disk.look()
 
     async def close(self) -> None:
         """Wait for a running merge and close the store."""
@@ -153,18 +162,30 @@ class Coordinator:
         if not hmac.compare_digest(_hash(token), _hash(self.join_token)):
             raise Unauthorised("wrong join token; the host finds it in the coordinator's data folder")
 
-    async def join(self, request: JoinRequest) -> JoinReply:
-        """Enrol a device and give it a credential of its own."""
+    async def join(self, request: JoinRequest, network: str) -> JoinReply:
+        """Enrol a device and give it a credential of its own. `network`: of the address that it joins from.
+
+        Raises:
+            BaseMismatch, ProtocolError: it cannot take part.
+            TooLarge, FederationFull, TooOften, DiskFull: a limit of the host's.
+        """
         if request.protocol != PROTOCOL_VERSION:
             raise ProtocolError(
                 f"the device speaks protocol {request.protocol}, this coordinator {PROTOCOL_VERSION}; "
                 "update the older of the two"
             )
         self.federation.base.require(request.fingerprint)
+        self.disk.take()
+        enrolled = len(self._credentials) + self._joining
+        self.allowances.join(network, enrolled, len(encode(request.profile)))
         device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
         name = printable(request.name, 80)
         row = device, name, _hash(credential), request.profile, time.time()
-        await asyncio.to_thread(self.store.add_device, *row)
+        self._joining += 1
+        try:
+            await asyncio.to_thread(self.store.add_device, *row)
+        finally:
+            self._joining -= 1
         self._credentials.add(_hash(credential), device)
         self._seen[device] = self.now()
         self._apply(events.Joined(device))
@@ -225,11 +246,21 @@ class Coordinator:
         """Store pieces of an upload at an offset; the new end. The device is alive, however slow its link is.
 
         Raises:
+            TooOften: the device has sent much and handed in nothing.
             OffsetConflict, TooLarge, DiskFull, InternalError: as `Uploads.append`.
         """
+        size_bytes = sum(map(len, pieces))
+        self.require_upload(device)
+        self.disk.take(size_bytes)
+        self.allowances.uploaded(device, size_bytes / self.uploads.cap(assignment))
         end = await asyncio.to_thread(self.uploads.append, assignment, at, pieces)
         self._apply(events.BytesArrived(device, assignment.id, end - at))
         return end
+
+    def require_upload(self, device: str) -> None:
+        """Raise TooOften or DiskFull for a device that had better not send anything now."""
+        self.allowances.require_useful(device)
+        self.disk.take()
 
     async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once.
@@ -241,7 +272,13 @@ class Coordinator:
         """
         # One at a time of a device: the same request sent twice must not be answered before it is decided.
         async with self._delivering.setdefault(device, asyncio.Lock()):
-            return await self._deliver(device, id, update)
+            try:
+                reply = await self._deliver(device, id, update)
+            except StaleUpdate:  # it could count when it was begun
+                self.allowances.handed_in(device)
+                raise
+        self.allowances.handed_in(device)
+        return reply
 
     async def _deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         assignment = self.require_assignment(device, id)
@@ -280,18 +317,26 @@ class Coordinator:
 
     # --- views ---
 
-    async def status(self) -> bytes:
-        """The federation at a glance: a Status as JSON."""
-        return await self._status.get()
+    async def status(self, page: int = 0) -> bytes:
+        """The federation at a glance: a Status as JSON, with one page of its devices.
 
-    def _status_text(self) -> bytes:
-        """That record as it is now. In a worker thread: with ten thousand devices it takes a while."""
+        Raises:
+            NotFound: there are fewer pages.
+        """
+        made = await self._status.get()
+        if page >= len(made):
+            raise NotFound(f"page {page} of the status: there are {len(made)}, counted from 0")
+        return made[page]
+
+    def _status_pages(self) -> tuple[bytes, ...]:
+        """All pages as they are now. In a worker thread: with ten thousand devices it takes a while."""
         now = self.now()
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
         status = overview.status(seen_s_ago, self._examination.norm_bound(), spent)
-        return encode(replace(status, bad_requests=min(self.refusals.count, MOST)))
+        status = replace(status, bad_requests=min(self.refusals.count, MOST))
+        return pages(status, self.limits.status_devices)
 
 
 def _hash(token: str) -> str:

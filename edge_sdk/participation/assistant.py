@@ -63,7 +63,7 @@ class Assistant:
 
     def _look(self) -> AdapterKey:
         """What the coordinator publishes now."""
-        status = self._membership.transport.status()
+        status = self._membership.transport.glance()
         newest = AdapterKey(status.version, status.version_ranks.get(str(status.version), 0), status.start)
         self._adapters.heard(newest)
         return newest
