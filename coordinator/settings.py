@@ -15,8 +15,12 @@ buffer_size = 4
 over_norm = "clip"
 [storage]                    # likewise
 keep_versions = 20
+[joining]                    # likewise: docs/HOSTING.md
+approve = false
 [serving]                    # likewise: addresses and proxies, docs/HOSTING.md
 public_url = "https://federation.example.org"
+[limits]                     # likewise: what strangers and members may cost, docs/LIMITS.md
+devices = 20000
 [privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
 noise_multiplier = 1.0
 clip_norm = 5.0
@@ -30,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.engine.policy import Policy
+from coordinator.limits.limits import Limits
 from coordinator.listening import Serving
 from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant
@@ -95,6 +100,7 @@ class _File:
     storage: Storage = field(default_factory=Storage)
     joining: Joining = field(default_factory=Joining)
     serving: Serving = field(default_factory=Serving)
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ class Settings:
     storage: Storage = field(default_factory=Storage)
     joining: Joining = field(default_factory=Joining)
     serving: Serving = field(default_factory=Serving)
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def carries(self) -> bool:
@@ -129,6 +136,9 @@ class Settings:
         return Federation(id=id, base=self.base, training=self.training, lease_s=lease_s, **chosen)
 
 
+TABLES = tuple(field.name for field in dataclasses.fields(_File) if field.name != "base")
+
+
 def load_settings(path: Path | None) -> Settings:
     """Read a configuration file; None gives the defaults with the embedded base.
 
@@ -145,7 +155,7 @@ def load_settings(path: Path | None) -> Settings:
         rule_named(file.federation.rule)
     except InputError as error:
         raise InputError(f"{where}: federation.{error}") from error
-    tables = {f.name: getattr(file, f.name) for f in dataclasses.fields(file) if f.name != "base"}
+    tables = {name: getattr(file, name) for name in TABLES}
     settings = Settings(base=base, **tables)
     _check(settings, where)
     _check_privacy(settings, where)
@@ -184,6 +194,7 @@ def _check(settings: Settings, where: str) -> None:
         )
     if chosen.rank_cap < ladder[-1]:
         raise InputError(f"{where}: federation.rank_cap {chosen.rank_cap} is below the ladder's {ladder[-1]}")
+    _check_limits(settings, where)
     _check_mixed_ranks(chosen, where)
     _check_rule(chosen, widest, where)
     _check_admission(settings, where)
@@ -192,6 +203,14 @@ def _check(settings: Settings, where: str) -> None:
         decode(Federation, encode(settings.build("new")))
     except ProtocolError as error:
         raise InputError(f"{where}: no device would take this federation: {error}") from error
+
+
+def _check_limits(settings: Settings, where: str) -> None:
+    """A federation can live within its limits."""
+    try:
+        settings.limits.require_room_for(settings.policy.buffer_size, settings.federation.heartbeat_s)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _check_training(training: Training, rule: str, where: str) -> None:

@@ -42,7 +42,7 @@ HOUSE: dict[str, tuple[tuple[str, ...], ...]] = {
         ("routes", "choice"),
     ),
     "coordinator": (
-        ("engine", "storage", "rules", "listening"),  # these know nothing of each other
+        ("engine", "storage", "rules", "listening", "limits"),  # these know nothing of each other
         ("privacy",),
         ("merging",),
         ("adapters", "settings"),

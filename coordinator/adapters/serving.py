@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from coordinator.adapters.ladder import Rung, file_name, rungs, write_rungs
@@ -21,13 +23,29 @@ from edge_sdk.core.errors import AdapterError, InputError, InternalError, NotFou
 from edge_sdk.core.messages import Federation
 from edge_sdk.system.durable import FOR_OTHERS, Step, fsync_folder, replacing
 
+MOST_UNUSUAL = 8  # files at a time of ranks or dtypes that no device of a federation trains from
+
 
 class Serving:
-    """Makes and finds the files that devices start from. `newest` versions are kept, whoever needs them."""
+    """Makes and finds the files that devices start from.
 
-    def __init__(self, federation: Federation, store: Store, blobs: Blobs, newest: int) -> None:
+    Args:
+        federation, store, blobs: of the data folder.
+        newest: so many versions are kept, whoever needs them.
+        require_room: raises DiskFull where no file may be made because somebody asks for it.
+    """
+
+    def __init__(
+        self,
+        federation: Federation,
+        store: Store,
+        blobs: Blobs,
+        newest: int,
+        require_room: Callable[[], None] = lambda: None,
+    ) -> None:
         self._federation, self._store, self._blobs = federation, store, blobs
-        self._newest = newest
+        self._newest, self._require_room = newest, require_room
+        self._unusual: deque[str] = deque()  # files of ranks or dtypes that no device trains from
         self._making: dict[int, asyncio.Lock] = {}
         self._asking: Counter[int] = Counter()  # who waits for a version's lock, or holds it
 
@@ -51,6 +69,7 @@ class Serving:
         try:
             async with self._making.setdefault(version, asyncio.Lock()):
                 if not path.exists():
+                    self._require_room()
                     await asyncio.to_thread(self._make, version, rung)
         finally:
             self._asking[version] -= 1
@@ -95,8 +114,22 @@ class Serving:
                 if stored:
                     self._blobs.require_published(stored.digest, version)
                 write_rungs(self._federation, version, current, missing, self._blobs.caching)
+            if rung not in ladder:
+                self._keep_few(self._path(version, rung).name)
         except AdapterError as error:  # not the fault of the device that asks
             raise InternalError(f"version {version} cannot be had in {rung.dtype}: {error}") from error
+
+    def _keep_few(self, name: str) -> None:
+        """Note a file that no device of this federation trains from, and remove the oldest of too many.
+
+        Whoever has a credential may ask for any rank in any dtype; such a file can be made again.
+        """
+        self._unusual.append(name)
+        for _ in range(len(self._unusual) - MOST_UNUSUAL):
+            oldest = self._unusual.popleft()
+            remove = partial(self._blobs.cached(oldest).unlink, missing_ok=True)
+            if not self._blobs.pins.remove(oldest, lambda: False, remove):
+                self._unusual.append(oldest)  # it is being sent; its turn comes again
 
     def _path(self, version: int, rung: Rung) -> Path:
         return self._blobs.cached(file_name(self._federation, version, rung))

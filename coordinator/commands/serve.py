@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from coordinator.merging.torch_svd import decompose_on
 from coordinator.privacy import ledger
 from coordinator.service.coordinator import Coordinator
 from coordinator.service.process_limits import (
     disk_threads,
+    file_limit,
     give_memory_back,
     raise_file_limit,
     take_turns_often,
@@ -25,15 +24,14 @@ from coordinator.upkeep.announcement import announce
 from coordinator.upkeep.backup import require_finished
 from coordinator.upkeep.data_folder import only_coordinator
 from coordinator.web.app import build_app
+from coordinator.web.connections import Connections
 from coordinator.web.endpoint import Endpoint
-from coordinator.web.server import make_runner
+from coordinator.web.server import WebServer
 from coordinator.web.tls import Certificate, renewing
 from edge_sdk.core.addresses import in_url
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.system.terminal import log_to_terminal, say
-
-BACKLOG = 2048  # connections that may wait to be accepted, when many devices wake together
 
 
 def add_to(commands: Any) -> None:
@@ -86,18 +84,21 @@ async def _listen(
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(data, settings, by)
-    runner = make_runner(build_app(coordinator, endpoint), coordinator.refusals)
-    await runner.setup()
+    limits = settings.limits
+    most, of_address = limits.connections_within(file_limit())
+    strict = limits.connections_of_address is not None
+    connections = Connections(most, of_address, strict, limits.answer_s)
+    app = build_app(coordinator, endpoint)
+    server = WebServer(app, coordinator.refusals, coordinator.faults, connections, tls)
     try:
-        site = web.TCPSite(runner, endpoint.host, endpoint.port, ssl_context=tls, backlog=BACKLOG)
         try:
-            await site.start()
+            addresses = await server.start(endpoint.host, endpoint.port)
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError(
                 f"cannot listen on {in_url(endpoint.host)}:{endpoint.port} ({reason}); choose another --port"
             ) from error
-        announcement = endpoint.announcement(runner.addresses[0][1], certificate)
+        announcement = endpoint.announcement(addresses[0][1], certificate)
         announce(coordinator.store, announcement)
         federation = coordinator.federation
         say(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}")
@@ -109,4 +110,4 @@ async def _listen(
         async with renewing(certificate, tls):
             await stop.wait()
     finally:
-        await runner.cleanup()
+        await server.stop()

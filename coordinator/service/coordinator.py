@@ -22,6 +22,9 @@ from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.engine import events
 from coordinator.engine.engine import Engine
+from coordinator.limits.allowances import Allowances
+from coordinator.limits.free_disk import FreeDisk
+from coordinator.limits.networks import network_of
 from coordinator.merging.merger import Merger
 from coordinator.privacy import ledger
 from coordinator.service.background import Background
@@ -32,7 +35,7 @@ from coordinator.service.opening import buffered, open_folder, recalled
 from coordinator.service.other_runs import OtherRuns
 from coordinator.service.process_limits import THREADS
 from coordinator.service.refusals import Refusals
-from coordinator.service.status import Overview, SharedAnswer
+from coordinator.service.status import Overview, SharedAnswer, pages
 from coordinator.service.trail import SHOWN, Trail
 from coordinator.settings import Settings
 from coordinator.upkeep import data_folder, folder_file
@@ -76,6 +79,8 @@ class Coordinator:
         self.folder, self.federation, self.store = folder, opened.federation, opened.store
         self.run_name, self.privacy = opened.run.name, settings.privacy
         self.faults, self.refusals = FaultLog(), Refusals()
+        self.limits, self.allowances = settings.limits, Allowances(settings.limits)
+        self.disk = FreeDisk(folder, settings.limits.least_free_bytes)
         self._other_runs = OtherRuns(self.store, self.faults)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
@@ -83,6 +88,7 @@ class Coordinator:
         self.door = Door(folder, self.store, settings.joining, self.trail, self.now)
         self._assignments = Assignments(self.store)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
+        self._joining = 0  # devices that are about to be stored
         self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # likewise
         self._restore()
         noise = self.privacy.noise(settings.policy.buffer_size) if self.privacy else None
@@ -91,9 +97,11 @@ class Coordinator:
         chosen = None if self.privacy else settings.admission
         self._examination = Examination(self.federation, self.store, opened.blobs, chosen, merger.learnt)
         self.uploads = Uploads(self.federation, self.store, opened.blobs, self._examination)
-        self.serving = Serving(self.federation, self.store, opened.blobs, opened.collector.newest)
+        self.serving = Serving(
+            self.federation, self.store, opened.blobs, opened.collector.newest, self.disk.take
+        )
         make_version = partial(merger.make, prepare=self.serving.prepare)
-        self._status = SharedAnswer(self._status_text)
+        self._status = SharedAnswer(self._status_pages)
         self._taking_in = asyncio.Semaphore(THREADS // 2)  # the other threads are for the other routes
         note_version = partial(folder_file.note_version, folder, self.federation.id, opened.run)
         self._background = Background(
@@ -131,6 +139,7 @@ class Coordinator:
         for device in await self.door.tick():
             self._apply(events.Barred(device))
         await asyncio.to_thread(self.refusals.flush)
+        await asyncio.to_thread(self.disk.look)
 
     async def close(self) -> None:
         """Wait for a running merge and close the store."""
@@ -162,6 +171,7 @@ class Coordinator:
         Raises:
             Unauthorised: by this token nobody is let in; says why.
             ProtocolError, BaseMismatch: it speaks another protocol, or has another base model.
+            TooLarge, FederationFull, TooOften, DiskFull: a limit of the host's.
         """
         if request.protocol != PROTOCOL_VERSION:
             raise ProtocolError(
@@ -169,7 +179,14 @@ class Coordinator:
                 "update the older of the two"
             )
         self.federation.base.require(request.fingerprint)
-        device, credential = await self.door.join(request, token, address)
+        self.disk.take()
+        enrolled = self.door.count + self._joining
+        self.allowances.join(network_of(address), enrolled, len(encode(request.profile)))
+        self._joining += 1
+        try:
+            device, credential = await self.door.join(request, token, address)
+        finally:
+            self._joining -= 1
         self._apply(events.Joined(device))
         return JoinReply(device, credential, self.federation, self.run_name)
 
@@ -248,11 +265,21 @@ class Coordinator:
         """Store pieces of an upload at an offset; the new end. The device is alive, however slow its link is.
 
         Raises:
+            TooOften: the device has sent much and handed in nothing.
             OffsetConflict, TooLarge, DiskFull, InternalError: as `Uploads.append`.
         """
+        size_bytes = sum(map(len, pieces))
+        self.require_upload(device)
+        self.disk.take(size_bytes)
+        self.allowances.uploaded(device, size_bytes / self.uploads.cap(assignment))
         end = await asyncio.to_thread(self.uploads.append, assignment, at, pieces)
         self._apply(events.BytesArrived(device, assignment.id, end - at))
         return end
+
+    def require_upload(self, device: str) -> None:
+        """Raise TooOften or DiskFull for a device that had better not send anything now."""
+        self.allowances.require_useful(device)
+        self.disk.take()
 
     async def deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         """Check an uploaded adapter and acknowledge it. When this returns it will count exactly once.
@@ -264,7 +291,13 @@ class Coordinator:
         """
         # One at a time of a device: the same request sent twice must not be answered before it is decided.
         async with self._delivering.setdefault(device, asyncio.Lock()):
-            return await self._deliver(device, id, update)
+            try:
+                reply = await self._deliver(device, id, update)
+            except StaleUpdate:  # it could count when it was begun
+                self.allowances.handed_in(device)
+                raise
+        self.allowances.handed_in(device)
+        return reply
 
     async def _deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         assignment = self.require_assignment(device, id)
@@ -305,15 +338,23 @@ class Coordinator:
 
     # --- views ---
 
-    async def status(self) -> bytes:
-        """The federation at a glance: a Status as JSON."""
-        return await self._status.get()
+    async def status(self, page: int = 0) -> bytes:
+        """The federation at a glance: a Status as JSON, with one page of its devices.
 
-    def _status_text(self) -> bytes:
-        """That record as it is now. In a worker thread: with ten thousand devices it takes a while."""
+        Raises:
+            NotFound: there are fewer pages.
+        """
+        made = await self._status.get()
+        if page >= len(made):
+            raise NotFound(f"page {page} of the status: there are {len(made)}, counted from 0")
+        return made[page]
+
+    def _status_pages(self) -> tuple[bytes, ...]:
+        """All pages as they are now. In a worker thread: with ten thousand devices it takes a while."""
         now = self.now()
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
         seen_s_ago = {device: now - seen for device, seen in self.door.seen_at().items()}
         status = overview.status(seen_s_ago, self._examination.norm_bound(), spent)
-        return encode(replace(status, bad_requests=min(self.refusals.count, MOST)))
+        status = replace(status, bad_requests=min(self.refusals.count, MOST))
+        return pages(status, self.limits.status_devices)

@@ -86,6 +86,11 @@ class Door:
         self._seen[device] = self._unwritten[device] = self._clock(), address
         return device
 
+    @property
+    def count(self) -> int:
+        """About how many devices take part: one whose credential is being renewed counts twice."""
+        return len(self._known.devices)
+
     def knows(self, token: str) -> bool:
         """Whether this is some device's credential."""
         return hash_of(token) in self._known.devices

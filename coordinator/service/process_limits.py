@@ -33,6 +33,16 @@ def raise_file_limit(wanted: int = WANTED_FILES) -> str | None:
     return f"at most {soft} open files, so about {soft} connections; for more raise `ulimit -Hn`"
 
 
+def file_limit() -> int | None:
+    """How many files this process may have open at a time; None for no limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
 def give_memory_back() -> None:
     """Make glibc return what large arrays leave behind; where there is another C library, nothing."""
     if not sys.platform.startswith("linux"):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Generic, TypeVar
 
 from coordinator.engine.engine import Engine
 from coordinator.privacy.ledger import Spending
 from coordinator.storage.rows import Device
 from coordinator.storage.store import Store
 from edge_sdk.core.messages import DeviceStatus, Federation, Status
+from edge_sdk.core.records import encode
 
+Made = TypeVar("Made")
 NEWEST = 20  # versions that are shown
 FRESH_BELOW_S = 0.05  # an answer that takes no longer than this is made anew for each later request
 SHARE = 20  # an answer serves this many times as long as it took: making it never takes over a twentieth
@@ -63,25 +67,36 @@ class Overview:
         )
 
 
-class SharedAnswer:
+def pages(status: Status, devices: int) -> tuple[bytes, ...]:
+    """The record as JSON, in pages of so many devices; one if there are none."""
+    count = max(1, -(-len(status.devices) // devices))
+    return tuple(
+        encode(replace(status, devices=status.devices[k * devices :][:devices], page=k, pages=count))
+        for k in range(count)
+    )
+
+
+class SharedAnswer(Generic[Made]):
     """An answer that takes long to make: made once at a time, for all who wait. Belongs to one event loop.
 
     `make` runs in a worker thread.
     """
 
-    def __init__(self, make: Callable[[], bytes]) -> None:
+    def __init__(self, make: Callable[[], Made]) -> None:
         self._make = make
         self._making = asyncio.Lock()
-        self._answer, self._asked_at, self._good_until = b"", 0.0, 0.0
+        self._answer: Made | None = None
+        self._asked_at = self._good_until = 0.0
 
-    async def get(self) -> bytes:
+    async def get(self) -> Made:
         """The answer, no older than SHARE times what it takes to make it."""
         came_at = time.monotonic()
         async with self._making:
             # Who came before the last making began shares it; that one saw all that was known then.
-            if came_at >= self._asked_at and time.monotonic() >= self._good_until:
+            old = came_at >= self._asked_at and time.monotonic() >= self._good_until
+            if (answer := self._answer) is None or old:
                 self._asked_at = time.monotonic()
-                self._answer = await asyncio.to_thread(self._make)
+                answer = self._answer = await asyncio.to_thread(self._make)
                 took_s = time.monotonic() - self._asked_at
                 self._good_until = self._asked_at + (SHARE * took_s if took_s > FRESH_BELOW_S else 0.0)
-        return self._answer
+        return answer

@@ -14,9 +14,11 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from coordinator.adapters.ladder import Rung
+from coordinator.limits.networks import network_of
 from coordinator.service.coordinator import Coordinator
 from coordinator.web import openapi
 from coordinator.web.addresses import ENDPOINT, client_address, only_if_meant
+from coordinator.web.connections import at_work
 from coordinator.web.endpoint import Endpoint
 from coordinator.web.intake import Intake, receive
 from edge_sdk.core import messages
@@ -32,6 +34,7 @@ from edge_sdk.core.errors import (
     ProtocolError,
     StaleUpdate,
     TooLarge,
+    TooOften,
     Unauthorised,
 )
 from edge_sdk.core.messages import Ask, Heartbeat, JoinRequest, NotNow, Update
@@ -48,7 +51,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 MAX_RECORD_BYTES = 64 << 10  # a JSON record is a few hundred bytes; a profile is the largest
 BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile sender
+LATE_S = 1.0  # by which an address that floods gets its answers late
 MAX_DETAIL = 4000  # characters of what was wrong with a request
+# Of strangers, mostly. What else is refused belongs to a device, whose requests are counted anyway.
+LATE_IF_OFTEN = (400, 401, 404, 405, 408, 413, 415, 429)
 ROUTINE = (StaleUpdate, OffsetConflict)
 BROKE_OFF = "broke off"  # a word for the log
 DEVICE = "device"  # whose credential a request had
@@ -80,11 +86,21 @@ async def _ticking(app: web.Application) -> AsyncIterator[None]:
 @web.middleware
 async def problem_documents(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error with a problem document that says what to do; note what has to be noted of it."""
+    response = await _answer(request, handler)
+    if response.status in LATE_IF_OFTEN:
+        await _hold_back_a_flood(request)
+    return response
+
+
+async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What the handler answers, or what its error becomes."""
     try:
-        return await handler(request)
+        with at_work(request):
+            if request.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+                raise web.HTTPUnsupportedMediaType(reason="Content-Encoding: send the body as it is")
+            return await handler(request)
     except EdgeError as error:
-        _note(request, error, error.title)
-        return _problem(error)
+        return _refuse(request, error, error.status)
     except web.HTTPException as error:
         kind = NotFound if error.status == 404 else ProtocolError
         return _refuse(request, kind(f"{request.method} {request.path}: {error.reason}"), error.status)
@@ -97,6 +113,12 @@ async def problem_documents(request: web.Request, handler: Handler) -> web.Strea
         return _problem(InternalError("the coordinator failed at this request; its log says why"))
 
 
+async def _hold_back_a_flood(request: web.Request) -> None:
+    """Wait a little where an address asks for much that does nobody any good: that limits what it can ask."""
+    if request.app[COORDINATOR].allowances.is_flooding(network_of(client_address(request))):
+        await asyncio.sleep(LATE_S)
+
+
 def _refuse(request: web.Request, error: EdgeError, status: int, title: str = "") -> web.Response:
     _note(request, error, title or error.title)
     return _problem(error, status)
@@ -105,7 +127,7 @@ def _refuse(request: web.Request, error: EdgeError, status: int, title: str = ""
 def _note(request: web.Request, error: EdgeError, title: str) -> None:
     """A fault of this machine is said, a refusal is counted; what every honest device may meet is neither."""
     coordinator = request.app[COORDINATOR]
-    if isinstance(error, OurFault):
+    if isinstance(error, OurFault) and not isinstance(error, TooOften):
         if not isinstance(error, Busy):
             resource = request.match_info.route.resource
             place = resource.canonical if resource else request.path
@@ -137,8 +159,9 @@ def _token(request: web.Request) -> str:
 
 
 def _device(request: web.Request) -> str:
-    door = request.app[COORDINATOR].door
-    device = request[DEVICE] = door.authenticate(_token(request), client_address(request))
+    coordinator = request.app[COORDINATOR]
+    device = request[DEVICE] = coordinator.door.authenticate(_token(request), client_address(request))
+    coordinator.allowances.request(device)
     return device
 
 
@@ -220,7 +243,8 @@ async def upload_offset(request: web.Request) -> web.Response:
     device = _device(request)
     coordinator.require_assignment(device, id)
     coordinator.require_counts(device)
-    request.app[INTAKE].require_room()  # said before the bytes come
+    coordinator.require_upload(device)  # said before the bytes come
+    request.app[INTAKE].require_room()
     return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.uploads.stored_bytes(id))})
 
 
@@ -234,9 +258,11 @@ async def upload(request: web.Request) -> web.Response:
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
     coordinator.uploads.require_fits(assignment, request.content_length or 0)
-    append = partial(coordinator.append, device, assignment)
-    async with request.app[INTAKE].place(request.transport) as place:
-        offset = await receive(request.content, int(text), append, place)
+    coordinator.require_upload(device)
+    append, intake = partial(coordinator.append, device, assignment), request.app[INTAKE]
+    async with intake.turn(device, id, request.transport, coordinator.limits.uploads_of_device):
+        with intake.place(request.transport) as place:
+            offset = await receive(request.content, int(text), append, place)
     return web.Response(status=204, headers={messages.UPLOAD_OFFSET: str(offset)})
 
 
@@ -275,7 +301,7 @@ class HeldFile(web.FileResponse):
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send it, and let go of it."""
-        with self._held:
+        with self._held, at_work(request, sends_file=True):
             return await super().prepare(request)
 
 
@@ -311,12 +337,16 @@ async def leave(request: web.Request) -> web.Response:
 async def status(request: web.Request) -> web.Response:
     """GET /v1/status, for the host."""
     _host(request)
-    text = await request.app[COORDINATOR].status()
+    page = request.query.get("page", "0")
+    if not page.isascii() or not page.isdigit() or len(page) > 9:
+        raise ProtocolError(f"page {page[:40]!r} is not a number")
+    text = await request.app[COORDINATOR].status(int(page))
     return web.Response(body=text, content_type="application/json")
 
 
 async def description(request: web.Request) -> web.Response:
     """GET /v1/openapi.json, for anyone: it holds nothing of this federation."""
+    await _hold_back_a_flood(request)
     return web.Response(body=openapi.document(), content_type="application/json")
 
 

@@ -23,6 +23,7 @@ from edge_sdk.core.routes import (
     Caller,
     Header,
     Problem,
+    Query,
     Route,
 )
 from edge_sdk.core.version import __version__
@@ -92,6 +93,7 @@ def _operation(route: Route, known: dict[type, Json]) -> Json:
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": _schema(name)} for name in names),
             *({"name": header.name, "in": "header", **_header(header)} for header in route.headers),
+            *({"name": query.name, "in": "query", **_header(query)} for query in route.queries),
         ],
         "responses": _responses(route, known),
     }
@@ -104,8 +106,8 @@ def _schema(placeholder: str) -> Json:
     return msgspec.json.schema(PLACEHOLDERS[placeholder])
 
 
-def _header(header: Header) -> Json:
-    required = {"required": True} if header.required else {}
+def _header(header: Header | Query) -> Json:
+    required = {"required": True} if isinstance(header, Header) and header.required else {}
     return {"description": header.meaning, **required, "schema": msgspec.json.schema(header.kind)}
 
 

@@ -16,7 +16,6 @@ import httpx
 from edge_sdk.core.errors import Unreachable
 
 MOST_RECORD_BYTES = 1 << 20  # thousands of modules of a base take some hundred kilobytes
-MOST_STATUS_BYTES = 16 << 20  # a status names every device
 RECORD_S = 120.0  # for a whole answer, its head included
 WINDOW_S, LEAST_BYTES_S = 60.0, 256  # a download that brings less than this in such a time is given up
 HEAD_BYTES = 4096  # of an answer that is only looked at for an error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +53,7 @@ UPLOAD_TRIES = 3  # what a cut connection had sent may arrive just after the off
 PIECE_S = 10.0
 SLOW_BYTES_S = 1024  # a link that sends less than this for long is taken for dead
 LEAST_PIECE_BYTES, PIECE_BYTES, MOST_PIECE_BYTES = 64 << 10, 256 << 10, 16 << 20
+MOST_PAGES = 1000  # of a status
 INTRODUCTIONS = (Federation, JoinReply)  # whose mistakes a person must mend; all others pass
 
 
@@ -134,9 +135,23 @@ class Transport:
         self._send("POST", messages.LEAVE)
 
     def status(self) -> Status:
-        """The federation at a glance, for who has the host's token."""
-        most = answers.MOST_STATUS_BYTES
-        return self._record(Status, self._send("GET", messages.STATUS, most_bytes=most))
+        """The federation at a glance, with all its devices; as many requests as they have pages.
+
+        Raises:
+            Unreachable: there are more pages than anybody wants to read.
+        """
+        status = self.glance()
+        if status.pages > MOST_PAGES:
+            raise Unreachable(f"{self.url} has a status of {status.pages} pages; is it a coordinator?")
+        devices = {device.id: device for device in status.devices}
+        for page in range(1, status.pages):
+            devices |= {device.id: device for device in self.glance(page).devices}
+        return replace(status, devices=tuple(devices.values()), pages=1)
+
+    def glance(self, page: int = 0) -> Status:
+        """One page of the status: `page` says which of its devices, all else is the same in each."""
+        params = {"page": page} if page else None
+        return self._record(Status, self._send("GET", messages.STATUS, params=params))
 
     def upload(self, assignment: str, path: Path, stopping: Callable[[], bool] | None = None) -> None:
         """Send what the coordinator does not have yet of the file, in pieces that are each acknowledged.

@@ -8,6 +8,7 @@ EdgeError
 │   ├── Unauthorised      401  no credential, or a wrong one
 │   ├── NotFound          404  no such assignment, version or file
 │   ├── BaseMismatch      409  another base model than the federation's
+│   ├── FederationFull    403  as many devices have joined as its host lets in
 │   ├── StaleUpdate       409  trained from a version too old to merge; carries the current version
 │   ├── OffsetConflict    409  an upload continued at the wrong byte; carries the right one
 │   ├── TooLarge          413  a body or file over its cap
@@ -17,6 +18,7 @@ EdgeError
 │   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
 │   ├── DiskFull          507  no room on the answering side's disk; the same request succeeds once there is
 │   ├── Busy              503  more at a time than can be taken in; carries how long to wait
+│   │   └── TooOften      429  more than one device or address may ask for; likewise
 │   ├── Unwritable        507  a file of this device cannot be written: its disk is full, or read-only
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
@@ -97,6 +99,13 @@ class BaseMismatch(TheirFault):
     title = "wrong base model"
 
 
+class FederationFull(TheirFault):
+    """As many devices have joined as the host lets in. One that is a member already stays one."""
+
+    status = 403
+    title = "federation full"
+
+
 class StaleUpdate(TheirFault):
     """The update started from a version too old to merge. `details["current_version"]` is the one to use."""
 
@@ -156,6 +165,13 @@ class Busy(OurFault):
 
     status = 503
     title = "busy"
+
+
+class TooOften(Busy):
+    """One device, or one address, asks for more than its share. `details["retry_after_s"]`: as of Busy."""
+
+    status = 429
+    title = "too many requests"
 
 
 class Unwritable(OurFault):

@@ -290,7 +290,7 @@ class DeviceStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The federation at a glance."""
+    """The federation at a glance. Its devices come in pages; all else is the same in each."""
 
     federation: Id
     version: Version
@@ -313,3 +313,5 @@ class Status:
     start: Start = ""  # of the newest version, as in Assignment
     # Since the coordinator started: malformed, not authorised, to no path, or otherwise refused.
     bad_requests: Count = 0
+    page: Count = 0  # which part of the devices these are, from 0
+    pages: Several = 1

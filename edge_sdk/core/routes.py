@@ -17,11 +17,13 @@ from edge_sdk.core.errors import (
     Busy,
     DiskFull,
     EdgeError,
+    FederationFull,
     NotFound,
     OffsetConflict,
     ProtocolError,
     StaleUpdate,
     TooLarge,
+    TooOften,
     Unauthorised,
     UploadLost,
 )
@@ -61,6 +63,15 @@ class Header:
 
 
 @dataclass(frozen=True)
+class Query:
+    """What may be asked for behind the question mark of an address."""
+
+    name: str
+    kind: Any  # a type, with its range
+    meaning: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """What comes back with a status: a record, bytes, or nothing."""
 
@@ -72,7 +83,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Route:
-    """One method on one path. `refusals`: the errors that a caller must expect; others are possible."""
+    """One method on one path.
+
+    `refusals`: the errors that a caller must expect; others are possible, TooOften from any route that wants
+    a credential.
+    """
 
     name: str
     method: str
@@ -82,6 +97,7 @@ class Route:
     answers: tuple[Answer, ...]
     body: type | Bytes | None = None
     headers: tuple[Header, ...] = ()
+    queries: tuple[Query, ...] = ()
     refusals: tuple[type[EdgeError], ...] = ()
 
 
@@ -92,7 +108,9 @@ OFFSET_OF_BODY = Header(
     messages.UPLOAD_OFFSET, ByteCount, "Where the body begins; what is stored so far.", True
 )
 RETRY_AFTER = Header("Retry-After", Count, "Seconds to wait before asking again.")
+PAGE = Query("page", Count, "Which page of the devices, counted from 0; the first if none is named.")
 RANGE = Header("Range", str, "The part of the file that is wanted, so a broken download goes on.")
+PAGE = Query("page", Count, "Which page of the devices, counted from 0; the first if none is named.")
 CONTENT_RANGE = Header("Content-Range", str, "Which part of the file this is.")
 ETAG = Header("ETag", str, "Names the content of the file.")
 SAFETENSORS, JSON = Bytes("application/octet-stream"), Bytes("application/json")
@@ -115,7 +133,7 @@ ROUTES = (
         caller="join token",
         body=messages.JoinRequest,
         answers=(Answer(201, messages.JoinReply, "A new member."),),
-        refusals=(Unauthorised, BaseMismatch, *OF_A_BODY),
+        refusals=(Unauthorised, BaseMismatch, FederationFull, TooOften, *OF_A_BODY, DiskFull),
     ),
     Route(
         "federation",
@@ -241,8 +259,9 @@ ROUTES = (
         messages.STATUS,
         "The federation at a glance, for its host.",
         caller="host",
+        queries=(PAGE,),
         answers=(Answer(200, messages.Status, "At most a moment old."),),
-        refusals=(Unauthorised,),
+        refusals=(Unauthorised, NotFound),
     ),
     Route(
         "openapi",

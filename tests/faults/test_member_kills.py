@@ -121,6 +121,7 @@ def test_killed_when_a_new_credential_is_used_first(coordinator: CoordinatorProc
 def test_killed_while_it_notes_who_was_seen(coordinator: CoordinatorProcess, point: Point) -> None:
     restart_with(coordinator, f"{point}=kill")
     with member(coordinator) as device:
+        device.work()
         assert coordinator.stop() != 0
         restart_with(coordinator, "")
         assert is_in(device)

@@ -39,7 +39,11 @@ class GoodDevice:
     def __init__(self, url: str, join_token: str, name: str = "good") -> None:
         self.http = httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False)
         body = {"name": name, "fingerprint": FINGERPRINT, "protocol": 1}
+        deadline = time.monotonic() + PATIENCE_S
         joined = self.http.post("/v1/join", json=body, headers=bearer(join_token))
+        while joined.status_code == 429 and time.monotonic() < deadline:  # others flood
+            time.sleep(joined.json()["retry_after_s"])
+            joined = self.http.post("/v1/join", json=body, headers=bearer(join_token))
         assert joined.status_code == 201, joined.text
         self.credential: str = joined.json()["credential"]
         self.http.headers.update(bearer(self.credential))

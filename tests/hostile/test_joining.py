@@ -140,18 +140,18 @@ def test_a_device_that_is_revoked(tmp_path: Path, by: str) -> None:
 
 
 def test_a_device_that_is_suspended(tmp_path: Path) -> None:
-    with attacked(tmp_path, {"buffer_size": 9, "quorum": 9}) as target:
-        with contextlib.closing(target.device("odd")) as odd:
-            assignment = odd.work()
-            host(target, "suspend", "odd")
-            soon(lambda: odd.ask().status_code == 503)
-            assert "suspended" in odd.ask().json()["reason"]
-            beat = odd.http.post(f"/v1/assignments/{assignment}/heartbeat", json={"steps_done": 1})
-            assert beat.json() == {"directive": "abandon"}
-            assert odd.patch(assignment, b"abc").status_code == 409
-            host(target, "resume", "odd")
-            soon(lambda: odd.ask().status_code == 200)
-            target.acknowledged.append(odd.hand_in(3))
+    policy: dict[str, object] = {"buffer_size": 9, "quorum": 9}
+    with attacked(tmp_path, policy) as target, contextlib.closing(target.device("odd")) as odd:
+        assignment = odd.work()
+        host(target, "suspend", "odd")
+        soon(lambda: odd.ask().status_code == 503)
+        assert "suspended" in odd.ask().json()["reason"]
+        beat = odd.http.post(f"/v1/assignments/{assignment}/heartbeat", json={"steps_done": 1})
+        assert beat.json() == {"directive": "abandon"}
+        assert odd.patch(assignment, b"abc").status_code == 409
+        host(target, "resume", "odd")
+        soon(lambda: odd.ask().status_code == 200)
+        target.acknowledged.append(odd.hand_in(3))
 
 
 def test_devices_that_the_host_has_not_approved(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 import pytest
@@ -20,12 +21,16 @@ class Sender:
 
     def __init__(self, *script: bytes | float | Exception) -> None:
         self._script = list(script)
+        self._silent_until: float | None = None  # by the loop's clock; who waits may look in between
 
     async def readany(self) -> bytes:
         while self._script:
             first = self._script[0]
             if isinstance(first, float):
-                await asyncio.sleep(first)
+                now = asyncio.get_running_loop().time()
+                self._silent_until = self._silent_until or now + first
+                await asyncio.sleep(self._silent_until - now)
+                self._silent_until = None
                 self._script.pop(0)
                 continue
             self._script.pop(0)
@@ -52,7 +57,7 @@ class Disk:
 
 def taken_in(sender: Sender, disk: Disk) -> int:
     async def run() -> int:
-        async with Intake().place(None) as place:
+        with Intake().place(None) as place:
             return await receive(sender, 0, disk.append, place)
 
     return asyncio.run(run())
@@ -88,11 +93,18 @@ def test_a_failing_disk_is_told() -> None:
         raise OSError("the disk is gone")
 
     async def run() -> None:
-        async with Intake().place(None) as place:
+        with Intake().place(None) as place:
             await receive(Sender(b"x" * intake.PIECE_BYTES, b"y"), 0, append, place)
 
     with pytest.raises(OSError, match="gone"):
         asyncio.run(run())
+
+
+@contextlib.asynccontextmanager
+async def holding(doors: Intake, connection: Any = None) -> AsyncIterator[None]:
+    with doors.place(connection) as place:
+        await place.take()
+        yield
 
 
 def crowd(work: Callable[[Intake], Coroutine[Any, Any, None]], places: int, queue: int) -> None:
@@ -108,7 +120,7 @@ def test_places_are_bounded_and_the_rest_waits_or_is_told_to_come_back() -> None
 
         async def one() -> None:
             nonlocal inside, most
-            async with doors.place(None):
+            async with holding(doors):
                 inside, most = inside + 1, max(most, inside + 1)
                 await done.wait()
                 inside -= 1
@@ -138,7 +150,7 @@ def test_slow_senders_keep_no_fast_one_waiting(monkeypatch: pytest.MonkeyPatch) 
 
     async def work(doors: Intake) -> None:
         async def send(sender: Sender, disk: Disk) -> int:
-            async with doors.place(None) as place:
+            with doors.place(None) as place:
                 return await receive(sender, 0, disk.append, place)
 
         drops: list[bytes | float | Exception] = [b"drop", 0.1] * 600
@@ -165,12 +177,12 @@ def test_a_slow_sender_that_becomes_fast_needs_a_place_again(monkeypatch: pytest
         big = b"x" * intake.PIECE_BYTES
 
         async def send() -> int:
-            async with doors.place(None) as place:
+            with doors.place(None) as place:
                 return await receive(Sender(b"a", 0.2, b"b", big, big, big), 0, disk.append, place)
 
         task = asyncio.create_task(send())
         await asyncio.sleep(0.1)  # by now it is known as slow
-        async with doors.place(None):  # so there is a place
+        async with holding(doors):  # so there is a place
             await asyncio.sleep(0.3)
             assert len(disk.content) < 2 + 3 * len(big)  # and it does not read on at full speed without one
         assert await task == 2 + 3 * len(big)
@@ -199,10 +211,10 @@ def test_who_waits_is_not_read() -> None:
         connection: Any = Connection()
 
         async def second() -> None:
-            async with doors.place(connection):
+            async with holding(doors, connection):
                 assert connection.reading
 
-        async with doors.place(None):
+        async with holding(doors):
             task = asyncio.create_task(second())
             await asyncio.sleep(0.02)
             assert not connection.reading

@@ -13,10 +13,12 @@ import pytest
 from aiohttp import web
 
 from coordinator.service.coordinator import Coordinator
+from coordinator.service.fault_log import FaultLog
 from coordinator.service.refusals import Refusals
 from coordinator.settings import load_settings
 from coordinator.web import app
-from coordinator.web.server import IDLE_S, ServerLog, make_runner
+from coordinator.web.connections import Connections
+from coordinator.web.server import IDLE_S, ServerLog, WebServer
 from tests.coordinator.devices import configuration
 
 SHORT_S = 0.3
@@ -25,13 +27,12 @@ PATIENCE_S = 30.0
 
 @contextlib.asynccontextmanager
 async def serving(application: web.Application, idle_s: float) -> AsyncIterator[int]:
-    runner = make_runner(application, Refusals(), idle_s)
-    await runner.setup()
+    server = WebServer(application, Refusals(), FaultLog(), Connections(100), idle_s=idle_s)
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield runner.addresses[0][1]
+        ((_, port),) = await server.start("127.0.0.1", 0)
+        yield port
     finally:
-        await runner.cleanup()
+        await server.stop()
 
 
 async def ending_of(port: int, sent: bytes, every_s: float) -> float:

@@ -1,0 +1,1 @@
+"""What a stranger, a member or all of them together may cost."""
