@@ -28,6 +28,8 @@ CHANGES: dict[str, tuple[tuple[Standing, ...], Standing, str]] = {
     "revoke": (("member", "waiting", "suspended"), "revoked", "put a device out for good"),
 }
 
+_NOUNS = {"waiting": "waiting one", "member": "member", "suspended": "suspended one"}
+
 
 def add_to(commands: Any) -> None:
     """Add the commands and their flags."""
@@ -43,7 +45,7 @@ def add_to(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """List them. Who was heard of when is up to a minute old."""
+    """List them. Who was heard of when is some seconds old."""
     store, _ = open_existing(options.data)
     devices, now = store.members.devices(), time.time()
     if options.json:
@@ -110,7 +112,9 @@ def named(devices: Sequence[Device], text: str, possible: Sequence[Standing]) ->
         ids = ", ".join(device.id for device in found[:5])
         raise InputError(f"{text!r} may be {ids}; name one by its id")
     if found[0].standing not in possible:
+        verb = "has" if found[0].standing == "left" else "is"
         raise InputError(
-            f"device {found[0].id} is {found[0].standing}; this is for one that is {' or '.join(possible)}"
+            f"device {found[0].id} {verb} {found[0].standing}; this is for one that is a "
+            f"{' or '.join(_NOUNS[standing] for standing in possible)}"
         )
     return found[0]

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
         say_text(json.dumps(to_json(made) | {"invitation": string}) + "\n")
         return 0
     uses = "any number of devices" if made.uses is None else f"{made.uses} device{'s'[: made.uses > 1]}"
-    say(f"invitation {made.id}, for {uses}, until {within(lasts_s)} from now; on a device:")
+    say(f"invitation {made.id}, by which {uses} may join within {within(lasts_s)}; there:")
     say(f"  {known.command(token)}")
     return 0
 
