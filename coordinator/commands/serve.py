@@ -98,13 +98,14 @@ async def _listen(
             raise InputError(
                 f"cannot listen on {in_url(endpoint.host)}:{endpoint.port} ({reason}); choose another --port"
             ) from error
-        announcement = endpoint.announcement(addresses[0][1], certificate)
+        port = addresses[0][1]
+        announcement = endpoint.announcement(port, certificate)
         announce(coordinator.store, announcement)
         federation = coordinator.federation
         say(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}")
         if coordinator.privacy:
             say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
-        say(f"listening on {announcement.url}")
+        say(f"listening on {endpoint.address(port, certificate)}")
         say(f"join token in {data / 'join-token'}; on a device:")
         say(f"  {announcement.command('TOKEN')}")
         async with renewing(certificate, tls):

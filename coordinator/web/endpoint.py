@@ -78,11 +78,14 @@ class Endpoint:
             return own_certificate(folder, self._names())
         return None
 
-    def announcement(self, port: int, certificate: Certificate | None) -> Announcement:
-        """How devices reach it, now that it listens on a port."""
+    def address(self, port: int, certificate: Certificate | None) -> str:
+        """Where it is itself, now that it listens on a port."""
         scheme = "https" if certificate else "http"
-        here = f"{scheme}://{in_url(self._shown_host())}:{port}{self.serving.path_prefix}"
-        url = normal_address(self.serving.public_url or here)
+        return f"{scheme}://{in_url(self._shown_host())}:{port}{self.serving.path_prefix}"
+
+    def announcement(self, port: int, certificate: Certificate | None) -> Announcement:
+        """How devices reach it."""
+        url = normal_address(self.serving.public_url or self.address(port, certificate))
         pin = certificate.pin if certificate else ""
         plain = urlsplit(url).scheme == "http" and not is_local(urlsplit(url).hostname or "")
         return Announcement(url, pin if url.startswith("https:") else "", plain)

@@ -20,7 +20,7 @@ from edge_sdk.connection import answers
 from edge_sdk.connection.answers import PLAIN, Patience
 from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.partial_download import Part
-from edge_sdk.connection.refusals import error_of
+from edge_sdk.connection.refusals import BODY_TOO_LARGE, error_of
 from edge_sdk.connection.trust import Trust, explained
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file.dtypes import WireDtype
@@ -164,16 +164,20 @@ class Transport:
         """
         route, size_bytes = messages.UPLOAD.format(id=assignment), path.stat().st_size
         first = offset = self._stored_bytes(route)
-        began, piece_bytes, conflicts = time.monotonic(), PIECE_BYTES, 0
+        began, conflicts = time.monotonic(), 0
+        piece_bytes = min(PIECE_BYTES, self._most_piece_bytes)
         while offset < size_bytes:
             piece = _Piece(path, offset, min(piece_bytes, size_bytes - offset))
             piece_began = time.monotonic()
             try:
                 offset = self._append(route, piece, stopping)
-            except (Unreachable, OurFault):
+            except (Unreachable, OurFault) as error:
                 # A proxy may take no body of that size: this upload goes on, and the next begins, below it.
-                self._most_piece_bytes = max(PIECE_BYTES, piece.size_bytes // 2)
-                raise
+                said_so = BODY_TOO_LARGE in error.details
+                least_bytes = LEAST_PIECE_BYTES if said_so else PIECE_BYTES
+                self._most_piece_bytes = max(least_bytes, piece.size_bytes // 2)
+                if not said_so or piece.size_bytes <= LEAST_PIECE_BYTES:
+                    raise
             except OffsetConflict:
                 conflicts += 1
                 if conflicts == UPLOAD_TRIES:
