@@ -76,7 +76,7 @@ def strings_of_a_stranger(target: Target) -> Iterator[bytes]:
         f"/v1/status?{name}={name}",
         f"/v1/versions/{name}/ranks/{name}/adapter_config.json",
     ):
-        yield f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        yield f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     loose = FORGED.replace("\r", "").replace("\n", "").encode()
     for head in (
         b"Host: %s",
@@ -85,9 +85,9 @@ def strings_of_a_stranger(target: Target) -> Iterator[bytes]:
         b"Content-Type: %s",
         b"%s: x",
     ):
-        yield b"GET /v1/status HTTP/1.1\r\nHost: x\r\n" + head.replace(b"%s", loose) + b"\r\n\r\n"
-    yield loose + b" /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"
-    yield b"GET /" + loose + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        yield b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\n" + head.replace(b"%s", loose) + b"\r\n\r\n"
+    yield loose + b" /v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    yield b"GET /" + loose + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
     yield FORGED.encode() + b"\r\n\r\n"
 
 

@@ -212,7 +212,7 @@ def raw_upload(coordinator: CoordinatorProcess, device: Device, route: str, leng
     """A connection that has announced a body of `length` bytes from offset 0."""
     connection = socket.create_connection(("127.0.0.1", coordinator.port), timeout=30.0)
     connection.sendall(
-        f"PATCH {route} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {device.credential}\r\n"
+        f"PATCH {route} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {device.credential}\r\n"
         f"Upload-Offset: 0\r\nContent-Length: {length}\r\n\r\n".encode()
     )
     return connection
@@ -609,7 +609,7 @@ def test_slow_senders_hold_nobody_up(coordinator: CoordinatorProcess, device: De
     for _ in range(50):
         connection = socket.create_connection(("127.0.0.1", coordinator.port), timeout=30.0)
         connection.sendall(
-            b"POST /v1/assignments HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/assignments HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Authorization: Bearer " + device.credential.encode() + b'\r\nContent-Length: 100\r\n\r\n{"rank'
         )
         slow.append(connection)
