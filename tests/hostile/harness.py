@@ -118,14 +118,18 @@ class Target:
 
 @contextlib.contextmanager
 def attacked(
-    folder: Path, policy: dict[str, object] | None = None, rule: str = "carry", **admission: object
+    folder: Path,
+    policy: dict[str, object] | None = None,
+    rule: str = "carry",
+    limits: dict[str, object] | None = None,
+    **admission: object,
 ) -> Iterator[Target]:
     """A coordinator that has served one good device; `unharmed` at the end of the block.
 
     Raises:
         AssertionError: it was harmed; says how.
     """
-    config = configuration(folder, policy, rule, None, **admission)
+    config = configuration(folder, policy, rule, None, limits, **admission)
     with CoordinatorProcess(folder, config) as coordinator:
         target = Target(coordinator)
         before_s = target.serve(1)
