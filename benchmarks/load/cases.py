@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ FINGERPRINT = "ab" * 32
 SCALING = 2.0
 MODEL = Model("a sixteenth of LLaMA-7B's width, 2 layers", 256, 688, 2)
 TYPES = (Ranks(8, 8), Ranks(30, 30), Ranks(30, 200), Ranks(200, 200))
+
+AT_ONCE = {"joins_minute": 1_000_000, "joins_minute_of_address": 1_000_000}  # all devices of a measurement
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def configuration(
     policy: dict[str, Any],
     model: Model = MODEL,
     types: Sequence[Ranks] = TYPES,
+    limits: Mapping[str, Any] = AT_ONCE,
 ) -> Path:
     """Write the coordinator's configuration and base record into `folder`."""
     base = Base(model.name, FINGERPRINT, model.shapes())
@@ -95,6 +98,8 @@ def configuration(
         "reach_factor = 1e9",  # random adapters are no training
         "[policy]",
         *(f"{key} = {json.dumps(value)}" for key, value in policy.items()),
+        "[limits]",
+        *(f"{key} = {json.dumps(value)}" for key, value in limits.items()),
     ]
     path = folder / "load.toml"
     path.write_text("\n".join(lines) + "\n")

@@ -31,9 +31,9 @@ class Buckets:
         return 0.0
 
     def wait_s(self, key: str) -> float:
-        """Seconds until anything is there again; 0 if there is."""
+        """Seconds until anything worth asking for is there again, a second at least; 0 if anything is."""
         there, _ = self._there(key)
-        return max(0.0, -there / self._per_s) if there <= 0.0 else 0.0
+        return max(1.0, -there / self._per_s) if there <= 0.0 else 0.0
 
     def charge(self, key: str, count: float) -> None:
         """Take what is used up already, though that leaves less than nothing."""

@@ -87,7 +87,7 @@ async def _ticking(app: web.Application) -> AsyncIterator[None]:
 async def problem_documents(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error with a problem document that says what to do; note what has to be noted of it."""
     response = await _answer(request, handler)
-    if response.status in LATE_IF_OFTEN:
+    if response.status in LATE_IF_OFTEN or request.match_info.handler is description:
         await _hold_back_a_flood(request)
     return response
 
@@ -302,7 +302,12 @@ class HeldFile(web.FileResponse):
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         """Send it, and let go of it."""
         with self._held, at_work(request, sends_file=True):
-            return await super().prepare(request)
+            try:
+                return await super().prepare(request)
+            except RuntimeError as error:  # what asyncio calls a connection that is gone
+                if request.transport is None or request.transport.is_closing():
+                    raise ConnectionResetError("the receiver is gone") from error
+                raise
 
 
 async def adapter_config(request: web.Request) -> web.Response:
@@ -346,7 +351,6 @@ async def status(request: web.Request) -> web.Response:
 
 async def description(request: web.Request) -> web.Response:
     """GET /v1/openapi.json, for anyone: it holds nothing of this federation."""
-    await _hold_back_a_flood(request)
     return web.Response(body=openapi.document(), content_type="application/json")
 
 

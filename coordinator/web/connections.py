@@ -34,8 +34,11 @@ class Seat:
         self.unread = Patience(answer_s)
 
     def cut(self) -> None:
-        """End it at once, whatever it has not sent or taken."""
-        if self.transport is not None:
+        """End it at once, whatever it has not sent or taken.
+
+        `loop.sendfile` would never hear that its transport is gone, but it hears of the socket.
+        """
+        if self.transport is not None and not self.files:
             self.transport.abort()
         else:
             with contextlib.suppress(OSError):  # its peer was quicker

@@ -36,7 +36,7 @@ def test_every_command_that_a_docstring_names_is_there() -> None:
     named = {name for path in files for name in COMMAND.findall(path.read_text(encoding="utf-8"))}
     assert set(COMMANDS) <= named
     others = named - set(COMMANDS) - {"NAME"}  # what a command starts as a process of its own
-    assert others == {"aggregation.child", "load.sink"}
+    assert others == {"aggregation.child", "load.hostile_peers", "load.sink"}
     assert all(importlib.util.find_spec(f"benchmarks.{name}") for name in others)
 
 

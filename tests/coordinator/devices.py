@@ -33,6 +33,7 @@ def configuration(
     policy: dict[str, object] | None = None,
     rule: str = "carry",
     privacy: dict[str, object] | None = None,
+    limits: dict[str, object] | None = None,
     **admission: object,
 ) -> str:
     """A TOML file for the base of SHAPES, whose record it writes into `folder`."""
@@ -44,6 +45,8 @@ def configuration(
         # Random adapters are no training: how far that gets does not bound them.
         "admission": {"reach_factor": 1e9} | admission,
     }
+    if limits is not None:
+        sections |= {"limits": limits}
     if privacy is not None:
         sections |= {"privacy": privacy, "admission": admission}
     return toml(sections, base)

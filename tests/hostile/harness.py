@@ -126,6 +126,7 @@ def attacked(
     policy: dict[str, object] | None = None,
     rule: str = "carry",
     options: Sequence[str] = (),
+    limits: dict[str, object] | None = None,
     **admission: object,
 ) -> Iterator[Target]:
     """A coordinator that has served one good device; `unharmed` at the end of the block.
@@ -135,7 +136,7 @@ def attacked(
     Raises:
         AssertionError: it was harmed; says how.
     """
-    config = configuration(folder, policy, rule, None, **admission)
+    config = configuration(folder, policy, rule, None, limits, **admission)
     with CoordinatorProcess(folder, config, *options) as coordinator:
         target = Target(coordinator)
         before_s = target.serve(1)

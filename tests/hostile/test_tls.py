@@ -376,7 +376,11 @@ def test_an_expired_certificate_of_its_own_keeps_no_device_out(
 def test_handshakes_that_hang_keep_nobody_waiting_and_end(tmp_path: Path) -> None:
     """Of 300 connections a third says nothing, a third half a greeting, and a third speaks plain HTTP."""
     with attacked(tmp_path, None, "carry", ("--tls",)) as target:
-        openings = [b"", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+        openings = [
+            b"",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        ]
         hanging = []
         for number in range(300):
             connection = socket.create_connection(("127.0.0.1", target.coordinator.port), PATIENCE_S)

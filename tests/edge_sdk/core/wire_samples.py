@@ -113,6 +113,8 @@ RECORDS: tuple[Any, ...] = (
         delta=1e-5,
         start="23cd" * 4,
         bad_requests=5,
+        page=1,
+        pages=3,
     ),
 )
 
