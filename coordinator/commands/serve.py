@@ -106,8 +106,7 @@ async def _listen(
         if coordinator.privacy:
             say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
         say(f"listening on {endpoint.address(port, certificate)}")
-        say(f"join token in {data / 'join-token'}; on a device:")
-        say(f"  {announcement.command('TOKEN')}")
+        say(f"to let a device in:  edge-coordinator invite --data {data}")
         async with renewing(certificate, tls):
             await stop.wait()
     finally:
