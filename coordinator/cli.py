@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 
-from coordinator.commands import backup, export, revert, serve, status
+from coordinator.commands import audit, backup, devices, export, invite, revert, serve, status
 from coordinator.storage import failpoints
 from edge_sdk.core.version import __version__
 from edge_sdk.system.terminal import run_command
 
-COMMANDS = (serve, status, export, revert, backup)
+COMMANDS = (serve, invite, devices, status, export, revert, backup, audit)
 
 
 def main(arguments: list[str] | None = None) -> int:

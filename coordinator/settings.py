@@ -15,6 +15,10 @@ buffer_size = 4
 over_norm = "clip"
 [storage]                    # likewise
 keep_versions = 20
+[joining]                    # likewise: docs/HOSTING.md
+approve = false
+[serving]                    # likewise: addresses and proxies, docs/HOSTING.md
+public_url = "https://federation.example.org"
 [limits]                     # likewise: what strangers and members may cost, docs/LIMITS.md
 devices = 20000
 [privacy]                    # differential privacy, if wanted: docs/PRIVACY.md; on or off for life
@@ -31,6 +35,7 @@ from pathlib import Path
 
 from coordinator.engine.policy import Policy
 from coordinator.limits.limits import Limits
+from coordinator.listening import Serving
 from coordinator.merging.admission import Admission
 from coordinator.privacy import accountant
 from coordinator.privacy.mechanism import Privacy
@@ -75,6 +80,14 @@ class FederationSettings:
 
 
 @dataclass(frozen=True)
+class Joining:
+    """How devices come in, and how long what they show holds."""
+
+    approve: bool = False  # nobody takes part before the host has said so: `edge-coordinator approve`
+    credential_days: Interval = 30.0  # after which a device is told to fetch another credential
+
+
+@dataclass(frozen=True)
 class _File:
     """The file, table by table."""
 
@@ -85,6 +98,8 @@ class _File:
     admission: Admission = field(default_factory=Admission)
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
+    joining: Joining = field(default_factory=Joining)
+    serving: Serving = field(default_factory=Serving)
     limits: Limits = field(default_factory=Limits)
 
 
@@ -99,6 +114,8 @@ class Settings:
     admission: Admission
     privacy: Privacy | None = None
     storage: Storage = field(default_factory=Storage)
+    joining: Joining = field(default_factory=Joining)
+    serving: Serving = field(default_factory=Serving)
     limits: Limits = field(default_factory=Limits)
 
     @property

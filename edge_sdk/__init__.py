@@ -2,7 +2,7 @@
 
     from edge_sdk import Agent, Options
 
-    agent = Agent("http://host:8765", data="notes.jsonl", join_token="…", options=Options(threads=4))
+    agent = Agent("flexlora+https://host:8765/#…", data="notes.jsonl", options=Options(threads=4))
 
 These names are what an application imports. Where they are inside the package is free to change. Importing it
 loads nothing else: each name, most of which need the `edge` extra, is loaded on first use.

@@ -2,7 +2,7 @@
 
     from edge_sdk import Agent
 
-    agent = Agent("http://localhost:8765", data="notes.jsonl", join_token="…")
+    agent = Agent("flexlora+https://host:8765/#TOKEN.PIN", data="notes.jsonl")
     agent.start()      # trains in a thread of its own until agent.stop()
     agent.generate("turn the light on")
 
@@ -22,6 +22,7 @@ from edge_sdk.callbacks import Callbacks, Teller
 from edge_sdk.connection.transport import Transport
 from edge_sdk.core.choice.rank import RankChoice
 from edge_sdk.core.errors import EdgeError, InputError
+from edge_sdk.core.invitation import is_invitation, parse
 from edge_sdk.core.lora import Adapter
 from edge_sdk.core.messages import Federation
 from edge_sdk.membership.journal import Journal
@@ -47,13 +48,16 @@ class Agent:
     """One device in one federation. Every method may be called from any thread.
 
     Args:
-        url: the coordinator's address.
+        url: an invitation, or the coordinator's address, which is enough once this device has joined.
         data: JSONL file with this device's own text; None only to fetch adapters and to answer.
-        join_token: the federation's; needed until this device has joined once.
+        join_token: lets this device in, beside an address.
         options: see Options.
         on_event: called with each Event, in the agent's thread.
         callbacks: see Callbacks; likewise.
         collaborators: the clock, the worker and the measurements that it works with, if not the usual ones.
+
+    Raises:
+        InputError: the invitation is none or stands beside a join token, or the state folder cannot be one.
     """
 
     def __init__(
@@ -67,10 +71,14 @@ class Agent:
         callbacks: Callbacks | None = None,
         collaborators: Collaborators | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
+        invitation = parse(url) if is_invitation(url) else None
+        if invitation and join_token:
+            raise InputError("an invitation brings its own token; leave out join_token")
+        self.url = invitation.url if invitation else url.rstrip("/")
         self.options = options or Options()
         self._tell = Teller(on_event, callbacks)
-        self._membership = Membership(self.url, self.options, join_token, self._tell)
+        token, pin = (invitation.token, invitation.pin) if invitation else (join_token, "")
+        self._membership = Membership(self.url, self.options, token, self._tell, pin)
         self._part = Participation(
             self._membership, Path(data) if data is not None else None, collaborators or Collaborators()
         )

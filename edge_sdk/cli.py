@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from edge_sdk.commands import base, chat, doctor, join, profile
+from edge_sdk.commands import base, chat, doctor, join, leave, profile
 from edge_sdk.core.version import __version__
 from edge_sdk.system.terminal import run_command
 
-COMMANDS = (join, chat, base, profile, doctor)
+COMMANDS = (join, leave, chat, base, profile, doctor)
 
 
 def main(arguments: list[str] | None = None) -> int:

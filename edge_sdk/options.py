@@ -90,6 +90,10 @@ class Options:
     nice: int = 10  # of the thread that trains, where the system has that; 0 leaves it alone
     conditions: Conditions = field(default_factory=Conditions)  # under which to train; default: any
     limits: Limits = field(default_factory=Limits)  # what a federation may ask for
+    ca: Path | None = (
+        None  # PEM file of the authorities that may vouch for the coordinator; default: the system's
+    )
+    insecure: bool = False  # whether secrets and adapters may leave this machine without TLS
     device: str = "auto"  # torch device
     isolate: bool = True  # train in a process of its own; False where no interpreter can be started
     quantise: bool = True  # where it works; a trial says whether it does

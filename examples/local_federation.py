@@ -97,7 +97,7 @@ class LocalFederation:
             time.sleep(0.1)
         self.url = text.split("listening on ")[1].split()[0]
         self.token = (data / "join-token").read_text().strip()
-        self._status = Transport(self.url, self.token)
+        self._status = Transport(self.url, (data / "host-token").read_text().strip())
 
     def status(self) -> Status:
         """What the coordinator says of itself."""

@@ -58,16 +58,18 @@ class CoordinatorProcess:
     """`edge-coordinator serve` on a folder. It outlives no test: use it in a with statement.
 
     Its port is a free one at the first start and the same from then on, as a host's would be. `before` is put
-    before its command line, and `environment` into its environment, at the next start.
+    before its command line, `options` behind it, and `environment` into its environment, at the next start.
     """
 
-    def __init__(self, folder: Path, config: str) -> None:
+    def __init__(self, folder: Path, config: str, *options: str) -> None:
         self.data = folder / "data"
         self.config = folder / "coordinator.toml"
         self.config.write_text(config)
         self.log = folder / "coordinator.log"
         self.port = 0
         self.before: list[str] = []
+        self.options = list(options)
+        self.scheme, self.pin = "http", ""
         self.environment: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -82,11 +84,21 @@ class CoordinatorProcess:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    @property
+    def invitation(self) -> str:
+        """What a device on this machine joins by."""
+        ending = f".{self.pin}" if self.pin else ""
+        return f"flexlora+{self.url}/#{self.join_token}{ending}"
 
     @property
     def join_token(self) -> str:
         return (self.data / "join-token").read_text().strip()
+
+    @property
+    def host_token(self) -> str:
+        return (self.data / "host-token").read_text().strip()
 
     def start(self) -> None:
         """Start, and return when it listens."""
@@ -97,6 +109,7 @@ class CoordinatorProcess:
                     *self.before,
                     *(sys.executable, "-m", "coordinator.cli", "serve"),
                     *("--data", str(self.data), "--config", str(self.config), "--port", str(self.port)),
+                    *self.options,
                 ],
                 env=environment() | self.environment,
                 stdout=log,
@@ -105,8 +118,10 @@ class CoordinatorProcess:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             said = self.log.read_bytes()[written:].decode()
-            if found := re.search(r"listening on http://127\.0\.0\.1:(\d+)\n", said):
-                self.port = int(found.group(1))
+            if found := re.search(
+                r"listening on (https?)://\S+:(\d+)\S*\n(?:.*\n)+ .*#TOKEN\.?([\w-]*)", said
+            ):
+                self.scheme, self.port, self.pin = found[1], int(found[2]), found[3]
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()

@@ -35,14 +35,14 @@ HOUSE: dict[str, tuple[tuple[str, ...], ...]] = {
     "edge_sdk.core": (
         ("version", "words"),
         ("errors", "ranges"),
-        ("records", "lora"),
-        ("toml_file", "adapter_file", "svd"),
+        ("records", "lora", "addresses"),
+        ("toml_file", "adapter_file", "svd", "invitation"),
         ("profile", "flexlora"),
         ("messages",),
         ("routes", "choice"),
     ),
     "coordinator": (
-        ("engine", "storage", "rules", "limits"),  # these know nothing of each other
+        ("engine", "storage", "rules", "listening", "limits"),  # these know nothing of each other
         ("privacy",),
         ("merging",),
         ("adapters", "settings"),
@@ -146,8 +146,8 @@ def test_a_wing_imports_from_the_floors_below_its_own_alone(package: str) -> Non
     assert elsewhere == []
 
 
-def test_engine_storage_and_rules_know_nothing_of_each_other() -> None:
-    assert HOUSE["coordinator"][0] == ("engine", "storage", "rules", "limits")
+def test_the_ground_floor_of_the_coordinator_knows_nothing_of_each_other() -> None:
+    assert {"engine", "storage", "rules"} <= set(HOUSE["coordinator"][0])
     for wing in HOUSE["coordinator"][0]:
         own = f"coordinator.{wing}"
         named = {other for module in GRAPH if below(module, own) for other in GRAPH[module]}

@@ -124,6 +124,7 @@ class Run:
         """Enrol until there are so many."""
         self.say(f"joining, up to {devices}")
         token = (self.data / "join-token").read_text().strip()
+        self.host_token = (self.data / "host-token").read_text().strip()
         lines = self.connections(CONNECTIONS)
 
         async def one(worker: int, number: int) -> None:
@@ -195,16 +196,14 @@ class Run:
         hang_up(lines)
         self.found["active_devices"] = sum(done)
         line = Connection(self.server.port)
-        status = await self.tally.timed(
-            "status", line, head_of("GET", messages.STATUS, self.devices[0].credential)
-        )
+        status = await self.tally.timed("status", line, head_of("GET", messages.STATUS, self.host_token))
         self.found["versions"] = status.json()["version"]
         line.close()
 
     async def look(self) -> None:
         """What a host's screen does: the status every two seconds."""
         line = Connection(self.server.port)
-        request = head_of("GET", messages.STATUS, self.devices[0].credential)
+        request = head_of("GET", messages.STATUS, self.host_token)
         try:
             while True:
                 await self.tally.timed("status", line, request)

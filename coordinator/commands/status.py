@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     for id, run in store.elsewhere():
         say(f"device {id} {worked_elsewhere(run)}")
     say(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
-    for device in store.devices():
+    for device in store.members.devices():
         shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
         say(f"{printable(device.name, 23):<24}{device.rank:>6}{shown}")
     if versions:

@@ -10,6 +10,7 @@ from coordinator.engine import pacing, weights
 from coordinator.engine.events import (
     Accept,
     Asked,
+    Barred,
     Beat,
     Buffered,
     BytesArrived,
@@ -42,6 +43,7 @@ SPENT_RETRY_S = 600.0  # only a restart of the coordinator changes it
 MERGE_RETRY_S, MOST_MERGE_RETRY_S = 1.0, 60.0  # after a merge that failed; doubled each time, up to this
 MOST_PAUSE_S = 3600.0  # a device whose updates are refused, or never come, gets work at least this often
 REFUSED = "your last update was refused; there is new work after a pause"
+BARRED = "the host lets this device take part no more"
 IDLE = "nothing came of your last work in its time; there is new work after a pause"
 LEAST_BYTES_S = 1024.0  # bytes in flight are life: each keeps a lease for so long, a slow link for hours
 
@@ -315,6 +317,26 @@ def expire_and_pause(at: Situation[Refused]) -> Done[None]:
     lease_over = _expired(at)
     pause_after_refusal(at)
     return Done(None, lease_over)
+
+
+def bar(at: Situation[Barred]) -> Done[None]:
+    """Leave out what waits of it."""
+    state, seat = at.state, at.seat
+    state.line.leave(at.device)
+    state.tempo.forget(at.device)
+    gone = [update for update in state.buffer if update.device == at.device]
+    state.take(gone)
+    if gone and seat.contributed is not None:  # it may work from those versions again, if it is let back
+        seat.contributed = min(seat.contributed, min(update.version for update in gone) - 1)
+    if not state.buffer:
+        state.first_at = None
+    error = StaleUpdate(f"{BARRED}; drop it", current_version=state.version)
+    return Done(None, tuple(Decline(update.update, error) for update in gone))
+
+
+def expire_and_bar(at: Situation[Barred]) -> Done[None]:
+    """Expire the lease, leave out what waits of it."""
+    return Done(None, (*_expired(at), *bar(at).effects))
 
 
 # --- versions ---

@@ -162,6 +162,13 @@ class Refused(Event[None]):
     assignment: str
 
 
+@dataclass(frozen=True)
+class Barred(Event[None]):
+    """The host lets a device take part no more: what it holds ends, what waits of it is left out."""
+
+    device: str
+
+
 # --- events of the federation ---
 
 
@@ -220,7 +227,7 @@ VersionedEvent = Beat | Offered | Stored
 WorkEvent = VersionedEvent | BytesArrived | Refused
 """About one assignment of one device."""
 
-DeviceEvent = WorkEvent | Joined | Asked
+DeviceEvent = WorkEvent | Joined | Asked | Barred
 VersionEvent = Tick | Merged | MergeFailed | RevertWanted | Restarted
 """About a version in the making."""
 

@@ -37,6 +37,11 @@ class Tempo:
                 self._remove(before[0])
             bisect.insort(self.ordered, seconds)
 
+    def forget(self, device: str) -> None:
+        """A device takes part no more."""
+        if known := self.taken.pop(device, None):
+            self._remove(known[0])
+
     def least_version_s(self, policy: Policy, now: float) -> float:
         """The least time from one version to the next.
 

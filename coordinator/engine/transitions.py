@@ -15,6 +15,7 @@ from coordinator.engine import actions as do
 from coordinator.engine import conditions as when
 from coordinator.engine.events import (
     Asked,
+    Barred,
     Beat,
     BytesArrived,
     Done,
@@ -151,6 +152,11 @@ WORK: tuple[OnEvent[WorkPhase], ...] = (
         Row(_ANY, when.other_work, None, do.pause_after_refusal),
         Row(("training",), None, "idle", do.expire_and_pause),
         Row(("late",), None, "idle", do.pause_after_refusal),
+    ),
+    on(
+        Barred,
+        Row(("training",), None, "idle", do.expire_and_bar),
+        Row(_FREE, None, "idle", do.bar),
     ),
 )
 

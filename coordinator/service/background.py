@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from coordinator.engine.events import (
@@ -74,15 +74,15 @@ class Background:
             elif isinstance(effect, Published):
                 self._collect_soon()
 
-    async def run(self, every_tick: Callable[[], None]) -> None:
-        """Tick until cancelled, whatever fails: deadlines must come. `every_tick` runs in a thread."""
+    async def run(self, every_tick: Callable[[], Awaitable[None]]) -> None:
+        """Tick until cancelled, whatever fails: deadlines must come."""
         self._collect_soon()
         while True:
             try:
                 self._tell(Tick())
                 await self._note_expired()
                 await self._note_declined()
-                await asyncio.to_thread(every_tick)
+                await every_tick()
                 if (to := await asyncio.to_thread(self._store.wanted_revert)) is not None:
                     self._tell(RevertWanted(to))
             except OurFault as error:

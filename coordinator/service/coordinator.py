@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -25,25 +24,28 @@ from coordinator.engine import events
 from coordinator.engine.engine import Engine
 from coordinator.limits.allowances import Allowances
 from coordinator.limits.free_disk import FreeDisk
+from coordinator.limits.networks import network_of
 from coordinator.merging.merger import Merger
 from coordinator.privacy import ledger
 from coordinator.service.background import Background
-from coordinator.service.caches import Assignments, Credentials
+from coordinator.service.caches import Assignments
+from coordinator.service.door import REASONS, Door
 from coordinator.service.fault_log import FaultLog
 from coordinator.service.opening import buffered, open_folder, recalled
 from coordinator.service.other_runs import OtherRuns
 from coordinator.service.process_limits import THREADS
 from coordinator.service.refusals import Refusals
 from coordinator.service.status import Overview, SharedAnswer, pages
+from coordinator.service.trail import SHOWN, Trail
 from coordinator.settings import Settings
-from coordinator.upkeep import folder_file
+from coordinator.upkeep import data_folder, folder_file
 from edge_sdk.core.errors import (
     AdapterError,
     NotFound,
+    OurFault,
     ProtocolError,
     StaleUpdate,
     TooLarge,
-    Unauthorised,
 )
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.core.messages import (
@@ -54,6 +56,7 @@ from edge_sdk.core.messages import (
     HeartbeatReply,
     JoinReply,
     JoinRequest,
+    Newest,
     NotNow,
     Update,
     UpdateReply,
@@ -61,11 +64,11 @@ from edge_sdk.core.messages import (
 from edge_sdk.core.ranges import MOST
 from edge_sdk.core.records import encode
 from edge_sdk.core.svd.decompose import decompose
-from edge_sdk.core.words import printable
 from edge_sdk.system.terminal import logger
 
 log = logger("coordinator")
 Answer = TypeVar("Answer")
+STANDING_RETRY_S = 30.0  # how often a device asks that waits for its host's word
 
 
 class Coordinator:
@@ -73,7 +76,7 @@ class Coordinator:
 
     def __init__(self, folder: Path, settings: Settings, by: Decompose = decompose) -> None:
         opened = open_folder(folder, settings)
-        self.federation, self.store, self.join_token = opened.federation, opened.store, opened.join_token
+        self.folder, self.federation, self.store = folder, opened.federation, opened.store
         self.run_name, self.privacy = opened.run.name, settings.privacy
         self.faults, self.refusals = FaultLog(), Refusals()
         self.limits = settings.limits
@@ -82,8 +85,9 @@ class Coordinator:
         self._other_runs = OtherRuns(self.store, self.faults)
         steps = self.federation.training.steps
         self.engine = Engine(settings.policy, ration=opened.ration, steps=steps)
-        self._credentials, self._assignments = Credentials(self.store), Assignments(self.store)
-        self._seen: dict[str, float] = {}
+        self.trail = Trail(self.store.members)
+        self.door = Door(folder, self.store, settings.joining, self.trail, self.now)
+        self._assignments = Assignments(self.store)
         self._asking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by device
         self._joining = 0  # devices that are about to be stored
         self._delivering: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # likewise
@@ -105,6 +109,16 @@ class Coordinator:
             self.store, make_version, opened.collector, self.faults, self._apply, note_version
         )
 
+    @property
+    def join_token(self) -> str:
+        """By which devices of this machine join."""
+        return data_folder.join_token(self.folder)
+
+    @property
+    def host_token(self) -> str:
+        """For what only the host may see."""
+        return data_folder.host_token(self.folder)
+
     # --- life ---
 
     def _restore(self) -> None:
@@ -122,15 +136,21 @@ class Coordinator:
         """Keep the federation going until cancelled."""
         await self._background.run(every_tick=self._every_tick)
 
-    def _every_tick(self) -> None:
-        self._credentials.refresh()
-        self.refusals.flush()
-        self.disk.look()
+    async def _every_tick(self) -> None:
+        for device in await self.door.tick():
+            self._apply(events.Barred(device))
+        await asyncio.to_thread(self.refusals.flush)
+        await asyncio.to_thread(self.disk.look)
 
     async def close(self) -> None:
         """Wait for a running merge and close the store."""
         await self._background.close()
         self.refusals.flush(everything=True)
+        try:
+            self.door.write_seen()
+            self.trail.flush(everything=True)
+        except OurFault as error:
+            self.faults.log("audit log", error)
         self.store.close()
 
     def _apply(self, event: events.Event[Answer]) -> Answer:
@@ -146,28 +166,12 @@ class Coordinator:
 
     # --- devices ---
 
-    def authenticate(self, token: str) -> str:
-        """The device that holds this credential.
+    async def join(self, request: JoinRequest, token: str, address: str) -> JoinReply:
+        """Enrol a device and give it a credential of its own.
 
         Raises:
-            Unauthorised: nobody does.
-        """
-        device = self._credentials.device_of(_hash(token))
-        if device is None:
-            raise Unauthorised("this credential is not known here; join again with the join token")
-        self._seen[device] = self.now()
-        return device
-
-    def require_join_token(self, token: str) -> None:
-        """Raise Unauthorised unless this is the federation's join token."""
-        if not hmac.compare_digest(_hash(token), _hash(self.join_token)):
-            raise Unauthorised("wrong join token; the host finds it in the coordinator's data folder")
-
-    async def join(self, request: JoinRequest, network: str) -> JoinReply:
-        """Enrol a device and give it a credential of its own. `network`: of the address that it joins from.
-
-        Raises:
-            BaseMismatch, ProtocolError: it cannot take part.
+            Unauthorised: by this token nobody is let in; says why.
+            ProtocolError, BaseMismatch: it speaks another protocol, or has another base model.
             TooLarge, FederationFull, TooOften, DiskFull: a limit of the host's.
         """
         if request.protocol != PROTOCOL_VERSION:
@@ -177,31 +181,39 @@ class Coordinator:
             )
         self.federation.base.require(request.fingerprint)
         self.disk.take()
-        enrolled = len(self._credentials) + self._joining
-        self.allowances.join(network, enrolled, len(encode(request.profile)))
-        device, credential = secrets.token_hex(8), secrets.token_urlsafe(32)
-        name = printable(request.name, 80)
-        row = device, name, _hash(credential), request.profile, time.time()
+        enrolled = self.door.count + self._joining
+        self.allowances.join(network_of(address), enrolled, len(encode(request.profile)))
         self._joining += 1
         try:
-            await asyncio.to_thread(self.store.add_device, *row)
+            device, credential = await self.door.join(request, token, address)
         finally:
             self._joining -= 1
-        self._credentials.add(_hash(credential), device)
-        self._seen[device] = self.now()
         self._apply(events.Joined(device))
-        log.info("device %s (%s) joined", device, name)
         return JoinReply(device, credential, self.federation, self.run_name)
+
+    async def leave(self, device: str, address: str) -> None:
+        """A device gives its membership back; what it handed in until now still counts."""
+        await self.door.leave(device, address)
+        if self.engine.state.seat(device).lease:
+            self._apply(events.Barred(device))
+
+    def newest(self) -> Newest:
+        """Which version there is by now."""
+        state = self.engine.state
+        return Newest(state.version, state.version_rank, self.store.start(state.version))
 
     async def ask(self, device: str, ask: Ask) -> Assignment | NotNow:
         """Grant work or say when to come back."""
         if ask.rank not in self.federation.ladder:
             raise ProtocolError(f"Ask.rank: {ask.rank} is not on the ladder {list(self.federation.ladder)}")
+        if reason := REASONS.get(self.door.standing(device)):
+            return NotNow(STANDING_RETRY_S, reason)
         carry_rank = ask.carry_rank if self.federation.carries else 0
         elsewhere = await self._other_runs.heard(device, ask.run)
         # One at a time of a device: the disk must hear of its leases in the order in which they were granted.
         async with self._asking.setdefault(device, asyncio.Lock()):
-            return replace(await self._ask(device, ask.rank, carry_rank), elsewhere=elsewhere)
+            answer = await self._ask(device, ask.rank, carry_rank)
+        return replace(answer, elsewhere=elsewhere, renew=self.door.must_renew(device))
 
     async def _ask(self, device: str, rank: int, carry_rank: int) -> Assignment | NotNow:
         answer = self._apply(events.Asked(device, rank, secrets.token_hex(12), carry_rank))
@@ -230,6 +242,8 @@ class Coordinator:
     def heartbeat(self, device: str, assignment: str, beat: Heartbeat) -> HeartbeatReply:
         """Note progress; the answer says whether to go on."""
         version = self.require_assignment(device, assignment).version
+        if self.door.standing(device) != "member":
+            return HeartbeatReply("abandon")
         return HeartbeatReply(
             self._apply(events.Beat(device, assignment, version, beat.steps_done)).directive
         )
@@ -240,6 +254,11 @@ class Coordinator:
         if assignment is None:
             raise NotFound(f"assignment {id[:80]} is not one of this device's")
         return assignment
+
+    def require_counts(self, device: str) -> None:
+        """Raise StaleUpdate for a device whose work does not count at present."""
+        if reason := REASONS.get(self.door.standing(device)):
+            raise StaleUpdate(f"{reason}; its work does not count", current_version=self.engine.state.version)
 
     # --- uploads ---
 
@@ -283,6 +302,7 @@ class Coordinator:
 
     async def _deliver(self, device: str, id: str, update: Update) -> UpdateReply:
         assignment = self.require_assignment(device, id)
+        self.require_counts(device)
         if self.uploads.is_known(id, update):
             return UpdateReply(id, self.engine.state.version)
         self.uploads.check_claims(assignment, update)
@@ -292,8 +312,9 @@ class Coordinator:
         try:
             async with self._taking_in:
                 stored, fresh = await asyncio.to_thread(self.uploads.take_in, device, assignment, update)
-        except (AdapterError, TooLarge):
-            await asyncio.to_thread(self.store.refuse, device, id)
+        except (AdapterError, TooLarge) as error:
+            self.trail.add("update refused", device, detail=str(error))
+            await asyncio.to_thread(self.store.refuse, device, id, str(error)[:SHOWN])
             self._apply(events.Refused(device, id))
             raise
         if stored.factor < 1.0:
@@ -334,12 +355,7 @@ class Coordinator:
         now = self.now()
         spent = ledger.worst(self.store, self.privacy.delta) if self.privacy else None
         overview = Overview(self.federation, self.engine, self.store)
-        seen_s_ago = {device: now - seen for device, seen in self._seen.copy().items()}
+        seen_s_ago = {device: now - seen for device, seen in self.door.seen_at().items()}
         status = overview.status(seen_s_ago, self._examination.norm_bound(), spent)
         status = replace(status, bad_requests=min(self.refusals.count, MOST))
         return pages(status, self.limits.status_devices)
-
-
-def _hash(token: str) -> str:
-    """How a secret of 256 random bits is kept: one SHA-256 is enough, there is nothing to guess."""
-    return hashlib.sha256(token.encode(errors="surrogateescape")).hexdigest()

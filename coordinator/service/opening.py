@@ -18,7 +18,14 @@ from coordinator.storage.rows import Run, StoredUpdate
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep import folder_file
 from coordinator.upkeep.collection import Collector
-from coordinator.upkeep.data_folder import OURS, federation_of, join_token, require_new, require_sound
+from coordinator.upkeep.data_folder import (
+    OURS,
+    federation_of,
+    host_token,
+    join_token,
+    require_new,
+    require_sound,
+)
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import Assignment, Federation
 from edge_sdk.core.records import encode, to_json
@@ -36,7 +43,6 @@ class Opened:
     store: Store
     blobs: Blobs
     collector: Collector
-    join_token: str
     run: Run
     ration: Ration | None  # None without differential privacy
 
@@ -66,11 +72,11 @@ def open_folder(folder: Path, settings: Settings) -> Opened:
     collector = Collector(store, blobs, settings.storage.keep_versions, settings.policy.staleness_limit)
     require_sound(folder, store, blobs, collector.newest)
     collector.tidy()
-    token = join_token(folder)
+    host_token(folder), join_token(folder)
     _leave_out_unreadable(store)
     ration = _restored_ration(store, settings.privacy)
     run = folder_file.begin_run(folder, store, federation.id)
-    return Opened(federation, store, blobs, collector, token, run, ration)
+    return Opened(federation, store, blobs, collector, run, ration)
 
 
 def _leave_out_unreadable(store: Store) -> None:

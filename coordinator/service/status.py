@@ -31,7 +31,8 @@ class Overview:
         self, seen_s_ago: Mapping[str, float], norm_bound: float | None, spent: Spending | None
     ) -> Status:
         """The record. A device that is not in `seen_s_ago` was not heard of since the start: 0."""
-        state, versions, enrolled = self._engine.state, self._store.versions(NEWEST), self._store.devices()
+        state, versions = self._engine.state, self._store.versions(NEWEST)
+        enrolled = self._store.members.devices()
         return Status(
             federation=self._federation.id,
             version=state.version,

@@ -43,9 +43,14 @@ Point = Literal[
     # The file that says what the database must account for, at each start and version.
     "folder-file-written",
     "folder-file-renamed",
-    # The join token, at the first start.
+    # The tokens of this machine: at the first start, and the join token when a device is revoked.
     "token-written",
     "token-renamed",
+    # The key and the certificate that the coordinator makes itself, at the first start that needs them.
+    "tls-key-written",
+    "tls-key-renamed",
+    "tls-certificate-written",
+    "tls-certificate-renamed",
     # Rows: written in a transaction that is still open; committed.
     "meta-written",
     "meta-committed",
@@ -53,6 +58,16 @@ Point = Literal[
     "run-committed",
     "device-written",
     "device-committed",
+    "credential-written",
+    "credential-committed",
+    "seen-written",
+    "seen-committed",
+    "standing-written",
+    "standing-committed",
+    "invitation-written",
+    "invitation-committed",
+    "audit-written",
+    "audit-committed",
     "elsewhere-written",
     "elsewhere-committed",
     "assignment-written",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from edge_sdk.core.errors import InternalError, ProtocolError
 from edge_sdk.core.messages import Update
@@ -84,9 +85,60 @@ class Run:
         return f"{self.number}-{self.id}"
 
 
+Standing = Literal["waiting", "member", "suspended", "revoked", "left"]
+"""Of a device: not approved yet, taking part, held back by the host, put out for good, gone by itself."""
+
+
+@dataclass(frozen=True)
+class NewMember:
+    """A device that joins. `invitation`: the id of what let it in; None: the folder's join token.
+
+    `attempt_hash`: of a secret that the device repeats if it gets no answer; None where it sent none.
+    """
+
+    id: str
+    name: str
+    credential_hash: str
+    profile: Mapping[str, str]
+    standing: Standing = "member"
+    invitation: str | None = None
+    attempt_hash: str | None = None
+    address: str = ""
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What lets devices in until `expires_at`. `uses`: the most of them; None: any number. `used`: so far.
+
+    Times are seconds since 1970 by the host's clock.
+    """
+
+    id: str
+    description: str
+    made_at: float
+    expires_at: float
+    uses: int | None
+    used: int = 0
+
+
+@dataclass(frozen=True)
+class AuditEntry:
+    """Something that a host may want to look up: when, what, which device, from where. Holds no secret.
+
+    `times`: how often it happened within a minute.
+    """
+
+    at: float  # seconds since 1970
+    what: str
+    device: str = ""
+    address: str = ""
+    detail: str = ""
+    times: int = 1
+
+
 @dataclass(frozen=True)
 class Device:
-    """An enrolled device."""
+    """An enrolled device. Times are seconds since 1970; `seen_at` may be a minute old."""
 
     id: str
     name: str
@@ -94,3 +146,8 @@ class Device:
     updates: int
     mean_staleness: float
     refused: int
+    standing: Standing = "member"
+    refused_why: str = ""  # the last of those
+    joined_at: float = 0.0
+    seen_at: float | None = None
+    address: str = ""

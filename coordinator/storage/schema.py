@@ -108,6 +108,32 @@ MIGRATIONS = [
         device TEXT PRIMARY KEY REFERENCES devices(id), run TEXT NOT NULL, heard_in INTEGER NOT NULL
     ) STRICT;
     """,
+    # Who let a device in, how it stands, and when and from where it was heard of. A second credential
+    # waits until it is used.
+    """
+    CREATE TABLE invitations (
+        id TEXT PRIMARY KEY, token_hash TEXT NOT NULL UNIQUE, description TEXT NOT NULL,
+        made_at REAL NOT NULL, expires_at REAL NOT NULL, uses INTEGER, used INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE audit (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, what TEXT NOT NULL, device TEXT NOT NULL,
+        address TEXT NOT NULL, detail TEXT NOT NULL, times INTEGER NOT NULL
+    ) STRICT;
+    ALTER TABLE devices ADD COLUMN standing TEXT NOT NULL DEFAULT 'member';
+    UPDATE devices SET standing = 'revoked' WHERE revoked = 1;
+    ALTER TABLE devices DROP COLUMN revoked;
+    ALTER TABLE devices ADD COLUMN invitation TEXT;
+    ALTER TABLE devices ADD COLUMN attempt_hash TEXT;
+    ALTER TABLE devices ADD COLUMN next_credential_hash TEXT;
+    ALTER TABLE devices ADD COLUMN credential_at REAL NOT NULL DEFAULT 0;
+    UPDATE devices SET credential_at = joined_at;
+    ALTER TABLE devices ADD COLUMN refused_why TEXT NOT NULL DEFAULT '';
+    ALTER TABLE devices ADD COLUMN seen_at REAL;
+    ALTER TABLE devices ADD COLUMN address TEXT NOT NULL DEFAULT '';
+    CREATE UNIQUE INDEX devices_attempt ON devices(attempt_hash) WHERE attempt_hash IS NOT NULL;
+    CREATE UNIQUE INDEX devices_next ON devices(next_credential_hash)
+        WHERE next_credential_hash IS NOT NULL;
+    """,
 ]
 
 

@@ -7,15 +7,15 @@ never names bytes that are not there. The tables are in `schema.py`, the connect
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from coordinator.storage.database import Contradiction, Database
-from coordinator.storage.rows import Device, Run, StoredUpdate, Version, record_of
-from edge_sdk.core.errors import InternalError, ProtocolError, StaleUpdate
+from coordinator.storage.members import Members
+from coordinator.storage.rows import Run, StoredUpdate, Version, record_of
+from edge_sdk.core.errors import BadUpdates, InternalError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import encode
 
@@ -50,6 +50,7 @@ class Store:
 
     def __init__(self, path: Path, upgrade: bool = True) -> None:
         self.db = Database(path, upgrade)
+        self.members = Members(self.db)
 
     def close(self) -> None:
         """Fold the log into the file and let go of it."""
@@ -97,33 +98,9 @@ class Store:
         newest = "SELECT MAX(number) FROM runs"
         return self.db.rows(f"SELECT device, run FROM elsewhere WHERE heard_in = ({newest}) ORDER BY device")
 
-    # --- devices ---
-
-    def add_device(
-        self, id: str, name: str, credential_hash: str, profile: Mapping[str, str], now: float
-    ) -> None:
-        """Enrol a device. Only the hash of its credential is kept."""
-        with self.db.transaction("device-written", "device-committed") as db:
-            db.execute(
-                "INSERT INTO devices(id, name, credential_hash, profile, joined_at) VALUES (?, ?, ?, ?, ?)",
-                (id, name, credential_hash, json.dumps(dict(profile)), now),
-            )
-
-    def credentials(self) -> dict[str, str]:
-        """Hash of a credential -> the device that holds it, unless revoked."""
-        return dict(self.db.rows("SELECT credential_hash, id FROM devices WHERE revoked = 0"))
-
     def data_version(self) -> int:
         """A number that changes when another process has written here."""
         return self.db.data_version()
-
-    def devices(self) -> list[Device]:
-        """All devices in order of joining, with what they contributed."""
-        rows = self.db.rows(
-            "SELECT id, name, rank, merged, CAST(staleness_sum AS REAL) / MAX(1, merged), refused "
-            "FROM devices ORDER BY joined_at"
-        )
-        return [Device(*row) for row in rows]
 
     # --- assignments ---
 
@@ -183,10 +160,11 @@ class Store:
             found[device] = (*found.get(device, ()), pace_s)
         return found
 
-    def refuse(self, device: str, assignment: str) -> None:
+    def refuse(self, device: str, assignment: str, why: str) -> None:
         """Count a refused adapter, and end its assignment: the device gets other work."""
         with self.db.transaction("refusal-written", "refusal-committed") as db:
-            db.execute("UPDATE devices SET refused = refused + 1 WHERE id = ?", (device,))
+            change = "UPDATE devices SET refused = refused + 1, refused_why = ? WHERE id = ?"
+            db.execute(change, (why, device))
             db.execute("UPDATE assignments SET open = 0 WHERE id = ?", (assignment,))
 
     def close_assignments(self, ids: Iterable[str]) -> None:
@@ -205,9 +183,12 @@ class Store:
         Raises:
             ProtocolError: another adapter was handed in for this assignment before.
             StaleUpdate: another update of this device, from this version or a newer one, came first; or the
-                version that it was trained from was collected.
+                version that it was trained from was collected; or the device takes part no more.
         """
         with self.db.transaction("update-written", "update-committed") as db:
+            standing = "SELECT standing FROM devices WHERE id = ? AND standing != 'member'"
+            if row := db.execute(standing, (stored.device,)).fetchone():
+                raise StaleUpdate(f"this device is {row[0]}; its update does not count")
             known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
             if known:
                 if known[0] != stored.update.digest:
@@ -344,12 +325,19 @@ class Store:
 
         What a version costs in privacy follows from its row and its updates', so that it is known as long as
         the version is. No device may have two updates in it.
+
+        Raises:
+            BadUpdates: some are left out by now, because their device takes part no more; names them.
         """
         with self.db.transaction("version-written", "version-committed") as db:
             db.execute(
                 f"INSERT INTO versions({_VERSION_COLUMNS}) VALUES ({_VERSION_MARKS})",
                 dataclasses.astuple(version),
             )
+            out = "SELECT assignment, rejected FROM updates WHERE rejected IS NOT NULL AND assignment = ?"
+            gone = [row for id, _, _ in merged for row in db.execute(out, (id,))]
+            if gone:
+                raise BadUpdates.of(dict(gone))
             for id, weight, tau in merged:
                 changed = db.execute(
                     "UPDATE updates SET merged_version = ?, weight = ?, staleness = ? "

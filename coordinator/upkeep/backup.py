@@ -19,11 +19,17 @@ from coordinator.storage.failpoints import reach
 from coordinator.storage.schema import write_copy
 from coordinator.storage.store import DATABASE, Store
 from coordinator.upkeep import folder_file
-from coordinator.upkeep.data_folder import TOKEN_FILE, open_existing, write_token
+from coordinator.upkeep.data_folder import (
+    CERTIFICATE_FILE,
+    KEY_FILE,
+    TOKEN_FILE,
+    open_existing,
+    write_token,
+)
 from coordinator.upkeep.folder_file import FolderFile
 from edge_sdk.core.adapter_file.codec import sha256_file
 from edge_sdk.core.errors import InputError
-from edge_sdk.system.durable import fsync_file, fsync_folder, make_folder, move_into_place
+from edge_sdk.system.durable import fsync_file, fsync_folder, make_folder, move_into_place, replacing
 
 _UNFINISHED = f".{DATABASE}-new"
 TRIES = 20  # each is a version later than the one before; versions come no faster than blobs are copied
@@ -87,6 +93,13 @@ def _back_up(data: Path, out: Path, federation: str) -> Backup:
     if said:
         folder_file.write(out, said)
     write_token(out / TOKEN_FILE, (data / TOKEN_FILE).read_text().strip())
+    for name in (
+        KEY_FILE,
+        CERTIFICATE_FILE,
+    ):  # without the key, devices would not know a restored coordinator
+        if (data / name).exists():
+            with replacing(out / name) as file:
+                file.write((data / name).read_bytes())
     for folder in (out / "blobs", *(out / "blobs").iterdir()):
         fsync_folder(folder)
     reach("backup-ready")

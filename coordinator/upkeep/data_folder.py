@@ -20,8 +20,10 @@ from edge_sdk.core.messages import Federation
 from edge_sdk.core.records import decode
 from edge_sdk.system.durable import PRIVATE, Step, make_folder, replacing
 
-TOKEN_FILE, LOCK = "join-token", "coordinator.lock"
-_FILES = (DATABASE, FOLDER_FILE, TOKEN_FILE)  # each with what is written beside it
+TOKEN_FILE, HOST_TOKEN_FILE, LOCK = "join-token", "host-token", "coordinator.lock"
+KEY_FILE, CERTIFICATE_FILE = "tls-key.pem", "tls-cert.pem"
+_TOKENS, _TLS = (TOKEN_FILE, HOST_TOKEN_FILE), (KEY_FILE, CERTIFICATE_FILE)
+_FILES = (DATABASE, FOLDER_FILE, *_TOKENS, *_TLS)  # each with what is written beside it
 OURS = (*(f"{dot}{name}*" for name in _FILES for dot in ("", ".")), "blobs", "uploads", "cache", LOCK)
 
 
@@ -162,20 +164,33 @@ def is_served(folder: Path) -> bool:
 
 
 def join_token(folder: Path) -> str:
-    """The join token of this data folder: made at the first start, readable by the host alone.
+    """The token by which devices of this machine join: made at the first start, readable by the host alone.
 
     Raises:
         InputError: the file can be neither made nor read, or is empty.
     """
-    path = folder / TOKEN_FILE
+    return _token(folder / TOKEN_FILE)
+
+
+def host_token(folder: Path) -> str:
+    """The credential of the host itself, for what only a host may see. Made and kept likewise."""
+    return _token(folder / HOST_TOKEN_FILE)
+
+
+def replace_join_token(folder: Path) -> None:
+    """Make the join token void, and another in its place; a coordinator that runs hears of it."""
+    write_token(folder / TOKEN_FILE, secrets.token_hex(16))
+
+
+def _token(path: Path) -> str:
     try:
         if not path.exists():
             write_token(path, secrets.token_hex(16))  # never begins with a dash, as an option would
         token = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the join token can be neither made nor read ({error})") from error
+        raise InputError(f"{path}: the token can be neither made nor read ({error})") from error
     if not token:
-        raise InputError(f"{path} is empty; remove it, and a new join token is made")
+        raise InputError(f"{path} is empty; remove it, and another token is made")
     return token
 
 

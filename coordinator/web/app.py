@@ -14,10 +14,12 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 from coordinator.adapters.ladder import Rung
+from coordinator.limits.networks import network_of
 from coordinator.service.coordinator import Coordinator
 from coordinator.web import openapi
-from coordinator.web.addresses import client_address, network_of
+from coordinator.web.addresses import ENDPOINT, client_address, only_if_meant
 from coordinator.web.connections import at_work
+from coordinator.web.endpoint import Endpoint
 from coordinator.web.intake import Intake, receive
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file import codec
@@ -58,14 +60,16 @@ BROKE_OFF = "broke off"  # a word for the log
 DEVICE = "device"  # whose credential a request had
 
 
-def build_app(coordinator: Coordinator) -> web.Application:
-    """The application that serves one federation."""
-    app = web.Application(middlewares=[problem_documents], client_max_size=MAX_RECORD_BYTES)
+def build_app(coordinator: Coordinator, endpoint: Endpoint | None = None) -> web.Application:
+    """The application that serves one federation, at an endpoint or, without one, on this machine alone."""
+    app = web.Application(middlewares=[problem_documents, only_if_meant], client_max_size=MAX_RECORD_BYTES)
     app[COORDINATOR], app[INTAKE] = coordinator, Intake()
+    app[ENDPOINT] = endpoint or Endpoint()
+    prefix = app[ENDPOINT].serving.path_prefix
     app.cleanup_ctx.append(_ticking)
     for route in ROUTES:
         add = app.router.add_get if route.method == "GET" else partial(app.router.add_route, route.method)
-        add(route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
+        add(prefix + route.path, HANDLERS[route.name])  # what answers GET answers HEAD too
     return app
 
 
@@ -156,17 +160,22 @@ def _token(request: web.Request) -> str:
 
 def _device(request: web.Request) -> str:
     coordinator = request.app[COORDINATOR]
-    device = request[DEVICE] = coordinator.authenticate(_token(request))
+    device = request[DEVICE] = coordinator.door.authenticate(_token(request), client_address(request))
     coordinator.allowances.request(device)
     return device
 
 
-def _member_or_host(request: web.Request) -> None:
-    """Let in a device's credential or the join token."""
-    try:
-        request.app[COORDINATOR].require_join_token(_token(request))
-    except Unauthorised:
-        _device(request)
+def _member(request: web.Request) -> str:
+    """A device that takes part, or did when it began what it asks about."""
+    device = _device(request)
+    request.app[COORDINATOR].door.require_member(device)
+    return device
+
+
+def _host(request: web.Request) -> None:
+    """Let in the host alone."""
+    asked = f"{request.method} {request.path}"
+    request.app[COORDINATOR].door.require_host(_token(request), client_address(request), asked)
 
 
 async def _body(request: web.Request, kind: type[Record]) -> Record:
@@ -194,14 +203,19 @@ def _reply(record: Any, status: int = 200) -> web.Response:
 async def join(request: web.Request) -> web.Response:
     """POST /v1/join."""
     coordinator = request.app[COORDINATOR]
-    coordinator.require_join_token(_token(request))
-    body = await _body(request, JoinRequest)
-    return _reply(await coordinator.join(body, network_of(client_address(request))), status=201)
+    token, address = _token(request), client_address(request)
+    coordinator.door.require_invited(token, address)
+    reply = await coordinator.join(await _body(request, JoinRequest), token, address)
+    return _reply(reply, status=201)
 
 
 async def federation(request: web.Request) -> web.Response:
     """GET /v1/federation, for devices and for those about to join."""
-    _member_or_host(request)
+    door, token = request.app[COORDINATOR].door, _token(request)
+    if door.knows(token):
+        _device(request)
+    else:
+        door.require_invited(token, client_address(request))
     return _reply(request.app[COORDINATOR].federation)
 
 
@@ -228,6 +242,7 @@ async def upload_offset(request: web.Request) -> web.Response:
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
     device = _device(request)
     coordinator.require_assignment(device, id)
+    coordinator.require_counts(device)
     coordinator.require_upload(device)  # said before the bytes come
     request.app[INTAKE].require_room()
     return web.Response(headers={messages.UPLOAD_OFFSET: str(coordinator.uploads.stored_bytes(id))})
@@ -238,6 +253,7 @@ async def upload(request: web.Request) -> web.Response:
     coordinator, id = request.app[COORDINATOR], request.match_info["id"]
     device = _device(request)
     assignment = coordinator.require_assignment(device, id)
+    coordinator.require_counts(device)
     text = request.headers.get(messages.UPLOAD_OFFSET, "")
     if not text.isascii() or not text.isdigit() or len(text) > 15:
         raise ProtocolError(f"{messages.UPLOAD_OFFSET}: {text[:40]!r} is not a number of bytes")
@@ -260,7 +276,7 @@ async def deliver(request: web.Request) -> web.Response:
 
 async def adapter(request: web.Request) -> web.StreamResponse:
     """GET the adapter of a version at a rank, in a dtype: immutable, so any cache may keep it."""
-    _device(request)
+    _member(request)
     dtype = request.match_info.get("dtype", "float32")
     if dtype not in WIRE_DTYPES:
         raise NotFound(f"dtype {dtype[:40]!r} is not served; {', '.join(WIRE_DTYPES)} are")
@@ -296,7 +312,7 @@ class HeldFile(web.FileResponse):
 
 async def adapter_config(request: web.Request) -> web.Response:
     """GET the PEFT config beside that file."""
-    _device(request)
+    _member(request)
     coordinator = request.app[COORDINATOR]
     rank = _number(request, "rank")
     coordinator.require_version(_number(request, "version"), rank)
@@ -304,9 +320,28 @@ async def adapter_config(request: web.Request) -> web.Response:
     return web.json_response(codec.peft_config(base.model, base.modules, rank, scaling))
 
 
+async def newest(request: web.Request) -> web.Response:
+    """GET /v1/newest."""
+    _member(request)
+    return _reply(request.app[COORDINATOR].newest())
+
+
+async def renew(request: web.Request) -> web.Response:
+    """POST /v1/credential."""
+    device = _device(request)
+    return _reply(await request.app[COORDINATOR].door.renew(device, client_address(request)), status=201)
+
+
+async def leave(request: web.Request) -> web.Response:
+    """POST /v1/leave."""
+    device = _device(request)
+    await request.app[COORDINATOR].leave(device, client_address(request))
+    return web.Response(status=204)
+
+
 async def status(request: web.Request) -> web.Response:
-    """GET /v1/status, for devices and for the holder of the join token."""
-    _member_or_host(request)
+    """GET /v1/status, for the host."""
+    _host(request)
     page = request.query.get("page", "0")
     if not page.isascii() or not page.isdigit() or len(page) > 9:
         raise ProtocolError(f"page {page[:40]!r} is not a number")
@@ -330,6 +365,9 @@ HANDLERS: Mapping[str, Handler] = {
     "adapter": adapter,
     "adapter_in": adapter,
     "adapter_config": adapter_config,
+    "newest": newest,
+    "renew": renew,
+    "leave": leave,
     "status": status,
     "openapi": description,
 }

@@ -17,8 +17,9 @@ from typing import Any
 
 from aiohttp import web
 
-from coordinator.web.addresses import is_loopback, network_of
+from coordinator.limits.networks import network_of
 from coordinator.web.unread import Patience, taken_bytes
+from edge_sdk.core.addresses import is_local
 
 LOOKS = 6  # at what an answer's receiver takes, within the time that it has
 
@@ -78,7 +79,7 @@ class Connections:
         """A seat for a connection that was just accepted; None if all others are at work."""
         network = network_of(address)
         known = self._networks.get(network)
-        most = self._of_address if self._strict or not is_loopback(address) else None
+        most = self._of_address if self._strict or not is_local(address) else None
         if known and most and known.count >= most and not self._close_quietest(known.quiet):
             return None
         if len(self._all) >= self._most and not self.make_room():

@@ -34,7 +34,12 @@ SCHEMES: Json = {
     "joinToken": {
         "type": "http",
         "scheme": "bearer",
-        "description": "The host's: it lets devices in, and shows the federation.",
+        "description": "Of an invitation, or of this machine: it lets a device in, and no more.",
+    },
+    "hostToken": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "The host's own; it lies in the data folder.",
     },
     "credential": {
         "type": "http",
@@ -46,6 +51,7 @@ SECURITY: dict[Caller, list[Json]] = {
     "join token": [{"joinToken": []}],
     "credential": [{"credential": []}],
     "either": [{"credential": []}, {"joinToken": []}],
+    "host": [{"hostToken": []}],
     "anyone": [],
 }
 

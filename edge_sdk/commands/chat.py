@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from edge_sdk.commands.device_config import TOKEN_VARIABLE, TRUST
+from edge_sdk.commands import destination
+from edge_sdk.commands.device_config import TRUST
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.terminal import complain, write_text
 
@@ -24,8 +24,7 @@ HELP = f"Ask anything; each prompt stands alone. {QUIT} or Ctrl-D leaves, Ctrl-C
 def add_to(commands: Any) -> None:
     """Add the command and its flags."""
     chat = commands.add_parser("chat", help="ask the base with the newest version of the adapter")
-    chat.add_argument("url", help="address of the coordinator")
-    chat.add_argument("--token", help=f"join token, where this device has not joined (or {TOKEN_VARIABLE})")
+    destination.add_to(chat)
     chat.add_argument("--name", help="how the host sees this device (default: the host name)")
     chat.add_argument("--model", help="where the base model lies here (default: what the federation names)")
     chat.add_argument("--state", type=Path, help="the folder that `join` uses, if you named one")
@@ -44,10 +43,12 @@ def run(options: argparse.Namespace) -> int:
 
     if options.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {options.max_new_tokens} must be 1 or more")
+    to = destination.of(options)
+    if to is None:
+        raise InputError("give the address of the coordinator or an invitation")
     chosen = {"name": options.name} if options.name else {}
     agent = Agent(
-        options.url,
-        join_token=options.token or os.environ.get(TOKEN_VARIABLE),
+        **to.for_agent(),
         options=Options(
             **chosen,
             model=options.model,
@@ -56,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
             device=options.device,
             quantise=not options.no_quantise,
             trust_remote_code=options.trust_remote_code,
+            ca=Path(options.ca) if options.ca else None,
+            insecure=bool(options.insecure),
         ),
         on_event=lambda event: None,
     )

@@ -1,6 +1,6 @@
 """How a device takes part, as its owner writes it down: a TOML file, the flags of `join`, or both.
 
-url = "http://192.168.1.20:8765"
+url = "@invitation"               # a file, or the invitation, or once this device has joined an address
 data = "notes.jsonl"              # paths are relative to the file
 memory_budget = "6GB"
 [conditions]
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edge_sdk.commands.destination import FILE_MARK
 from edge_sdk.conditions import Conditions
 from edge_sdk.core import toml_file
 from edge_sdk.core.choice.setting import Ranks
@@ -28,9 +29,8 @@ from edge_sdk.core.profile import load_profile
 from edge_sdk.options import Limits, Options
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-PATHS = ("data", "state")
+PATHS = ("data", "state", "ca")
 TRUST = "let code that comes with the base model run on this machine"
-TOKEN_VARIABLE = "EDGE_JOIN_TOKEN"  # where the join token may be, if nothing else says it
 Record = TypeVar("Record")
 
 
@@ -65,6 +65,8 @@ class DeviceConfig:
     url: str | None = None
     data: str | None = None
     token: str | None = None
+    ca: str | None = None
+    insecure: bool | None = None
     name: str | None = None
     model: str | None = None
     state: str | None = None
@@ -100,6 +102,8 @@ class DeviceConfig:
             "name": self.name,
             "model": self.model,
             "state_dir": Path(self.state) if self.state else None,
+            "ca": Path(self.ca) if self.ca else None,
+            "insecure": self.insecure,
             "profile": load_profile(self.profile) if self.profile else None,
             "memory_budget_bytes": parse_bytes(self.memory_budget) if self.memory_budget else None,
             "ranks": Ranks.parse(self.rank) if self.rank else None,
@@ -135,6 +139,8 @@ def load_device_config(path: Path) -> DeviceConfig:
     paths: dict[str, Any] = {
         name: str(path.parent / value) for name in PATHS if (value := getattr(config, name))
     }
+    if config.url and config.url.startswith(FILE_MARK):
+        paths["url"] = FILE_MARK + str(path.parent / config.url.removeprefix(FILE_MARK))
     return dataclasses.replace(config, **paths)
 
 

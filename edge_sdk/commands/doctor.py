@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edge_sdk.commands.device_config import TOKEN_VARIABLE, TRUST
+from edge_sdk.commands import destination
+from edge_sdk.commands.device_config import TRUST
 from edge_sdk.core.records import to_json
 from edge_sdk.system.terminal import say_text
 
@@ -23,8 +24,7 @@ def add_to(commands: Any) -> None:
         description="Checks this machine and says what mends it. Nothing is joined or downloaded.",
         epilog="Exit code: 0 fit, warnings or not; 1 something must be mended first; 2 the command is wrong.",
     )
-    doctor.add_argument("url", nargs="?", help="address of the coordinator (default: the machine alone)")
-    doctor.add_argument("--token", help=f"join token (or set {TOKEN_VARIABLE})")
+    destination.add_to(doctor)
     doctor.add_argument("--data", type=Path, help="JSONL file with this device's own text")
     doctor.add_argument("--model", help="base model (default: the federation's, or `tiny`)")
     doctor.add_argument("--state", type=Path, help="folder that joining would use")
@@ -40,15 +40,19 @@ def run(options: argparse.Namespace) -> int:
     from edge_sdk.diagnosis.check import painted, rendered
     from edge_sdk.options import Options
 
+    to = destination.of(options)
     plan = doctor.JoinPlan(
         options=Options(
             model=options.model,
             state_dir=options.state,
             device=options.device,
             trust_remote_code=options.trust_remote_code,
+            ca=Path(options.ca) if options.ca else None,
+            insecure=bool(options.insecure),
         ),
-        url=options.url,
-        token=options.token or os.environ.get(TOKEN_VARIABLE),
+        url=to.url if to else None,
+        token=to.token if to else None,
+        pin=to.pin if to else "",
         data=options.data,
     )
     terminal = sys.stdout.isatty()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import signal
 import sys
 import threading
@@ -12,13 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_sdk.commands.device_config import (
-    TOKEN_VARIABLE,
-    TRUST,
-    DeviceConfig,
-    LimitsConfig,
-    load_device_config,
-)
+from edge_sdk.commands import destination
+from edge_sdk.commands.device_config import TRUST, DeviceConfig, LimitsConfig, load_device_config
 from edge_sdk.conditions import Conditions
 from edge_sdk.core.errors import InputError
 from edge_sdk.system.terminal import say
@@ -35,10 +29,9 @@ SAY_AFTER_S = 0.5  # a stop that takes longer says why
 def add_to(commands: Any) -> None:
     """Add the command and its flags."""
     join = commands.add_parser("join", help="take part in a federation until interrupted")
-    join.add_argument("url", nargs="?", help="address of the coordinator, e.g. http://192.168.1.20:8765")
+    destination.add_to(join)
     join.add_argument("--config", type=Path, help="TOML file with any of these; flags win over it")
     join.add_argument("--data", help="JSONL file with this device's own text")
-    join.add_argument("--token", help=f"join token, needed the first time (or set {TOKEN_VARIABLE})")
     join.add_argument("--name", help="how the host sees this device (default: the host name)")
     join.add_argument("--model", help="where the base model lies here (default: what the federation names)")
     join.add_argument("--state", help="folder for what must survive a crash")
@@ -101,23 +94,25 @@ def run(options: argparse.Namespace) -> int:
     config = _told(options)
     if options.config:
         config = config.over(load_device_config(options.config))
-    if config.url is None:
-        raise InputError('give the address of the coordinator, or url = "…" in a --config file')
+    to = destination.find(config.url, options.token, config.token)
+    if to is None:
+        raise InputError(
+            'give the address of the coordinator or an invitation, or url = "…" in a --config file'
+        )
     if config.data is None:
         raise InputError('give --data FILE, or data = "…" in a --config file')
     if config.updates is not None and config.updates < 1:
         raise InputError(f"--updates {config.updates} must be 1 or more")
-    chosen, token = config.options(), config.token or os.environ.get(TOKEN_VARIABLE)
+    chosen = config.options()
     if options.dry_run:
         from edge_sdk.diagnosis import dry_run
 
-        say(*dry_run.lines(dry_run.examine(config.url, token, Path(config.data), chosen)))
+        say(*dry_run.lines(dry_run.examine(to.url, to.token, Path(config.data), chosen, to.pin)))
         return 0
     priority.lower_process(chosen.nice)
     agent = Agent(
-        config.url,
+        **to.for_agent(),
         data=config.data,
-        join_token=token,
         options=chosen,
         on_event=_event_printer(),
     )

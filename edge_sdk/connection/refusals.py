@@ -27,7 +27,8 @@ from edge_sdk.core.errors import (
 from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE
 from edge_sdk.system.backoff import WAIT, asked_wait_s, within_reason
 
-PASSING = (408, 425, 429)  # and all from 500 on: the same request may succeed later
+PASSING = (408, 421, 425, 429)  # and all from 500 on: the same request may succeed later
+BODY_TOO_LARGE = "body_too_large"  # among an error's details: a proxy on the way takes no such body
 # What only this side can find: of its disk, its memory, its training and its owner's words.
 OWN = (Unwritable, WorkerDied, OutOfMemory, Unreachable, InputError, BadUpdates)
 BODYLESS: dict[int, type[EdgeError]] = {401: Unauthorised, 404: NotFound}  # what HEAD is refused with
@@ -55,6 +56,9 @@ def _error(response: httpx.Response) -> EdgeError:
     text = json.dumps(response.content[:80].decode("utf-8", "replace"))  # whatever charset it claims
     if passing:
         return OurFault(f"the server answered {status}: {text}")
+    if status == 413:
+        reason = f"a proxy before {response.request.url} takes no body of that size"
+        return Unreachable(f"{reason}; its host may raise the limit", **{BODY_TOO_LARGE: True})
     if response.is_redirect:
         to = response.headers.get("Location", "")[:80]
         return Unreachable(f"{response.request.url} sends on to {to!r}; give the coordinator's own address")

@@ -20,9 +20,11 @@ from edge_sdk.connection import answers
 from edge_sdk.connection.answers import PLAIN, Patience
 from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.partial_download import Part
-from edge_sdk.connection.refusals import error_of
+from edge_sdk.connection.refusals import BODY_TOO_LARGE, error_of
+from edge_sdk.connection.trust import Trust, explained
 from edge_sdk.core import messages
 from edge_sdk.core.adapter_file.dtypes import WireDtype
+from edge_sdk.core.addresses import is_local
 from edge_sdk.core.errors import InputError, OffsetConflict, OurFault, ProtocolError, Unreachable
 from edge_sdk.core.messages import (
     Ask,
@@ -32,6 +34,8 @@ from edge_sdk.core.messages import (
     HeartbeatReply,
     JoinReply,
     JoinRequest,
+    NewCredential,
+    Newest,
     NotNow,
     Status,
     Update,
@@ -61,17 +65,22 @@ class Transport:
     """Calls of one device. `token` is its credential, or the join token before it has one.
 
     `link` is the measured throughput; `link_file` keeps it for the next start. `server_date` is the Date
-    header of the last answer.
+    header of the last answer. Nothing is sent to anybody but those whom `trust` allows.
 
     Raises:
-        InputError: the address or the token cannot be one; nothing was sent.
+        InputError: the address or the token cannot be one, or is not to be trusted; nothing was sent.
     """
 
-    def __init__(self, url: str, token: str, link_file: Path | None = None) -> None:
+    def __init__(
+        self, url: str, token: str, link_file: Path | None = None, trust: Trust | None = None
+    ) -> None:
         _require_address(url)
+        trust = trust or Trust()
+        trust.require(url)
         if not (token.isascii() and token.isprintable() and token.strip() == token != ""):
             raise InputError("the token is not one: it must be printable ASCII without spaces around it")
-        self.url = url.rstrip("/")
+        self.url, self.trust = url.rstrip("/"), trust
+        self._tls = trust.context(url)
         self._headers = {"Authorization": f"Bearer {token}", **PLAIN}
         self._link_file = link_file
         self.link = load_link(link_file) if link_file else LinkSpeed()
@@ -84,7 +93,14 @@ class Transport:
         self._http.close()
 
     def _client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=TIMEOUT, headers=self._headers)
+        # What is on this machine is asked without a proxy, which would be another one.
+        return httpx.Client(
+            base_url=self.url,
+            timeout=TIMEOUT,
+            headers=self._headers,
+            verify=self._tls,
+            trust_env=not is_local(httpx.URL(self.url).host),
+        )
 
     def federation(self) -> Federation:
         """What there is to take part in."""
@@ -105,6 +121,18 @@ class Transport:
         """Report progress."""
         route = messages.HEARTBEAT.format(id=assignment)
         return self._record(HeartbeatReply, self._send("POST", route, record=beat, timeout=BEAT_TIMEOUT))
+
+    def newest(self) -> Newest:
+        """Which version there is by now."""
+        return self._record(Newest, self._send("GET", messages.NEWEST))
+
+    def renew(self) -> NewCredential:
+        """Ask for another credential; the present one holds until that one is used."""
+        return self._record(NewCredential, self._send("POST", messages.CREDENTIAL))
+
+    def leave(self) -> None:
+        """Give the membership back."""
+        self._send("POST", messages.LEAVE)
 
     def status(self) -> Status:
         """The federation at a glance, with all its devices; as many requests as they have pages.
@@ -136,16 +164,20 @@ class Transport:
         """
         route, size_bytes = messages.UPLOAD.format(id=assignment), path.stat().st_size
         first = offset = self._stored_bytes(route)
-        began, piece_bytes, conflicts = time.monotonic(), PIECE_BYTES, 0
+        began, conflicts = time.monotonic(), 0
+        piece_bytes = min(PIECE_BYTES, self._most_piece_bytes)
         while offset < size_bytes:
             piece = _Piece(path, offset, min(piece_bytes, size_bytes - offset))
             piece_began = time.monotonic()
             try:
                 offset = self._append(route, piece, stopping)
-            except (Unreachable, OurFault):
+            except (Unreachable, OurFault) as error:
                 # A proxy may take no body of that size: this upload goes on, and the next begins, below it.
-                self._most_piece_bytes = max(PIECE_BYTES, piece.size_bytes // 2)
-                raise
+                said_so = BODY_TOO_LARGE in error.details
+                least_bytes = LEAST_PIECE_BYTES if said_so else PIECE_BYTES
+                self._most_piece_bytes = max(least_bytes, piece.size_bytes // 2)
+                if not said_so or piece.size_bytes <= LEAST_PIECE_BYTES:
+                    raise
             except OffsetConflict:
                 conflicts += 1
                 if conflicts == UPLOAD_TRIES:
@@ -291,9 +323,13 @@ class Transport:
             raise Unreachable(f"{self.url} does not answer like a coordinator: {error}") from error
 
     def _unreachable(self, error: httpx.RequestError) -> Unreachable:
+        if (found := explained(self.url, error)) is not None:
+            return found
         reason = str(error) or type(error).__name__
+        hung_up = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
+        hint = "; one that speaks TLS has an https:// address" if hung_up and self.url[:5] == "http:" else ""
         return Unreachable(
-            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs"
+            f"no coordinator answers at {self.url} ({reason}); check the address and that it runs{hint}"
         )
 
 
@@ -306,7 +342,7 @@ def _require_address(url: str) -> None:
     except httpx.InvalidURL:
         good = False
     if not good:
-        raise InputError(f"{url!r} is no address of a coordinator; write it like http://192.168.1.20:8765")
+        raise InputError(f"{url!r} is no address of a coordinator; write it like https://192.168.1.20:8765")
 
 
 def _heed(stopping: Callable[[], bool] | None) -> None:

@@ -12,6 +12,7 @@ EdgeError
 │   ├── StaleUpdate       409  trained from a version too old to merge; carries the current version
 │   ├── OffsetConflict    409  an upload continued at the wrong byte; carries the right one
 │   ├── TooLarge          413  a body or file over its cap
+│   ├── WrongHost         421  meant for another host, or sent past the proxy that it should come by
 │   └── AdapterError      422  an adapter whose modules, shapes, dtypes or values are wrong
 ├── OurFault
 │   ├── InternalError     500  a bug, or a read-only or broken disk, on the answering side
@@ -22,6 +23,7 @@ EdgeError
 │   ├── BadUpdates        500  acknowledged updates cannot be merged; names each, and what is wrong with it
 │   └── WorkerDied        500  the process that trains ended on its own; carries the reason and the last step
 ├── Unreachable           503  nobody answered; try again later
+│   └── WrongKey          503  somebody answers who is not the coordinator that is meant; nothing was sent
 └── OutOfMemory           507  this machine's memory was not enough; a smaller setting may be
 """
 
@@ -125,6 +127,13 @@ class TooLarge(TheirFault):
     title = "too large"
 
 
+class WrongHost(TheirFault):
+    """A request that is not meant for this coordinator, or did not come the way that its host wants."""
+
+    status = 421
+    title = "wrong host"
+
+
 class AdapterError(TheirFault):
     """An adapter's modules, shapes, dtypes or values are wrong; names the module."""
 
@@ -206,6 +215,12 @@ class Unreachable(EdgeError):
 
     status = 503
     title = "unreachable"
+
+
+class WrongKey(Unreachable):
+    """Whoever answers at the coordinator's address is somebody else. No request was sent, so no secret."""
+
+    title = "wrong key"
 
 
 class OutOfMemory(EdgeError):

@@ -19,6 +19,7 @@ from edge_sdk.core.adapter_file.dtypes import WireDtype
 from edge_sdk.core.errors import BaseMismatch, ProtocolError
 from edge_sdk.core.flexlora import Split
 from edge_sdk.core.ranges import (
+    Attempt,
     ByteCount,
     Count,
     Credential,
@@ -56,6 +57,9 @@ UPDATE = "/v1/assignments/{id}/update"
 ADAPTER = "/v1/versions/{version}/ranks/{rank}/adapter_model.safetensors"
 ADAPTER_IN = "/v1/versions/{version}/ranks/{rank}/{dtype}/adapter.safetensors"
 ADAPTER_CONFIG = "/v1/versions/{version}/ranks/{rank}/adapter_config.json"
+NEWEST = "/v1/newest"
+CREDENTIAL = "/v1/credential"
+LEAVE = "/v1/leave"
 STATUS = "/v1/status"
 OPENAPI = "/v1/openapi.json"
 
@@ -148,12 +152,17 @@ class Federation:
 
 @dataclass(frozen=True)
 class JoinRequest:
-    """A device introduces itself. `profile` is a DeviceProfile as JSON text, for the host's eyes only."""
+    """A device introduces itself. `profile` is a DeviceProfile as JSON text, for the host's eyes only.
+
+    `attempt`: a secret of the device, the same each time until it has its answer: a join whose answer was
+    lost is not another device, and uses an invitation once. "" from a device that has none.
+    """
 
     name: Name
     fingerprint: Digest
     profile: Annotated[dict[Name, Text], Meta(max_length=100)] = field(default_factory=dict)
     protocol: Count = PROTOCOL_VERSION
+    attempt: Attempt = ""
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,22 @@ class JoinReply:
     credential: Credential
     federation: Federation
     run: Run = ""  # as in Assignment
+
+
+@dataclass(frozen=True)
+class NewCredential:
+    """A credential in place of the one that asked for it, which holds until this one is used."""
+
+    credential: Credential
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest version: its number, its live rank (0: it changes nothing), and `start` as in Assignment."""
+
+    version: Version
+    rank: RankOrNone
+    start: Start = ""
 
 
 @dataclass(frozen=True)
@@ -199,6 +224,7 @@ class Assignment:
     run: Run = ""
     # The run that the device asked with is not one of this folder: a copy of that runs, or an older backup.
     elsewhere: bool = False
+    renew: bool = False  # the device's credential is old: it asks for another
 
 
 @dataclass(frozen=True)
@@ -208,6 +234,7 @@ class NotNow:
     retry_after_s: Seconds
     reason: Text
     elsewhere: bool = False  # as in Assignment
+    renew: bool = False  # likewise
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,10 @@ Run = Annotated[str, Meta(pattern=r"^([1-9][0-9]{0,9}-[0-9a-f]{8})?(?!\n)$")]
 """The number of a coordinator's start and a random id, or nothing."""
 Credential = Annotated[str, Meta(pattern=r"^[!-~]{1,256}(?!\n)$")]
 """What fits into an Authorization header."""
+Attempt = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_-]{16,64})?(?!\n)$")]
+"""A secret that names an attempt to join, or nothing."""
+Pin = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_-]{43})?(?!\n)$")]
+"""What `edge_sdk.core.invitation.pin_of` makes of a public key, or nothing."""
 Key = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}(?!\n)$")]
 """The name of a module, or a number as the key of an object."""
 Name = Annotated[str, Meta(max_length=1024)]

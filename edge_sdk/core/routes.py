@@ -29,7 +29,7 @@ from edge_sdk.core.errors import (
 )
 from edge_sdk.core.ranges import ByteCount, Count, Id, Rank, Version
 
-Caller = Literal["join token", "credential", "either", "anyone"]
+Caller = Literal["join token", "credential", "either", "host", "anyone"]
 """Whose secret a request carries, as `Authorization: Bearer …`; anyone needs none."""
 
 PLACEHOLDERS: dict[str, Any] = {"id": Id, "version": Version, "rank": Rank, "dtype": WireDtype}
@@ -227,11 +227,38 @@ ROUTES = (
         refusals=(Unauthorised, NotFound),
     ),
     Route(
+        "newest",
+        "GET",
+        messages.NEWEST,
+        "Which version there is by now.",
+        caller="credential",
+        answers=(Answer(200, messages.Newest, "The newest."),),
+        refusals=(Unauthorised,),
+    ),
+    Route(
+        "renew",
+        "POST",
+        messages.CREDENTIAL,
+        "Another credential; the one that asks for it holds until the new one is used.",
+        caller="credential",
+        answers=(Answer(201, messages.NewCredential, "Shown this once."),),
+        refusals=(Unauthorised,),
+    ),
+    Route(
+        "leave",
+        "POST",
+        messages.LEAVE,
+        "Give the membership back. What the device handed in until now still counts.",
+        caller="credential",
+        answers=(Answer(204, None, "The credential lets nobody in any more."),),
+        refusals=(Unauthorised,),
+    ),
+    Route(
         "status",
         "GET",
         messages.STATUS,
-        "The federation at a glance.",
-        caller="either",
+        "The federation at a glance, for its host.",
+        caller="host",
         queries=(PAGE,),
         answers=(Answer(200, messages.Status, "At most a moment old."),),
         refusals=(Unauthorised, NotFound),

@@ -34,6 +34,7 @@ class JoinPlan:
     url: str | None = None
     token: str | None = None
     data: Path | None = None
+    pin: str = ""  # of the coordinator's key, as the invitation says
 
     @property
     def folder(self) -> Path:
@@ -87,12 +88,14 @@ def examine(plan: JoinPlan) -> Iterator[Check]:
 def _transport(plan: JoinPlan) -> tuple[Transport, bool] | None:
     """The connection that joining would make, and whether it has a token; None without an address."""
     from edge_sdk.connection.transport import Transport
+    from edge_sdk.membership.known_coordinator import names_another_key, trust_in
 
     if plan.url is None:
         return None
     known = Journal(plan.folder).load() if (plan.folder / SESSION).exists() else None
-    token = known.credential if known else plan.token
-    return Transport(plan.url, token or NO_TOKEN), bool(token)
+    trust = trust_in(plan.url, plan.pin, plan.options, known)
+    token = known.credential if known and not names_another_key(plan.pin, known) else plan.token
+    return Transport(plan.url, token or NO_TOKEN, trust=trust), bool(token)
 
 
 def _coordinator(plan: JoinPlan) -> tuple[list[Check], Federation | None]:

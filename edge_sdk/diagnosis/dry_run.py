@@ -19,6 +19,8 @@ from edge_sdk.core.errors import InputError, OurFault, TheirFault, Unreachable
 from edge_sdk.core.messages import Ask, Federation
 from edge_sdk.core.records import to_json
 from edge_sdk.membership import identity, limits
+from edge_sdk.membership.journal import SESSION, Journal
+from edge_sdk.membership.known_coordinator import trust_in
 from edge_sdk.membership.limits import Demand
 from edge_sdk.model import files
 from edge_sdk.options import Options, default_state_dir
@@ -47,8 +49,8 @@ class DryRun:
     objection: str = ""  # why joining would end before anything is sent
 
 
-def examine(url: str, token: str | None, data: Path, options: Options) -> DryRun:
-    """Fetch the federation's record, and work out the rest here.
+def examine(url: str, token: str | None, data: Path, options: Options, pin: str = "") -> DryRun:
+    """Fetch the federation's record from whoever has the pinned key, and work out the rest here.
 
     Raises:
         InputError: no token, or the data cannot be read.
@@ -57,13 +59,14 @@ def examine(url: str, token: str | None, data: Path, options: Options) -> DryRun
     if not token:
         raise InputError("a dry run shows the federation's record, which needs its join token")
     examples = len(load_examples(data))
-    transport = Transport(url, token)
+    state = options.state_dir or default_state_dir(url, options.name)
+    known = Journal(state).load() if (state / SESSION).exists() else None
+    transport = Transport(url, token, trust=trust_in(url, pin, options, known))
     try:
         federation = transport.federation()
     finally:
         transport.close()
     demands = limits.demands(federation, options.limits)
-    state = options.state_dir or default_state_dir(url, options.name)
     stays = (
         f"{data}: {examples} examples, {human_bytes(data.stat().st_size)}; nothing of its text is sent",
         f"the base model, and the adapter's optimiser moments and checkpoints in {state}",
@@ -86,7 +89,7 @@ def _sent(federation: Federation, options: Options, state: Path) -> tuple[tuple[
             rank, carry_rank = chosen.rank, chosen.setting.carry_rank
     except (TheirFault, OurFault, Unreachable) as error:
         objection = str(error)
-    joining = to_json(identity.request(fingerprint, options))
+    joining = to_json(identity.request(fingerprint, options, "a secret of this attempt"))
     training = federation.training
     most, size = training.steps * training.batch, limits.upload_bytes(federation, rank)
     update: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_sdk.core.choice.memory import human_bytes
-from edge_sdk.core.errors import EdgeError, InputError, TheirFault, Unauthorised
+from edge_sdk.core.errors import EdgeError, InputError, TheirFault, Unauthorised, WrongKey
 from edge_sdk.core.messages import Federation
 from edge_sdk.diagnosis.check import Check, fine, not_fine, warning
 from edge_sdk.model import files
@@ -38,6 +38,10 @@ def coordinator_check(transport: Transport, has_token: bool) -> tuple[Check, Fed
             return warning("coordinator", found, "add --token TOKEN, the federation's join token"), None
         mend = "ask the host for the join token; it lies in the file `join-token` of its data folder"
         return not_fine("coordinator", f"{transport.url} answers: {error}", mend), None
+    except WrongKey as error:
+        return not_fine(
+            "coordinator", str(error), "on the host, `edge-coordinator invite`; here, the invitation"
+        ), None
     except EdgeError as error:
         mend = "on the host, `edge-coordinator serve --host 0.0.0.0` and an open port; here, the network"
         if isinstance(error, TheirFault):

@@ -22,7 +22,7 @@ DISTRIBUTION = "flexlora-edge"
 INSTALL = f'python -m pip install -U "{DISTRIBUTION}[edge]"'
 TORCH_BUILDS = "https://pytorch.org/get-started/locally/"
 # bitsandbytes is not among them: without it training goes on unquantised, and the 4-bit trial reports it.
-LIBRARIES = ("torch", "transformers", "accelerate", "peft", "httpx", "psutil")
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "httpx", "cryptography", "psutil")
 IMPORT_S = 180.0
 
 # Resident memory of a process that has imported every library: 0.4 GB (measured, Linux, CPU build of torch).

@@ -68,7 +68,7 @@ def fingerprint(federation: Federation, options: Options, digests: Path) -> str:
     return found.fingerprint
 
 
-def request(base: str, options: Options) -> JoinRequest:
-    """How this device introduces itself; `base` is its model's fingerprint."""
+def request(base: str, options: Options, attempt: str) -> JoinRequest:
+    """How this device introduces itself; `base` is its model's fingerprint, `attempt` as in JoinRequest."""
     device = options.profile or probe(quick=True, folder=options.state_dir or cache_dir())
-    return JoinRequest(options.name, base, device.summary())
+    return JoinRequest(options.name, base, device.summary(), attempt=attempt)

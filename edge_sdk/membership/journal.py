@@ -4,6 +4,7 @@ session.json                 replaced as a whole, readable by the owner alone (i
 checkpoint.safetensors       of the assignment in hand; the trainer writes it
 outbox.safetensors           the finished adapter, until it is delivered
 adapters/{…}.safetensors     downloaded versions; can be fetched again (`served` for one that only asks)
+attempt                      a secret that is sent with each try to join, until one is answered
 digests.json                 of the base model's files, which take a minute to read
 link.json                    measured throughput to the coordinator (see `link_speed`)
 memory.json                  measured against estimated memory (see `corrections`)
@@ -13,6 +14,9 @@ lock                         held by the agent that trains; the system lets go o
 from __future__ import annotations
 
 import contextlib
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,10 +27,11 @@ from edge_sdk.core.records import decode, encode
 from edge_sdk.membership.session import Session
 from edge_sdk.system.durable import PRIVATE, make_folder, make_private, write_durably
 
-SESSION, DIGESTS = "session.json", "digests.json"
+SESSION, ATTEMPT, DIGESTS = "session.json", "attempt", "digests.json"
 LEFT_BEHIND = (".*.tmp", "*.new")  # by a process that was killed while it wrote; `.new` by earlier releases
 OURS = (
     SESSION,
+    ATTEMPT,
     DIGESTS,
     "checkpoint.*",
     "outbox.*",
@@ -108,6 +113,34 @@ class Journal:
             Unwritable: the one before survives.
         """
         write_durably(self._session, encode(session, indent=1))
+
+    def attempt(self) -> str:
+        """The secret of the attempt to join that is under way: the same over restarts, until it is answered.
+
+        Raises:
+            Unwritable: it cannot be kept.
+        """
+        path = self.folder / ATTEMPT
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            known = path.read_text(encoding="ascii")
+            if re.fullmatch(r"[A-Za-z0-9_-]{32}", known):
+                return known
+        made = secrets.token_urlsafe(24)
+        write_durably(path, made.encode())
+        return made
+
+    def end_attempt(self) -> None:
+        """It was answered, and the session is kept."""
+        (self.folder / ATTEMPT).unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove what made this device a member, and all that it holds of the federation."""
+        for pattern in OURS:
+            for path in self.folder.glob(pattern):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != "lock":
+                    path.unlink(missing_ok=True)
 
     def clear_work(self) -> None:
         """Forget checkpoint and outbox, once the session no longer needs them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -11,19 +12,31 @@ from edge_sdk.core.errors import InputError, OurFault, Unauthorised, Unreachable
 from edge_sdk.core.messages import Federation
 from edge_sdk.membership import identity, limits
 from edge_sdk.membership.journal import DIGESTS, Journal
+from edge_sdk.membership.known_coordinator import names_another_key, require_known, trust_in
 from edge_sdk.membership.session import Session, dropped, joined
 from edge_sdk.options import Options, default_state_dir
 
+FORGOTTEN = "the coordinator does not know this device any more"
 MOST_TOLD_OF = 100  # runs; whoever makes up more of them than that is not listened to
 
 
 class Membership:
-    """One device's place in one federation. Only the agent's thread saves; `recall` is for any thread."""
+    """One device's place in one federation. Only the agent's thread saves; `recall` is for any thread.
 
-    def __init__(self, url: str, options: Options, join_token: str | None, tell: Teller) -> None:
+    Args:
+        url: of the coordinator.
+        options: how the device takes part.
+        join_token: what lets it in, until it has joined.
+        tell: hears what happens.
+        pin: of the coordinator's key, if the owner was told it; otherwise the one of the session counts.
+    """
+
+    def __init__(
+        self, url: str, options: Options, join_token: str | None, tell: Teller, pin: str = ""
+    ) -> None:
         self.url, self.options, self.tell = url, options, tell
         self.journal = Journal(options.state_dir or default_state_dir(url, options.name))
-        self._join_token = join_token
+        self._join_token, self._pin = join_token, pin
         self._session: Session | None = None
         self._transport: Transport | None = None
         self._checked = False
@@ -88,11 +101,14 @@ class Membership:
         """Join anew, as a coordinator that was restored from an older copy needs; False without a join token.
 
         The work in hand is of an assignment that the coordinator does not know either.
+
+        Raises:
+            Unreachable: whoever says that it does not know this device may be anybody.
         """
         with self._connecting:
             if not self._join_token:
                 return False
-            self._join_again(self.session)
+            self._join_again(self.session, FORGOTTEN)
             return True
 
     def asked_elsewhere(self) -> None:
@@ -106,8 +122,18 @@ class Membership:
                 "its folder runs, or this one was restored from an older backup; tell its host",
             )
 
-    def _join_again(self, before: Session) -> None:
-        self.tell("notice", "the coordinator does not know this device any more; it joins anew")
+    def renew(self) -> None:
+        """Take another credential, as the coordinator asked; what fails is asked for again later."""
+        with self._connecting, contextlib.suppress(Unreachable, OurFault):
+            renewed = self.transport.renew().credential
+            self.save(replace(self.session, credential=renewed))
+            trust = self.transport.trust
+            self.transport.close()
+            self._transport = Transport(self.url, renewed, self.journal.link, trust)
+
+    def _join_again(self, before: Session, why: str) -> None:
+        require_known(self.url)
+        self.tell("notice", f"{why}; it joins anew")
         self._told_of.add(before.run)  # that is the same news
         self._join(before)
         self.journal.clear_work()
@@ -117,38 +143,47 @@ class Membership:
         if known is None:
             self._join(None)
             return
+        if names_another_key(self._pin, known):  # which must not get what the first one gave
+            self._join_again(known, "the invitation names another key than the one that this device joined")
+            return
+        trust = trust_in(self.url, self._pin, self.options, known)
         self.close()
-        self._transport = Transport(self.url, known.credential, self.journal.link)
+        self._transport = Transport(self.url, known.credential, self.journal.link, trust)
         try:
             federation = self._transport.federation()
         except Unauthorised:
             if not self._join_token:
                 raise
-            self._join_again(known)
+            self._join_again(known, FORGOTTEN)
             return
         limits.require(federation, self.options.limits)
         federation.base.require(self._fingerprint(federation))
         self._require_same(known.federation, federation)
-        self._session = replace(known, federation=federation)  # its lease may be another by now
+        # Its lease may be another by now, and so may its address.
+        self._session = replace(known, federation=federation, url=self.url, pin=trust.pin)
 
     def _join(self, before: Session | None) -> None:
         """Become a member; `before` is what this state folder was until now, if it was of a federation."""
         if not self._join_token:
-            raise InputError("this device has not joined yet; give it the federation's join token")
+            raise InputError(
+                "this device has not joined yet; give it the federation's join token, or an invitation"
+            )
+        trust = trust_in(self.url, self._pin, self.options, before)
         self.close()
-        self._transport = Transport(self.url, self._join_token, self.journal.link)
+        self._transport = Transport(self.url, self._join_token, self.journal.link, trust)
         federation = self._transport.federation()
         if before:
             self._require_same(before.federation, federation)
         limits.require(federation, self.options.limits)
         fingerprint = self._fingerprint(federation)
         federation.base.require(fingerprint)
-        reply = self._transport.join(identity.request(fingerprint, self.options))
+        reply = self._transport.join(identity.request(fingerprint, self.options, self.journal.attempt()))
         if reply.federation != federation:
             raise Unreachable(f"{self.url} names one federation and lets into another; is it a coordinator?")
         self._transport.close()
-        self._transport = Transport(self.url, reply.credential, self.journal.link)
-        self.save(joined(self.url, reply, before))
+        self._transport = Transport(self.url, reply.credential, self.journal.link, trust)
+        self.save(joined(self.url, reply, before, trust.pin))
+        self.journal.end_attempt()
         self.tell("joined", f"joined federation {federation.id} as {self.options.name}")
 
     def _require_same(self, before: Federation, federation: Federation) -> None:

@@ -18,7 +18,7 @@ from typing import Literal
 from edge_sdk.core.choice.setting import Setting
 from edge_sdk.core.errors import InternalError, ProtocolError
 from edge_sdk.core.messages import Assignment, Federation, JoinReply, Update
-from edge_sdk.core.ranges import Count, Credential, Id, Name, Run, Version
+from edge_sdk.core.ranges import Count, Credential, Id, Name, Pin, Run, Version
 
 Phase = Literal["idle", "training", "outbox"]
 
@@ -38,6 +38,7 @@ class Session:
     delivered: Count = 0
     last_version: Version = 0  # newest version heard of
     run: Run = ""  # the coordinator's, as last heard of; "" from one that names none
+    pin: Pin = ""  # of the coordinator's key; "" where an authority vouches for it, or there is no TLS
 
     def __post_init__(self) -> None:
         """Raise ProtocolError for a phase without the records that it needs, as a damaged file may say."""
@@ -63,14 +64,14 @@ class Session:
         return self.setting
 
 
-def joined(url: str, reply: JoinReply, before: Session | None = None) -> Session:
-    """A new member with nothing to do yet.
+def joined(url: str, reply: JoinReply, before: Session | None = None, pin: str = "") -> Session:
+    """A new member with nothing to do yet; `pin` is that of the key that the coordinator has shown.
 
     `before`: its membership in the same federation until now, of which the coordinator does not know. Its run
     stays until there is work, so that the coordinator hears of that one.
     """
     run = before.run if before and before.run else reply.run
-    return Session(url, reply.device_id, reply.credential, reply.federation, run=run)
+    return Session(url, reply.device_id, reply.credential, reply.federation, run=run, pin=pin)
 
 
 def assigned(session: Session, assignment: Assignment, setting: Setting) -> Session:

@@ -63,8 +63,8 @@ class Assistant:
 
     def _look(self) -> AdapterKey:
         """What the coordinator publishes now."""
-        status = self._membership.transport.glance()
-        newest = AdapterKey(status.version, status.version_ranks.get(str(status.version), 0), status.start)
+        said = self._membership.transport.newest()
+        newest = AdapterKey(said.version, said.rank, said.start)
         self._adapters.heard(newest)
         return newest
 

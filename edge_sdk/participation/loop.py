@@ -217,11 +217,15 @@ class Participation:
             self._setbacks.over()
             self._tell("waiting", answer.reason)
             self._rest(self._setbacks.asked_s(answer.retry_after_s))
+            if answer.renew:
+                self._membership.renew()
             return
         limits.require_assignment(answer, self._membership.federation, self._options.limits)
         self._membership.journal.clear_work()
         setting = self.setting.setting_for(answer)
         self._membership.save(assigned(self._membership.session, answer, setting))
+        if answer.renew:
+            self._membership.renew()
 
     def _train(self) -> None:
         """Train the work in hand; where memory runs out, go on in a smaller way the next time round."""

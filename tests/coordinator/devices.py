@@ -15,7 +15,7 @@ import numpy as np
 from edge_sdk.connection.transport import Transport
 from edge_sdk.core.adapter_file.codec import encode
 from edge_sdk.core.lora import LoraFactors
-from edge_sdk.core.messages import Ask, Assignment, JoinRequest, NotNow, Update, UpdateReply
+from edge_sdk.core.messages import Ask, Assignment, JoinRequest, NotNow, Status, Update, UpdateReply
 from tests.processes import CoordinatorProcess, toml
 
 SHAPES = {
@@ -74,6 +74,11 @@ class Device:
     transport: Transport
     id: str
     credential: str
+    host: Transport | None = None  # the host's own connection
+
+    def status(self) -> Status:
+        assert self.host is not None
+        return self.host.status()
 
     def work(self, rank: int = 4) -> Assignment:
         answer = self.transport.ask(Ask(rank))
@@ -109,7 +114,9 @@ def member(coordinator: CoordinatorProcess, name: str = "attic") -> Iterator[Dev
     finally:
         joining.close()
     transport = Transport(coordinator.url, reply.credential)
+    host = Transport(coordinator.url, coordinator.host_token)
     try:
-        yield Device(transport, reply.device_id, reply.credential)
+        yield Device(transport, reply.device_id, reply.credential, host)
     finally:
         transport.close()
+        host.close()

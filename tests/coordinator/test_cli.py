@@ -162,7 +162,7 @@ def test_the_federation_of_a_folder_is_fixed_and_its_policy_is_not(tmp_path: Pat
         coordinator.start()
         with member(coordinator) as device:
             assert device.transport.federation() == federation
-            assert device.transport.status().buffer_size == 3
+            assert device.status().buffer_size == 3
 
 
 def test_a_data_folder_that_cannot_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

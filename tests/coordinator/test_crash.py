@@ -56,7 +56,7 @@ def test_an_update_that_got_its_202_survives_a_kill_at_once(tmp_path: Path) -> N
             one.hand_in(work, content)
             coordinator.kill()
             coordinator.start()
-            assert one.transport.status().buffered == 1
+            assert one.status().buffered == 1
             assert one.waits()  # it is remembered who contributed
             one.transport.deliver(work.id, update_of(content, 4))  # the answer may have been lost: ask again
             two.hand_in(two.work(), seed=2)
@@ -123,7 +123,7 @@ def test_killed_at_random_it_loses_nothing_and_counts_nothing_twice(tmp_path: Pa
             assert not thread.is_alive()
         # What is left in the buffer is not due; one more device's update at a time makes it so.
         deadline = time.monotonic() + 30.0
-        while devices[0].transport.status().buffered:
+        while devices[0].status().buffered:
             assert time.monotonic() < deadline
             for device in devices:
                 with contextlib.suppress(TheirFault):
@@ -178,7 +178,7 @@ def test_a_revoked_credential_is_refused(tmp_path: Path) -> None:
     with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator, member(coordinator) as device:
         coordinator.stop()
         with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as database:
-            database.execute("UPDATE devices SET revoked = 1")
+            database.execute("UPDATE devices SET standing = 'revoked'")
             database.commit()
         coordinator.start()
         with pytest.raises(Unauthorised, match="not known here"):

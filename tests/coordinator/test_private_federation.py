@@ -43,7 +43,7 @@ ENTRIES = sum(out * inp for out, inp in SHAPES.values())
 
 def until_version(device: Device, version: int) -> Status:
     deadline = time.monotonic() + PATIENCE_S
-    while (status := device.transport.status()).version < version:
+    while (status := device.status()).version < version:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return status
@@ -135,10 +135,10 @@ def test_a_budget_ends_outlives_a_restart_and_can_be_raised(
         coordinator.kill()
         coordinator.start()
         assert "privacy budget is spent" in waiting(a).reason
-        assert a.transport.status().epsilon == pytest.approx(two)
+        assert a.status().epsilon == pytest.approx(two)
         b.hand_in(work)
         until_version(b, 3)
-        assert b.transport.status().epsilon == pytest.approx(two)  # b entered one version, a is the worst
+        assert b.status().epsilon == pytest.approx(two)  # b entered one version, a is the worst
         coordinator.stop()
         assert "left out" not in coordinator.log.read_text()
 
@@ -173,11 +173,11 @@ def test_an_update_beyond_the_budget_is_refused_or_left_out(tmp_path: Path) -> N
         coordinator.start()
         with pytest.raises(StaleUpdate, match="privacy budget is spent"):
             a.hand_in(second)  # its first is in a version, and one is all that is allowed
-        assert b.transport.status().buffered == 1
+        assert b.status().buffered == 1
         coordinator.kill()
         coordinator.config.write_text(configuration(tmp_path, policy, privacy={**low, "max_epsilon": 0.01}))
         coordinator.start()
-        assert b.transport.status().buffered == 0
+        assert b.status().buffered == 0
         assert coordinator.stop() == 0
         assert "no privacy budget left" in coordinator.log.read_text()
 
@@ -197,11 +197,11 @@ def test_two_updates_of_a_device_go_into_two_versions(tmp_path: Path) -> None:
         until_version(a, 1)
         a.hand_in(first)  # its lease has expired; its update still counts
         assert "one of each device" in waiting(a).reason
-        assert a.transport.status().buffered == 1
+        assert a.status().buffered == 1
         b.hand_in(b.work())
         assert until_version(a, 2).buffered == 0
         a.hand_in(a.work())
-        assert a.transport.status().buffered == 1
+        assert a.status().buffered == 1
         b.hand_in(b.work())
         status = until_version(a, 3)
         assert status.epsilon == pytest.approx(accountant.epsilon({1.0: 3}, 1e-5))

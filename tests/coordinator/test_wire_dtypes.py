@@ -65,7 +65,7 @@ def publish(device: Device, dtype: WireDtype = "float32") -> dict[str, LoraFacto
     sent = wide_adapter(8, 1)
     device.hand_in(device.work(8), codec.encode(sent, SCALING, dtype))
     for _ in range(int(WAIT_S / 0.02)):
-        if device.transport.status().version:
+        if device.status().version:
             return sent
         time.sleep(0.02)
     raise AssertionError("no version in time")

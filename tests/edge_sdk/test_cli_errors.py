@@ -118,8 +118,8 @@ def test_a_coordinator_that_is_not_there(refused: Refusal, data: Path) -> None:
 
 
 def test_a_host_that_is_not_there(refused: Refusal, data: Path) -> None:
-    assert "no coordinator answers at http://no.invalid" in refused(
-        "http://no.invalid", "--data", data, "--token", "t"
+    assert "no coordinator answers at https://no.invalid" in refused(
+        "https://no.invalid", "--data", data, "--token", "t"
     )
 
 
@@ -138,7 +138,7 @@ def test_a_host_that_is_not_there(refused: Refusal, data: Path) -> None:
 )
 def test_an_address_that_is_none(refused: Refusal, data: Path, url: str) -> None:
     said = refused(url, "--data", data, "--token", "t")
-    assert f"{url.rstrip('/')!r} is no address of a coordinator; write it like http://" in said
+    assert f"{url.rstrip('/')!r} is no address of a coordinator; write it like https://" in said
 
 
 class Stranger(http.server.BaseHTTPRequestHandler):

@@ -72,7 +72,7 @@ def test_a_restored_folder_goes_on_with_the_devices_that_it_knew(tmp_path: Path)
         assert done.stdout.startswith("version 1, 1 buffered updates, 2 files copied to ")
         two.hand_in(two.work(), seed=4)
         waited_for(coordinator, 2)
-        start = two.transport.status().start
+        start = two.status().start
         assert coordinator.stop() == 0
     assert {path.name for path in out.iterdir()} == {
         DATABASE,
@@ -81,7 +81,7 @@ def test_a_restored_folder_goes_on_with_the_devices_that_it_knew(tmp_path: Path)
     with CoordinatorProcess(out.parent, config) as restored:
         transport = Transport(restored.url, two.credential)
         again = Device(transport, two.id, two.credential)
-        assert (again.transport.status().version, again.transport.status().buffered) == (1, 1)
+        assert (again.status().version, again.status().buffered) == (1, 1)
         again.hand_in(again.work(), seed=5)
         waited_for(restored, 2)
         assert transport.status().start != start

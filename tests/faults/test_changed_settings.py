@@ -149,8 +149,8 @@ def test_a_coordinator_goes_on_with_all_values_changed(original: Path, tmp_path:
     with coordinator:
         with member(coordinator) as device:
             assert device.transport.federation().lease_s == 300.0
-            assert device.transport.status().buffer_size == 2
-            assert device.transport.status().buffered == 1
+            assert device.status().buffer_size == 2
+            assert device.status().buffered == 1
             device.hand_in(device.work(), seed=2)
             again = Device(Transport(coordinator.url, device.credential), device.id, device.credential)
             waited_for(coordinator, 1)
@@ -158,7 +158,7 @@ def test_a_coordinator_goes_on_with_all_values_changed(original: Path, tmp_path:
             coordinator.config.write_text(before)
             coordinator.start()
             again.hand_in(again.work(), seed=3)
-            assert again.transport.status().version == 1
+            assert again.status().version == 1
             again.transport.close()
         assert coordinator.stop() == 0
     Seen().check(coordinator.data, [])

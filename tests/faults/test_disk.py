@@ -175,7 +175,7 @@ def test_a_damaged_version_stops_merges_until_it_is_put_back(tmp_path: Path) -> 
         while "version 1 is not what was published" not in coordinator.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert device.transport.status().version == 1
+        assert device.status().version == 1
         path.write_bytes(content)
         wait_for_version(coordinator, 2)
         assert "Traceback" not in coordinator.log.read_text()
@@ -236,7 +236,7 @@ def test_a_full_disk_fills_up_and_is_enlarged(tmp_path: Path) -> None:
             work = device.work(8)
             device.hand_in(work, content[-1])
             acknowledged.append(work.id)
-            buffered = device.transport.status().buffered
+            buffered = device.status().buffered
         assert len(errors_in(coordinator)) == 1
         copy = tmp_path / "copy"  # SQLite would follow the link to the folder outside
         shutil.copytree(inside, copy)

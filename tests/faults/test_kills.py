@@ -24,6 +24,7 @@ from tests.coordinator.devices import SCALING, Device, configuration, member, ra
 from tests.faults.conftest import Run
 from tests.faults.crowd import Crowd
 from tests.faults.outside import Seen, blob, rows, temporaries
+from tests.faults.test_member_kills import INVITING, RENEWING, SEEING, STANDING
 from tests.processes import PATIENCE_S, ROOT, CoordinatorProcess, command, environment
 
 FIRST_START: tuple[Point, ...] = (
@@ -46,6 +47,8 @@ UNDER_LOAD: tuple[Point, ...] = (
     "cache-renamed",
     "device-written",
     "device-committed",
+    "audit-written",
+    "audit-committed",
     "assignment-written",
     "assignment-committed",
     "expiry-written",
@@ -73,6 +76,13 @@ FROM_ELSEWHERE: tuple[Point, ...] = ("elsewhere-written", "elsewhere-committed")
 REJECTING: tuple[Point, ...] = ("rejection-written", "rejection-committed")
 CLIPPING: tuple[Point, ...] = ("clip-written", "clip-committed")
 MIGRATING: tuple[Point, ...] = ("migration-copied", "migration-copy-renamed")  # test_migration.py
+MAKING_A_KEY: tuple[Point, ...] = (  # tests/coordinator/web/test_tls.py
+    "tls-key-written",
+    "tls-key-renamed",
+    "tls-certificate-written",
+    "tls-certificate-renamed",
+)
+OF_MEMBERS = STANDING + INVITING + RENEWING + SEEING  # test_member_kills.py
 BACKING_UP: tuple[Point, ...] = ("backup-rows", "backup-blob", "backup-ready")  # test_backup.py
 
 BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "max_staleness": 2}
@@ -80,7 +90,7 @@ BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "ma
 
 def test_every_point_is_reached_by_a_test() -> None:
     named = FIRST_START + UNDER_LOAD + TIDYING + AT_EACH_START + FROM_ELSEWHERE
-    named += REJECTING + CLIPPING + MIGRATING + BACKING_UP
+    named += REJECTING + CLIPPING + MIGRATING + BACKING_UP + MAKING_A_KEY + OF_MEMBERS
     assert len(POINTS) == len(set(POINTS))
     assert sorted(named) == sorted(POINTS)
 
@@ -209,7 +219,7 @@ def test_killed_at_any_time(federation: Federation) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["innovation", "carry"])
 def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
-    """Every point at its first, second and fourth time, and 60 times at random: 138 kills under each rule."""
+    """Every point at its first, second and fourth time, and 60 times at random: 144 kills under each rule."""
     chance = random.Random(2)
     with CoordinatorProcess(tmp_path, busy(tmp_path, rule)) as coordinator:
         coordinator.kill()
@@ -222,7 +232,7 @@ def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
                 federation.kill_after(chance.uniform(0.0, 1.0))
             federation.end_well()
             print(f"{federation.kills} kills, {len(crowd.acknowledged)} updates acknowledged")
-            assert federation.kills == 138
+            assert federation.kills == 144
 
 
 def test_killed_at_its_first_start(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def check_the_copy(data: Path, schema: int) -> None:
 def check_that_it_goes_on(folder: Path, config: str) -> None:
     with CoordinatorProcess(folder, config) as coordinator:
         with member(coordinator, "three") as three:
-            status = three.transport.status()
+            status = three.status()
             assert (status.version, status.buffered) == (1, 1)
             work = three.work()
             three.hand_in(work, seed=9)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,8 +37,9 @@ SETTLING_S = 30.0
 class GoodDevice:
     """A member by plain HTTP, without any code of the device's: joins, asks, and hands in a small adapter."""
 
-    def __init__(self, url: str, join_token: str, name: str = "good") -> None:
-        self.http = httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False)
+    def __init__(self, url: str, join_token: str, name: str = "good", ca: Path | None = None) -> None:
+        verify = ssl.create_default_context(cafile=ca) if ca else True
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False, verify=verify)
         body = {"name": name, "fingerprint": FINGERPRINT, "protocol": 1}
         deadline = time.monotonic() + PATIENCE_S
         joined = self.http.post("/v1/join", json=body, headers=bearer(join_token))
@@ -102,7 +104,9 @@ class Target:
     acknowledged: list[str] = field(default_factory=list)
 
     def device(self, name: str = "good") -> GoodDevice:
-        return GoodDevice(self.coordinator.url, self.coordinator.join_token, name)
+        own = self.coordinator.data / "tls-cert.pem"
+        ca = own if self.coordinator.scheme == "https" else None
+        return GoodDevice(self.coordinator.url, self.coordinator.join_token, name, ca)
 
     def serve(self, seed: int) -> float:
         """Seconds that a new good device needs from joining to its acknowledgement."""
@@ -121,16 +125,19 @@ def attacked(
     folder: Path,
     policy: dict[str, object] | None = None,
     rule: str = "carry",
+    options: Sequence[str] = (),
     limits: dict[str, object] | None = None,
     **admission: object,
 ) -> Iterator[Target]:
     """A coordinator that has served one good device; `unharmed` at the end of the block.
 
+    `options`: for the command line of `serve`.
+
     Raises:
         AssertionError: it was harmed; says how.
     """
     config = configuration(folder, policy, rule, None, limits, **admission)
-    with CoordinatorProcess(folder, config) as coordinator:
+    with CoordinatorProcess(folder, config, *options) as coordinator:
         target = Target(coordinator)
         before_s = target.serve(1)
         memory, descriptors = target.process.memory_info().rss, target.process.num_fds()

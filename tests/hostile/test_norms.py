@@ -149,7 +149,7 @@ def federation(folder: Path, rule: str) -> Iterator[tuple[list[Member], dict[str
 
 def wait_for(member: Member, version: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while member.http.get("/v1/status").json()["version"] < version:
+    while member.http.get("/v1/newest").json()["version"] < version:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

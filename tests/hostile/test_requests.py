@@ -29,20 +29,21 @@ def connections(target: Target, count: int) -> Iterator[list[socket.socket]]:
         yield [stack.enter_context(socket.create_connection(address, 30.0)) for _ in range(count)]
 
 
+JOIN = b"POST /v1/join HTTP/1.1\r\nHost: localhost\r\n"
 NOT_HTTP = [
     b"\x00" * 4096,
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 500,  # TLS
     b"GET\r\n\r\n",
     b"GET /v1/status HTTP/9.9\r\n\r\n",
-    b"GET /v1/status HTTP/1.1\r\nHost: x\r\nHost: y\r\nno colon\r\n\r\n",
-    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
-    b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-    b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-    b"POST /v1/join HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-    b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n",
-    b"GET /v1/status HTTP/1.1\r\nHost: x\r\nA:\x00\r\n\r\n",
+    b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nHost: y\r\nno colon\r\n\r\n",
+    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+    JOIN + b"Content-Length: -1\r\n\r\n",
+    JOIN + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+    JOIN + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    JOIN + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    JOIN + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 40 + b"\r\n",
+    b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\nA:\x00\r\n\r\n",
 ]
 
 
@@ -52,7 +53,7 @@ def refusals_in(target: Target) -> list[str]:
 
 def counted(target: Target) -> int:
     answer = httpx.get(
-        f"{target.coordinator.url}/v1/status", headers=bearer(target.coordinator.join_token), timeout=60.0
+        f"{target.coordinator.url}/v1/status", headers=bearer(target.coordinator.host_token), timeout=60.0
     )
     return int(answer.json()["bad_requests"])
 
@@ -75,7 +76,7 @@ def test_requests_that_are_not_http(tmp_path: Path) -> None:
 
 def test_bodies_that_are_not_http(tmp_path: Path) -> None:
     """The head is refused before its body turns out to be none."""
-    head = b"POST /v1/join HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = JOIN + b"Transfer-Encoding: chunked\r\n\r\n"
     with attacked(tmp_path) as target, connections(target, 10) as opened:
         for connection in opened:
             connection.sendall(head)
@@ -142,7 +143,8 @@ def test_bodies_that_stop_halfway(tmp_path: Path) -> None:
         work = device.work()
         for path in (f"/v1/assignments/{work}/update", f"/v1/assignments/{work}/adapter", "/v1/join"):
             method = "PATCH" if path.endswith("adapter") else "POST"
-            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {device.credential}\r\n"
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n"
+            head += f"Authorization: Bearer {device.credential}\r\n"
             head += "Upload-Offset: 0\r\nContent-Type: application/offset+octet-stream\r\n"
             for _ in range(20):
                 raw(target.coordinator, head.encode() + b'Content-Length: 1000\r\n\r\n{"half": ')
@@ -164,7 +166,10 @@ def test_requests_that_drip(tmp_path: Path) -> None:
         for number, connection in enumerate(opened):
             route = ROUTES[number % len(ROUTES)]
             path = route.path.format(id="x", version=0, rank=2, dtype="int8")
-            request = f"{route.method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9999\r\n\r\n" + "x" * 99
+            request = (
+                f"{route.method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
+                + "x" * 99
+            )
             threads.append(threading.Thread(target=drip, args=(connection, request.encode(), ending)))
             threads[-1].start()
         assert target.serve(3) < 30.0

@@ -53,7 +53,8 @@ def test_a_name_with_a_forged_line(tmp_path: Path) -> None:
     """In the log, in `edge-coordinator status`, and in the status that others ask for."""
     with attacked(tmp_path) as target:
         with contextlib.closing(target.device(FORGED)) as device:
-            listed = device.http.get("/v1/status").json()["devices"]
+            host = bearer(target.coordinator.host_token)
+            listed = device.http.get("/v1/status", headers=host).json()["devices"]
             assert all("\n" not in one["name"] and "\x1b" not in one["name"] for one in listed)
         with contextlib.closing(target.device("书房")):
             pass
@@ -75,7 +76,7 @@ def strings_of_a_stranger(target: Target) -> Iterator[bytes]:
         f"/v1/status?{name}={name}",
         f"/v1/versions/{name}/ranks/{name}/adapter_config.json",
     ):
-        yield f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+        yield f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     loose = FORGED.replace("\r", "").replace("\n", "").encode()
     for head in (
         b"Host: %s",
@@ -84,9 +85,9 @@ def strings_of_a_stranger(target: Target) -> Iterator[bytes]:
         b"Content-Type: %s",
         b"%s: x",
     ):
-        yield b"GET /v1/status HTTP/1.1\r\nHost: x\r\n" + head.replace(b"%s", loose) + b"\r\n\r\n"
-    yield loose + b" /v1/status HTTP/1.1\r\nHost: x\r\n\r\n"
-    yield b"GET /" + loose + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        yield b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\n" + head.replace(b"%s", loose) + b"\r\n\r\n"
+    yield loose + b" /v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    yield b"GET /" + loose + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
     yield FORGED.encode() + b"\r\n\r\n"
 
 

@@ -31,7 +31,7 @@ def test_a_boast_counts_as_the_work_that_was_assigned(tmp_path: Path) -> None:
             work = device.work()
             device.send(work, CONTENT)
             device.transport.deliver(work.id, update_of(CONTENT, 4, examples))
-        wait_for(honest.transport, 1)
+        wait_for(honest, 1)
         found = rows(
             coordinator.data,
             "SELECT d.name, u.weight, u.record FROM updates u JOIN devices d ON d.id = u.device",
@@ -63,4 +63,4 @@ def test_a_claim_that_cannot_be_true_is_refused(tmp_path: Path, claim: dict[str,
         with pytest.raises(ProtocolError, match=said):
             device.transport.deliver(work.id, replace(update_of(CONTENT, 4), **claim))  # type: ignore[arg-type]
         device.transport.deliver(work.id, update_of(CONTENT, 4))  # and the same work, told as it is, counts
-        wait_for(device.transport, 1)
+        wait_for(device, 1)

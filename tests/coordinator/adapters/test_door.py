@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_sdk.connection.transport import Transport
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.errors import AdapterError, InputError
 from edge_sdk.core.flexlora import live_rank
 from edge_sdk.core.lora import Adapter, LoraFactors
 from edge_sdk.core.messages import Ask, NotNow
-from tests.coordinator.devices import SCALING, SHAPES, configuration, member, random_adapter
+from tests.coordinator.devices import SCALING, SHAPES, Device, configuration, member, random_adapter
 from tests.edge_sdk.core.draws import dense
 from tests.processes import PATIENCE_S, CoordinatorProcess
 
@@ -36,9 +35,9 @@ def joined(one: LoraFactors, two: LoraFactors) -> LoraFactors:
     return LoraFactors(np.hstack([one.b, two.b]), np.vstack([one.a, two.a]))
 
 
-def wait_for(transport: Transport, version: int) -> None:
+def wait_for(device: Device, version: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while transport.status().version < version:
+    while device.status().version < version:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -70,19 +69,19 @@ def test_a_change_that_is_too_long_is_clipped_and_the_bound_survives_a_restart(t
         member(coordinator, "two") as two,
         member(coordinator, "three") as three,
     ):
-        assert one.transport.status().norm_bound is None
+        assert one.status().norm_bound is None
         for device, adapter in zip((one, two), adapters, strict=False):
             device.hand_in(device.work(), codec.encode(adapter, SCALING))
         coordinator.kill()
         coordinator.start()
-        assert one.transport.status().norm_bound == pytest.approx(bound, rel=1e-4)
+        assert one.status().norm_bound == pytest.approx(bound, rel=1e-4)
         three.hand_in(three.work(), codec.encode(adapters[2], SCALING))
-        wait_for(one.transport, 1)
-        assert (one.transport.status().clipped, one.transport.status().refused) == (1, 0)
+        wait_for(one, 1)
+        assert (one.status().clipped, one.status().refused) == (1, 0)
         shorter = scaled(adapters[2], bound / norm(adapters[2]))
         close_to(stored(coordinator.data, 1), [(1 / 3, a) for a in (*adapters[:2], shorter)])
         # The clipped update counts with the norm that is left of it.
-        assert one.transport.status().norm_bound == pytest.approx(
+        assert one.status().norm_bound == pytest.approx(
             5.0 * sorted([norm(adapters[0]), norm(adapters[1]), bound])[1], rel=1e-4
         )
 
@@ -99,7 +98,7 @@ def test_a_state_is_clipped_towards_what_its_device_began_with(tmp_path: Path) -
         devices = (one, two, three)
         for seed, device in enumerate(devices):
             device.hand_in(device.work(), codec.encode(scaled(random_adapter(4, seed), 50.0), SCALING))
-        wait_for(one.transport, 1)
+        wait_for(one, 1)
         first = stored(coordinator.data, 1)
         begun = {n: f.leading(min(4, live_rank(f))) for n, f in first.items()}
         ends, changes = [], []
@@ -110,7 +109,7 @@ def test_a_state_is_clipped_towards_what_its_device_began_with(tmp_path: Path) -
             changes.append(norm({n: joined(end[n], LoraFactors(-f.b, f.a)) for n, f in begun.items()}))
         for device, end in zip(devices, ends, strict=True):
             device.hand_in(device.work(), codec.encode(end, SCALING))
-        wait_for(one.transport, 2)
+        wait_for(one, 2)
         with sqlite3.connect(coordinator.data / "coordinator.sqlite") as database:
             factors = [f for (f,) in database.execute("SELECT factor FROM updates ORDER BY rowid")]
         assert factors[:5] == [1.0] * 5
@@ -148,8 +147,8 @@ def test_a_refused_device_hears_why_waits_a_moment_and_gets_other_work(tmp_path:
         assert answer.id != work.id
         assert answer.seed != work.seed
         three.hand_in(answer, seed=4)
-        wait_for(one.transport, 1)
-        status = one.transport.status()
+        wait_for(one, 1)
+        status = one.status()
         assert (status.clipped, status.refused) == (0, 3)
         assert coordinator.stop() == 0
         log = coordinator.log.read_text()

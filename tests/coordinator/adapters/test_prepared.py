@@ -42,7 +42,7 @@ def test_a_version_that_could_not_be_served_is_not_published(tmp_path: Path) -> 
         while "version 1 could not be served" not in coordinator.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert device.transport.status().version == 0
+        assert device.status().version == 0
         with member(coordinator, "another") as another:  # who comes now is given work all the same
             assert another.work().version == 0
         assert coordinator.stop() == 0
@@ -56,7 +56,7 @@ def test_what_devices_ask_for_is_there_when_the_version_is(tmp_path: Path) -> No
     with CoordinatorProcess(tmp_path, config) as coordinator, member(coordinator) as device:
         device.hand_in(device.work())
         deadline = time.monotonic() + PATIENCE_S
-        while device.transport.status().version < 1:
+        while device.status().version < 1:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         # Who holds the global adapter frozen asks for all of its live rank.

@@ -7,6 +7,7 @@ from typing import Any
 from coordinator.engine.engine import Engine
 from coordinator.engine.events import (
     Accept,
+    Barred,
     Buffered,
     Decline,
     Effect,
@@ -28,8 +29,8 @@ Said = Effect | Grant | Wait | Tell | Accept | Decline
 def said(engine: Engine, event: Event[Any], now: float) -> list[Said]:
     """All that an event came to: what is to be done, and last the answer to whoever brought it."""
     done = engine.handle(event, now)
-    # Only what a start finds is declined without anybody to answer.
-    may_decline = isinstance(event, Restarted | Merged)
+    # What a start finds, or the host wants no more, is declined without anybody to answer.
+    may_decline = isinstance(event, Restarted | Merged | Barred)
     assert may_decline or not any(isinstance(effect, Decline) for effect in done.effects)
     assert done.answer is None or not isinstance(done.answer, Expired | Merge | Published)
     return [*done.effects, *([] if done.answer is None else [done.answer])]

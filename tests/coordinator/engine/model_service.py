@@ -13,6 +13,7 @@ from typing import Any
 from coordinator.engine.engine import Engine
 from coordinator.engine.events import (
     Asked,
+    Barred,
     Beat,
     Buffered,
     BytesArrived,
@@ -118,6 +119,14 @@ class Disk:
         for kept in self.updates.values():
             if kept.version > revert.to and kept.merged is None and kept.rejected is None:
                 kept.rejected = "taken back"
+
+    def bar(self, device: str) -> None:
+        """As `Store.set_standing` does, of one who takes part no more."""
+        for id, work in self.work.items():
+            if work.device == device:
+                work.open = False
+                if (kept := self.updates.get(id)) and kept.merged is None and kept.rejected is None:
+                    kept.rejected = "barred"
 
     def entered(self, device: str) -> int:
         """Versions that hold an update of a device."""
@@ -287,14 +296,24 @@ class Service:
         """The host wants to go back."""
         self.apply(RevertWanted(to))
 
+    def bar(self, device: str) -> None:
+        """The host bars a device, and lets it back at once."""
+        self.disk.bar(device)
+        for effect in self.apply(Barred(device)):
+            assert isinstance(effect, Expired) or self.disk.updates[effect.update].rejected
+
     def end_merge(self, bad: int | None, rank: int) -> None:
         """On disk. bad: 0: all are good; i: the i-th is damaged; None: our own disk is full."""
         assert self.merge is not None
+        taken = [u.update for u, _, _ in self.merge.weights] if isinstance(self.merge, Merge) else []
+        barred = tuple(id for id in taken if self.disk.updates[id].rejected is not None)
         if bad is None:
             self.outcome = MergeFailed()
         elif isinstance(self.merge, Revert):
             self.disk.publish_revert(self.merge)
             self.outcome = Merged(self.merge.version, self.disk.ranks[-1], self.merge.to)
+        elif barred:
+            self.outcome = MergeFailed(barred)
         elif bad:
             update = self.merge.weights[(bad - 1) % len(self.merge.weights)][0]
             self.disk.reject(update.update, "damaged")

@@ -15,6 +15,7 @@ import pytest
 from coordinator.engine.events import (
     Accept,
     Asked,
+    Barred,
     Beat,
     Buffered,
     BytesArrived,
@@ -240,6 +241,8 @@ class Judge:
                 self.stored(event, now, effects)
             case Refused():
                 self.refused(event, now, effects)
+            case Barred():
+                self.barred(event.device, effects)
             case Merged():
                 self.merged(event, now, effects)
             case RevertWanted():
@@ -528,6 +531,21 @@ class Judge:
         seen.refusals += 1
         pause_s = min(3600.0, self.policy.retry_s * 2 ** (seen.refusals - 1))
         seen.pause_until = max(seen.pause_until, now + pause_s)
+
+    def barred(self, device: str, effects: list[Said]) -> None:
+        """Nothing of it is left but what is being merged."""
+        seen = self.of(device)
+        if seen.held and seen.held.is_live:
+            self.expires(device, effects)
+        seen.held, seen.in_line, seen.noted = None, None, None
+        for update in [update for update in self.pool if update.device == device]:
+            declined(effects.pop(0), update.update, self.version)
+            self.pool.remove(update)
+            seen.given = [version for version in seen.given if version != update.version]
+            seen.undone = max(seen.undone, update.version)
+        self.left_over.discard(device)
+        if not self.pool:
+            self.pool_since = None
 
     # --- versions ---
 

@@ -46,7 +46,7 @@ KINDS = (
     *["arrives"] * 2,
     *["tick"] * 4,
     *["merge ends"] * 7,
-    *["asleep", "kill", "revert"],
+    *["asleep", "kill", "revert", "bar"],
 )
 
 
@@ -166,6 +166,8 @@ class Network(RuleBasedStateMachine):
             self.merge_ends(of(0, 0, 0, 0, 1, 2, None), of(0, 4, 8), of(True, True, False))
         elif kind == "revert" and self.service.engine.state.version:
             self.service.revert(of(*range(self.service.engine.state.version)))
+        elif kind == "bar":
+            self.service.bar(device)
         elif kind == "kill":
             self.kill(of(0.0, 0.0, 1e6), of(0.0, 5.0, -100.0, 1e6))
 
@@ -271,6 +273,9 @@ class Network(RuleBasedStateMachine):
         for id in self.acknowledged:
             kept = self.disk.updates[id]
             waits = any(u.update == id for u in (*state.buffer, *state.merging))
+            if kept.rejected == "barred":  # a merge that is under way ends without it
+                assert kept.merged is None
+                continue
             assert (kept.merged is not None) + waits + bool(kept.rejected) == 1 or self.service.outcome
             assert kept.rejected in (None, "damaged", "taken back")
         assert state.version == self.judge.version

@@ -59,7 +59,7 @@ def host(tmp_path: Path) -> Host:
         id = f"u{number:02d}"
         content = codec.encode(random_adapter(RANK, number), SCALING)
         made.blobs.write([content])
-        made.store.add_device(f"d{id}", id, id, {}, 1.0)
+        made.store.members.add_device(f"d{id}", id, id, {}, 1.0)
         made.store.add_assignment(f"d{id}", Assignment(id, 0, RANK, 0, 20, 1, 600.0), 2.0)
         made.store.add_update(StoredUpdate(id, f"d{id}", 0, update_of(content, RANK)), float(number))
         made.ids.append(id)

@@ -91,10 +91,10 @@ def test_a_federation_under_a_rule_from_elsewhere(tmp_path: Path, elsewhere: Pat
         assert federation.carries
         for device, adapter in ((one, short), (two, long)):
             device.hand_in(device.work(), codec.encode(adapter, SCALING))
-        wait_for(one.transport, 1)
+        wait_for(one, 1)
         coordinator.kill()
         coordinator.start()  # and it is found again
-        assert one.transport.status().version == 1
+        assert one.status().version == 1
         for module, factors in stored(coordinator.data, 1).items():
             lengths = [norm({module: adapter[module]}) for adapter in (short, long)]
             mean = sum(lengths) / 2

@@ -153,13 +153,13 @@ def test_devices_of_unequal_carry_merge_to_the_dense_sum(tmp_path: Path) -> None
         first = round_of(10)
         assert [work.carry_rank for work, _ in first] == [0, 0, 0]  # version 0 has nothing to carry
         deadline = time.monotonic() + PATIENCE_S
-        while all_.transport.status().version < 1:
+        while all_.status().version < 1:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        live = all_.transport.status().version_ranks["1"]
+        live = all_.status().version_ranks["1"]
         second = round_of(20)
         assert [work.carry_rank for work, _ in second] == [live, 3, 0]
-        while all_.transport.status().version < 2:
+        while all_.status().version < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert coordinator.stop() == 0

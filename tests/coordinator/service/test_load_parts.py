@@ -24,13 +24,16 @@ from coordinator.adapters.serving import Serving
 from coordinator.adapters.uploads import Uploads
 from coordinator.merging.parallel import cores
 from coordinator.service import process_limits, status
-from coordinator.service.caches import Assignments, Credentials
+from coordinator.service.caches import Assignments
+from coordinator.service.door import Door, hash_of
 from coordinator.service.status import SharedAnswer
+from coordinator.service.trail import Trail
+from coordinator.settings import Joining
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.rows import StoredUpdate
 from coordinator.storage.store import Store
 from edge_sdk.core.errors import Unauthorised
-from edge_sdk.core.messages import Assignment, Base, Federation, Update
+from edge_sdk.core.messages import Assignment, Base, Federation, JoinRequest, Update
 from tests.coordinator.devices import FINGERPRINT, Device, configuration, member
 from tests.processes import CoordinatorProcess
 
@@ -116,7 +119,7 @@ def work(id: str) -> Assignment:
 def test_assignments_are_remembered_for_their_own_device_only(tmp_path: Path) -> None:
     store = Store(tmp_path / "x.sqlite")
     for name in "de":
-        store.add_device(name, name, f"hash of {name}", {}, 1.0)
+        store.members.add_device(name, name, f"hash of {name}", {}, 1.0)
     for id in "abc":
         store.add_assignment("d", work(id), 1.0)
     known = Assignments(store, kept=2)
@@ -128,20 +131,27 @@ def test_assignments_are_remembered_for_their_own_device_only(tmp_path: Path) ->
     store.close()
 
 
-def test_credentials_follow_what_another_process_revokes(tmp_path: Path) -> None:
-    store = Store(tmp_path / "x.sqlite")
-    store.add_device("d", "d", "hash of d", {}, 1.0)
-    credentials = Credentials(store)
-    store.add_device("e", "e", "hash of e", {}, 1.0)
-    credentials.add("hash of e", "e")
-    credentials.refresh()
-    assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == ("d", "e")
-    with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
-        other.execute("UPDATE devices SET revoked = 1 WHERE id = 'd'")
-        other.commit()
-    credentials.refresh()
-    assert (credentials.device_of("hash of d"), credentials.device_of("hash of e")) == (None, "e")
-    store.close()
+def test_the_door_follows_what_another_process_revokes(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = Store(tmp_path / "x.sqlite")
+        store.members.add_device("d", "d", hash_of("one"), {}, 1.0)
+        door = Door(tmp_path, store, Joining(), Trail(store.members))
+        assert door.authenticate("one", "here") == "d"
+        joined = await door.join(
+            JoinRequest("e", FINGERPRINT), (tmp_path / "join-token").read_text().strip(), ""
+        )
+        assert await door.tick() == []
+        with contextlib.closing(sqlite3.connect(tmp_path / "x.sqlite")) as other:
+            other.execute("UPDATE devices SET standing = 'revoked' WHERE id = 'd'")
+            other.commit()
+        assert await door.tick() == ["d"]
+        assert await door.tick() == []
+        with pytest.raises(Unauthorised):
+            door.authenticate("one", "here")
+        assert door.authenticate(joined[1], "here") == joined[0]
+        store.close()
+
+    asyncio.run(run())
 
 
 def refused(device: Device) -> bool:
@@ -156,7 +166,7 @@ def test_a_credential_revoked_while_it_runs_is_refused_soon(tmp_path: Path) -> N
     with CoordinatorProcess(tmp_path, configuration(tmp_path)) as coordinator, member(coordinator) as device:
         device.work()
         with contextlib.closing(sqlite3.connect(coordinator.data / "coordinator.sqlite")) as database:
-            database.execute("UPDATE devices SET revoked = 1")
+            database.execute("UPDATE devices SET standing = 'revoked'")
             database.commit()
         deadline = time.monotonic() + 30.0
         while not refused(device):

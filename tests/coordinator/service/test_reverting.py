@@ -135,17 +135,17 @@ def test_over_a_running_coordinator_the_old_content_comes_back(tmp_path: Path, r
         member(coordinator, "two") as two,
     ):
         one.hand_in(one.work(), seed=1)
-        wait_for(one.transport, 1)
+        wait_for(one, 1)
         one.hand_in(one.work(), seed=2)
-        wait_for(one.transport, 2)
+        wait_for(one, 2)
         between = two.work()
         assert between.version == 2
         one.hand_in(one.work(), seed=3)
-        wait_for(one.transport, 3)
+        wait_for(one, 3)
         done = going_back(coordinator.data, 1)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("version 4 is what version 1 was; ")
-        assert one.transport.status().version == 4
+        assert one.status().version == 4
         with pytest.raises(StaleUpdate, match="which the host took back"):
             two.hand_in(between)
         first, fourth = stored(coordinator.data, 1), stored(coordinator.data, 4)
@@ -157,7 +157,7 @@ def test_over_a_running_coordinator_the_old_content_comes_back(tmp_path: Path, r
             rows(coordinator.data, "SELECT digest FROM versions")[0][0][:16],
         )
         one.hand_in(work, seed=4)
-        wait_for(one.transport, 5)
+        wait_for(one, 5)
         coordinator.kill()
         coordinator.start()
         with pytest.raises(StaleUpdate, match="which the host took back"):
@@ -171,17 +171,17 @@ def test_without_one_that_runs_it_is_done_at_once_also_to_the_very_beginning(tmp
     config = configuration(tmp_path, POLICY)
     with CoordinatorProcess(tmp_path, config) as coordinator, member(coordinator) as device:
         device.hand_in(device.work(), seed=1)
-        wait_for(device.transport, 1)
+        wait_for(device, 1)
         assert coordinator.stop() == 0
         done = going_back(coordinator.data, 0)
         assert (done.returncode, done.stderr) == (0, "")
         coordinator.start()
-        assert device.transport.status().version == 2
+        assert device.status().version == 2
         work = device.work()
         assert (work.version, work.carry_rank) == (2, 0)  # nothing is left that it would hold
         assert all(not f.product().any() for f in stored(coordinator.data, 2).values())
         device.hand_in(work, seed=2)
-        wait_for(device.transport, 3)
+        wait_for(device, 3)
         shown = command("status", coordinator.data)
         assert "2 (as 0 was)" in shown.stdout
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_gone_back_to_is_refused_in_one_line(tmp_path: Path) -> N
         assert "no version has been published yet" in going_back(coordinator.data, 0).stderr
         for number in (1, 2):
             device.hand_in(device.work(), seed=number)
-            wait_for(device.transport, number)
+            wait_for(device, number)
         for to in (2, 3, -1):
             done = going_back(coordinator.data, to)
             assert done.returncode == 2
@@ -206,7 +206,7 @@ def test_what_cannot_be_gone_back_to_is_refused_in_one_line(tmp_path: Path) -> N
         assert "the file of that version is damaged or gone" in going_back(coordinator.data, 1).stderr
         deadline = time.monotonic() + 2.0
         while time.monotonic() < deadline:
-            assert device.transport.status().version == 2
+            assert device.status().version == 2
             time.sleep(0.5)
 
 
@@ -216,7 +216,7 @@ def test_the_collector_keeps_the_file_that_two_versions_share(tmp_path: Path) ->
     with CoordinatorProcess(tmp_path, config) as coordinator, member(coordinator) as device:
         for number in (1, 2):
             device.hand_in(device.work(), seed=number)
-            wait_for(device.transport, number)
+            wait_for(device, number)
         assert going_back(coordinator.data, 1).returncode == 0
         before = stored(coordinator.data, 3)
         coordinator.kill()

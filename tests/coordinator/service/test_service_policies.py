@@ -76,7 +76,7 @@ def test_a_late_device_is_told_to_finish_and_counts(tmp_path: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         late.hand_in(work)
-        while late.transport.status().version < 1:
+        while late.status().version < 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert rows(coordinator, "SELECT open FROM assignments") == [(0,)]
@@ -178,7 +178,7 @@ def test_an_update_beyond_its_round_is_declined_or_has_its_reason_in_the_databas
 
         said = together(4, deliver)
         deadline = time.monotonic() + PATIENCE_S
-        while devices[0].transport.status().version < 1:
+        while devices[0].status().version < 1:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert sum(reason == "" for reason in said) == 2, said

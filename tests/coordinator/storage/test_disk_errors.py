@@ -36,7 +36,7 @@ def disarmed() -> Iterator[None]:
 
 def join(store: Store, size_bytes: int = 100) -> None:
     hash = next(HASHES)
-    store.add_device(hash, "a device", hash, {"text": "x" * size_bytes}, 1.0)
+    store.members.add_device(hash, "a device", hash, {"text": "x" * size_bytes}, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_a_full_database_goes_on_once_there_is_room(tmp_path: Path) -> None:
     for thread in threads:
         thread.join(60.0)
     assert [type(error) for error in errors] == [DiskFull] * 8
-    assert len(store.devices()) == 1
+    assert len(store.members.devices()) == 1
     at_most(store, 1_000_000)
     join(store, 100_000)
-    assert len(store.devices()) == 2
+    assert len(store.members.devices()) == 2
     store.close()
 
 
@@ -115,7 +115,7 @@ def test_a_commit_that_fails_is_nobodys_and_the_next_one_succeeds(tmp_path: Path
     with pytest.raises(InternalError, match=r"disk fails at coordinator\.sqlite \(Input/output error\)"):
         join(store)
     join(store)
-    assert len(store.devices()) == 2
+    assert len(store.members.devices()) == 2
     store.close()
 
 

@@ -14,7 +14,7 @@ from coordinator.storage.database import Contradiction
 from coordinator.storage.rows import StoredUpdate, Version
 from coordinator.storage.schema import MIGRATIONS
 from coordinator.storage.store import Store
-from edge_sdk.core.errors import InputError, ProtocolError, StaleUpdate
+from edge_sdk.core.errors import BadUpdates, InputError, ProtocolError, StaleUpdate
 from edge_sdk.core.messages import Assignment, Update
 from edge_sdk.core.records import to_json
 
@@ -30,7 +30,7 @@ def path(tmp_path: Path) -> Path:
 def store(path: Path) -> Iterator[Store]:
     made = Store(path)
     for device in ("d", "e"):
-        made.add_device(device, f"name of {device}", f"hash of {device}", {"system": "Linux"}, 1.0)
+        made.members.add_device(device, f"name of {device}", f"hash of {device}", {"system": "Linux"}, 1.0)
     yield made
     made.close()
 
@@ -57,14 +57,14 @@ def test_what_was_written_is_there_after_reopening(path: Path, store: Store) -> 
     again = Store(path)
     assert again.meta("federation") == "{}"
     assert again.unmerged() == [stored]
-    assert again.credentials()["hash of d"] == "d"
-    assert [device.name for device in again.devices()] == ["name of d", "name of e"]
+    assert again.members.credentials()["hash of d"] == "d"
+    assert [device.name for device in again.members.devices()] == ["name of d", "name of e"]
     again.close()
 
 
 def test_unknown_things_are_none(store: Store) -> None:
     assert store.meta("none") is None
-    assert "hash of nobody" not in store.credentials()
+    assert "hash of nobody" not in store.members.credentials()
     assert store.assignment("none", "d") is None
     assert store.update_digest("none") is None
     assert store.version(1) is None
@@ -115,7 +115,10 @@ def test_publish_marks_its_updates(store: Store) -> None:
     store.publish(version(1), [("a", 0.25, 0), ("b", 0.75, 2)])
     assert [stored.id for stored in store.unmerged()] == ["c"]
     assert store.versions(5) == [version(1)]
-    assert [(d.id, d.updates, d.mean_staleness) for d in store.devices()] == [("d", 1, 0.0), ("e", 1, 2.0)]
+    assert [(d.id, d.updates, d.mean_staleness) for d in store.members.devices()] == [
+        ("d", 1, 0.0),
+        ("e", 1, 2.0),
+    ]
 
 
 def test_an_update_is_in_one_version_only_and_the_second_is_dropped_whole(store: Store) -> None:
@@ -168,7 +171,7 @@ def test_a_rejected_update_is_in_no_version_and_holds_its_device_up_no_longer(st
     store.reject_updates({"b": "its blob is gone"})
     assert [stored.id for stored in store.unmerged()] == ["a"]
     assert store.last_contributions() == {"d": 0}
-    with pytest.raises(Contradiction):
+    with pytest.raises(BadUpdates, match="update b: its blob is gone"):
         store.publish(version(1), [("b", 1.0, 0)])
 
 
@@ -212,9 +215,9 @@ def test_a_clipped_update_keeps_its_factor(path: Path, store: Store) -> None:
 def test_a_refusal_is_counted_and_ends_the_assignment(store: Store) -> None:
     for id in ("a", "b"):
         store.add_assignment("d", assignment(id), 2.0)
-        store.refuse("d", id)
+        store.refuse("d", id, "shapes")
     assert store.open_assignments() == []
-    assert [(d.id, d.refused) for d in store.devices()] == [("d", 2), ("e", 0)]
+    assert [(d.id, d.refused) for d in store.members.devices()] == [("d", 2), ("e", 0)]
 
 
 def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
@@ -235,10 +238,10 @@ def test_a_database_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) ->
     database.commit()
     database.close()
     store = Store(path)
-    assert [(d.updates, d.mean_staleness) for d in store.devices()] == [(2, 2.5)]
+    assert [(d.updates, d.mean_staleness) for d in store.members.devices()] == [(2, 2.5)]
     assert store.unmerged() == [StoredUpdate("a", "d", 0, UPDATE)]
     assert store.latest_norms(50) == []
-    assert [d.refused for d in store.devices()] == [0]
+    assert [d.refused for d in store.members.devices()] == [0]
     store.close()
 
 

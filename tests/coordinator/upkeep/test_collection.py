@@ -62,7 +62,7 @@ class Host:
     def grant(self) -> str:
         self.count += 1
         id = f"a{self.count}"
-        self.store.add_device(f"d-{id}", id, id, {}, 1.0)
+        self.store.members.add_device(f"d-{id}", id, id, {}, 1.0)
         self.store.add_assignment(f"d-{id}", an_assignment(id, self.current), 2.0)
         self.leases[id] = self.current
         return id

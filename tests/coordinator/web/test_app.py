@@ -93,10 +93,10 @@ def problem(response: httpx.Response, status: int) -> dict[str, Any]:
     return document
 
 
-def wait_for_version(transport: Transport, version: int) -> None:
+def wait_for_version(device: Device, version: int) -> None:
     deadline = time.monotonic() + 30.0
-    while transport.status().version < version:
-        assert time.monotonic() < deadline, transport.status()
+    while device.status().version < version:
+        assert time.monotonic() < deadline, device.status()
         time.sleep(0.02)
 
 
@@ -107,7 +107,7 @@ def test_a_device_joins_and_learns_the_federation(coordinator: CoordinatorProces
     federation = device.transport.federation()
     assert federation.base.modules == SHAPES
     assert federation.ladder == tuple(LADDER)
-    assert device.id in {known.id for known in device.transport.status().devices}
+    assert device.id in {known.id for known in device.status().devices}
 
 
 def test_the_join_token_shows_the_federation_and_no_more(coordinator: CoordinatorProcess) -> None:
@@ -188,21 +188,21 @@ def test_a_contribution_is_followed_by_not_now(device: Device) -> None:
 def test_a_heartbeat_shows_in_the_status(device: Device) -> None:
     work = device.work()
     assert device.transport.heartbeat(work.id, Heartbeat(7)).directive == "continue"
-    (shown,) = [known for known in device.transport.status().devices if known.id == device.id]
+    (shown,) = [known for known in device.status().devices if known.id == device.id]
     assert (shown.state, shown.rank, shown.steps_done) == ("training", 4, 7)
 
 
 def test_a_start_is_named_by_what_it_holds(merging: CoordinatorProcess) -> None:
     with member(merging) as device:
         first = device.work()
-        assert (first.version, first.start, device.transport.status().start) == (0, "", "")
+        assert (first.version, first.start, device.status().start) == (0, "", "")
         device.hand_in(first)
-        wait_for_version(device.transport, 1)
+        wait_for_version(device, 1)
         second = device.work()
         (blob,) = [path for path in (merging.data / "blobs").rglob(f"{second.start}*") if path.is_file()]
         assert len(second.start) == 16
         assert codec.sha256_file(blob).startswith(second.start)
-        assert device.transport.status().start == second.start
+        assert device.status().start == second.start
 
 
 # --- uploading ------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def raw_upload(coordinator: CoordinatorProcess, device: Device, route: str, leng
     """A connection that has announced a body of `length` bytes from offset 0."""
     connection = socket.create_connection(("127.0.0.1", coordinator.port), timeout=30.0)
     connection.sendall(
-        f"PATCH {route} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {device.credential}\r\n"
+        f"PATCH {route} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {device.credential}\r\n"
         f"Upload-Offset: 0\r\nContent-Length: {length}\r\n\r\n".encode()
     )
     return connection
@@ -419,17 +419,17 @@ def test_the_claims_must_be_those_of_the_assignment(device: Device) -> None:
 def test_a_lower_rank_than_assigned_is_merged_as_what_it_is(merging: CoordinatorProcess) -> None:
     """A device that ran out of memory hands in less: uniformly, or unequal ranks of two kinds of module."""
     with member(merging, "one") as one:
-        before = one.transport.status().version
+        before = one.status().version
         work = one.work(rank=8)
         one.hand_in(work, seed=21, rank=2)
-        wait_for_version(one.transport, before + 1)
-        assert one.transport.status().version_ranks[str(before + 1)] >= 2
+        wait_for_version(one, before + 1)
+        assert one.status().version_ranks[str(before + 1)] >= 2
 
         work = one.work(rank=8)
         wide, narrow = random_adapter(4, 22), random_adapter(1, 22)
         mixed = {name: (narrow if "q_proj" in name else wide)[name] for name in wide}
         one.hand_in(work, codec.encode(mixed, SCALING), rank=4)
-        wait_for_version(one.transport, before + 2)
+        wait_for_version(one, before + 2)
 
         work = one.work(rank=4)
         with pytest.raises(AdapterError, match="q_proj.lora_A.weight has shape"):  # more than it says
@@ -443,9 +443,9 @@ def test_a_repeated_delivery_gets_the_same_answer_and_counts_once(
 ) -> None:
     work = device.work()
     content = codec.encode(random_adapter(4, 9), SCALING)
-    before = device.transport.status().buffered
+    before = device.status().buffered
     assert device.hand_in(work, content) == device.hand_in(work, content)
-    assert device.transport.status().buffered == before + 1
+    assert device.status().buffered == before + 1
     assert not (coordinator.data / "uploads" / f"{work.id}.part").exists()  # sent again for nothing
     with pytest.raises(ProtocolError, match="was delivered before"):
         device.hand_in(work, seed=10)
@@ -468,11 +468,11 @@ def test_claiming_anothers_adapter_at_the_wrong_rank_does_not_delete_it(
 
 def test_two_devices_may_hand_in_the_same_bytes(coordinator: CoordinatorProcess, device: Device) -> None:
     content = codec.encode(random_adapter(4, 12), SCALING)
-    before = device.transport.status().buffered
+    before = device.status().buffered
     with member(coordinator, "twin") as twin:
         for one in (device, twin):
             one.hand_in(one.work(), content)
-    assert device.transport.status().buffered == before + 2
+    assert device.status().buffered == before + 2
 
 
 # --- downloading ----------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ def test_two_devices_may_hand_in_the_same_bytes(coordinator: CoordinatorProcess,
 def test_every_device_of_a_rank_gets_the_same_bytes(merging: CoordinatorProcess, tmp_path: Path) -> None:
     with member(merging, "one") as one, member(merging, "two") as two:
         one.hand_in(one.work(), seed=1)
-        wait_for_version(one.transport, 1)
+        wait_for_version(one, 1)
         files = [tmp_path / name for name in ("one", "two")]
         for device, file in zip((one, two), files, strict=True):
             device.transport.download(1, 4, file, most_bytes=MOST_BYTES)
@@ -595,7 +595,7 @@ def test_a_strange_name_harms_nobody(coordinator: CoordinatorProcess, name: str)
     body = f'{{"name": "{name}", "fingerprint": "{FINGERPRINT}"}}'.encode()
     answer = request(coordinator, "POST", messages.JOIN, coordinator.join_token, content=body)
     assert answer.status_code in (201, 400), answer.text
-    assert request(coordinator, "GET", messages.STATUS, coordinator.join_token).status_code == 200
+    assert request(coordinator, "GET", messages.STATUS, coordinator.host_token).status_code == 200
 
 
 def test_a_newer_protocol_is_refused_by_name(coordinator: CoordinatorProcess) -> None:
@@ -609,7 +609,7 @@ def test_slow_senders_hold_nobody_up(coordinator: CoordinatorProcess, device: De
     for _ in range(50):
         connection = socket.create_connection(("127.0.0.1", coordinator.port), timeout=30.0)
         connection.sendall(
-            b"POST /v1/assignments HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/assignments HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Authorization: Bearer " + device.credential.encode() + b'\r\nContent-Length: 100\r\n\r\n{"rank'
         )
         slow.append(connection)

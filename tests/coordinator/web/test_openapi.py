@@ -87,9 +87,10 @@ def test_whose_secret_a_request_carries() -> None:
     }
     assert security["join"] == [{"joinToken": []}]
     assert security["ask"] == security["adapter"] == [{"credential": []}]
-    assert security["status"] == security["federation"] == [{"credential": []}, {"joinToken": []}]
+    assert security["federation"] == [{"credential": []}, {"joinToken": []}]
+    assert security["status"] == [{"hostToken": []}]
     assert security["openapi"] == []
-    assert set(DOCUMENT["components"]["securitySchemes"]) == {"joinToken", "credential"}
+    assert set(DOCUMENT["components"]["securitySchemes"]) == {"joinToken", "credential", "hostToken"}
 
 
 def test_records_are_described_field_by_field() -> None:
@@ -179,7 +180,11 @@ def test_answers_of_a_running_coordinator_are_as_described(running: CoordinatorP
     tag = call("adapter", credential, file).headers["ETag"]
     call("adapter", credential, file, headers={"If-None-Match": tag})
     call("adapter", credential, file, headers={"If-Match": '"another"'})
-    assert call("status", credential).json()["devices"][0]["name"] == "attic"
+    assert call("newest", credential).json() == {"version": 0, "rank": 0, "start": ""}
+    assert call("status", running.host_token).json()["devices"][0]["name"] == "attic"
+    credential = call("renew", credential).json()["credential"]
+    call("leave", credential)
+    assert call("ask", credential, record=Ask(4)).status_code == 401
     successes = {(name, status) for name, status in call.seen if status < 300}
     assert {name for name, _ in successes} == {route.name for route in ROUTES}
     assert call.seen >= {("ask", 503), ("adapter", 206), ("adapter", 304), ("adapter", 412), ("adapter", 416)}

@@ -75,7 +75,9 @@ def test_a_record_that_stops_coming_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
     async def run() -> bytes:
         coordinator = Coordinator(tmp_path / "data", load_settings(file))
-        head = f"POST /v1/join HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {coordinator.join_token}\r\n"
+        head = (
+            f"POST /v1/join HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {coordinator.join_token}\r\n"
+        )
         async with serving(app.build_app(coordinator), IDLE_S) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(head.encode() + b'Content-Length: 1000\r\n\r\n{"half": ')

@@ -344,10 +344,10 @@ def test_a_device_that_has_joined_needs_no_token(
 
 
 def test_nobody_answers(quick: None, tmp_path: Path) -> None:
-    found = diagnosis(JoinPlan(here(tmp_path), "http://no.invalid", token="t"))
+    found = diagnosis(JoinPlan(here(tmp_path), "https://no.invalid", token="t"))
     assert states(found) == {"coordinator": "not fine"}
     assert "clock" not in found
-    assert "no coordinator answers at http://no.invalid" in found["coordinator"].found
+    assert "no coordinator answers at https://no.invalid" in found["coordinator"].found
 
 
 def test_unquantised_training_that_would_not_fit(
@@ -445,7 +445,7 @@ def test_a_date_that_is_none() -> None:
     ("arguments", "reason"),
     [
         (["notaurl"], "'notaurl' is no address of a coordinator"),
-        (["http://h", "--token", "tökén"], "the token is not one"),
+        (["https://h", "--token", "tökén"], "the token is not one"),
         (["--state", __file__], "no usable state folder (it is a file)"),
     ],
 )
