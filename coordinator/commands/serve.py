@@ -106,6 +106,8 @@ async def _listen(
         if coordinator.privacy:
             say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
         say(f"listening on {endpoint.address(port, certificate)}")
+        if announcement.insecure:
+            say("this is plain HTTP: tokens and adapters can be read on the way")
         say(f"join token in {data / 'join-token'}; on a device:")
         say(f"  {announcement.command('TOKEN')}")
         async with renewing(certificate, tls):
