@@ -87,7 +87,7 @@ async def _listen(
     limits = settings.limits
     most, of_address = limits.connections_within(file_limit())
     strict = limits.connections_of_address is not None
-    connections = Connections(most, of_address, strict, limits.answer_s)
+    connections = Connections(most, of_address, strict, limits.answer_s, settings.serving.trusts)
     app = build_app(coordinator, endpoint)
     server = WebServer(app, coordinator.refusals, coordinator.faults, connections, tls)
     try:
