@@ -87,7 +87,7 @@ async def _listen(
     limits = settings.limits
     most, of_address = limits.connections_within(file_limit())
     strict = limits.connections_of_address is not None
-    connections = Connections(most, of_address, strict, limits.answer_s)
+    connections = Connections(most, of_address, strict, limits.answer_s, settings.serving.trusts)
     app = build_app(coordinator, endpoint)
     server = WebServer(app, coordinator.refusals, coordinator.faults, connections, tls)
     try:
@@ -106,6 +106,8 @@ async def _listen(
         if coordinator.privacy:
             say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
         say(f"listening on {endpoint.address(port, certificate)}")
+        if announcement.insecure:
+            say("this is plain HTTP: tokens and adapters can be read on the way")
         say(f"to let a device in:  edge-coordinator invite --data {data}")
         async with renewing(certificate, tls):
             await stop.wait()

@@ -15,14 +15,22 @@ ALL = ""  # the key of a bucket for everybody
 
 
 class Allowances:
-    """Counts what was used. Belongs to one event loop. `clock`: seconds that never go backwards."""
+    """Counts what was used. Belongs to one event loop.
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits = limits
+    Args:
+        limits: the host's.
+        heartbeat_s: from one heartbeat of a device to the next.
+        clock: seconds that never go backwards.
+    """
+
+    def __init__(
+        self, limits: Limits, heartbeat_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits, self._requests_s = limits, limits.requests_with(heartbeat_s)
         most, per_address = limits.joins_minute, limits.joins_minute_of_address
         self._joins = Buckets(most, most / MINUTE_S, clock)
         self._joins_of_address = Buckets(per_address, per_address / MINUTE_S, clock)
-        self._requests = Buckets(BURST_S * limits.requests_s, limits.requests_s, clock)
+        self._requests = Buckets(BURST_S * self._requests_s, self._requests_s, clock)
         self._refusals = Buckets(BURST_S * limits.refusals_s, limits.refusals_s, clock)
         wasted = limits.wasted_uploads_hour
         self._uploads = Buckets(wasted, wasted / HOUR_S, clock)
@@ -57,7 +65,7 @@ class Allowances:
         """Count a request of a device; raise TooOften for one more than it may make."""
         if wait_s := self._requests.take(device):
             raise TooOften(
-                f"this device asks more than {self.limits.requests_s:g} times a second; ask less often",
+                f"this device asks more than {self._requests_s:g} times a second; ask less often",
                 retry_after_s=wait_s,
             )
 

@@ -12,6 +12,7 @@ from edge_sdk.core.ranges import ByteCount, Interval, Several
 
 Percent = Annotated[float, Meta(ge=0, le=90)]
 Page = Annotated[int, Meta(ge=1, le=1000)]  # a thousand devices are some 300 KB
+REQUESTS_S = 20.0
 NAT_SHARE = 0.75  # of all connections one address may have: ten thousand devices behind one router
 
 
@@ -29,7 +30,7 @@ class Limits:
     profile_bytes: ByteCount = 4096  # of what a device says of its machine when it joins
     joins_minute: Several = 600
     joins_minute_of_address: Several = 300
-    requests_s: Interval = 20.0  # of one device, on average over ten seconds
+    requests_s: Interval | None = None  # of one device, on average over ten seconds; None: `requests_with`
     refusals_s: Interval = 5.0  # of one address, likewise; beyond that the answers come a second late
     uploads_of_device: Several = 2  # at a time
     wasted_uploads_hour: Several = 4  # a device that hands in nothing may send as many bytes as so many take
@@ -53,11 +54,15 @@ class Limits:
                 f"limits.devices is {self.devices}, but a version wants updates of policy.buffer_size "
                 f"{buffer_size} devices"
             )
-        if self.requests_s * heartbeat_s < 1.0:
+        if self.requests_s is not None and self.requests_s * heartbeat_s < 1.0:
             raise InputError(
                 f"limits.requests_s is {self.requests_s:g}, but a device has a heartbeat every "
                 f"federation.heartbeat_s of {heartbeat_s:g} s; raise one of them"
             )
+
+    def requests_with(self, heartbeat_s: float) -> float:
+        """Requests a second of a device: what the host says, or 20, or four to a heartbeat if more."""
+        return self.requests_s or max(REQUESTS_S, 4.0 / heartbeat_s)
 
     def connections_within(self, files: int | None) -> tuple[int, int]:
         """Connections at a time, and of one address, where the process may open so many files.

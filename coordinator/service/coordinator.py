@@ -79,7 +79,8 @@ class Coordinator:
         self.folder, self.federation, self.store = folder, opened.federation, opened.store
         self.run_name, self.privacy = opened.run.name, settings.privacy
         self.faults, self.refusals = FaultLog(), Refusals()
-        self.limits, self.allowances = settings.limits, Allowances(settings.limits)
+        self.limits = settings.limits
+        self.allowances = Allowances(settings.limits, self.federation.heartbeat_s)
         self.disk = FreeDisk(folder, settings.limits.least_free_bytes)
         self._other_runs = OtherRuns(self.store, self.faults)
         steps = self.federation.training.steps

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,19 @@ class Connections:
             Without `strict` the addresses of this machine are not counted: a proxy may stand there.
         strict: the host named the number.
         answer_s: an answer of which nothing is taken for so long is cut.
+        is_proxy: says of an address that it is a proxy of the host's, whose connections are many people's.
     """
 
     def __init__(
-        self, most: int, of_address: int | None = None, strict: bool = False, answer_s: float = 30.0
+        self,
+        most: int,
+        of_address: int | None = None,
+        strict: bool = False,
+        answer_s: float = 30.0,
+        is_proxy: Callable[[str], bool] = lambda address: False,
     ) -> None:
         self._most, self._of_address, self._strict, self._answer_s = most, of_address, strict, answer_s
+        self._is_proxy = is_proxy
         self._networks: dict[str, _Network] = {}
         self._quiet: OrderedDict[Seat, None] = OrderedDict()  # the longest first
         self._all: set[Seat] = set()
@@ -79,7 +86,8 @@ class Connections:
         """A seat for a connection that was just accepted; None if all others are at work."""
         network = network_of(address)
         known = self._networks.get(network)
-        most = self._of_address if self._strict or not is_local(address) else None
+        counted = not self._is_proxy(address) and (self._strict or not is_local(address))
+        most = self._of_address if counted else None
         if known and most and known.count >= most and not self._close_quietest(known.quiet):
             return None
         if len(self._all) >= self._most and not self.make_room():

@@ -56,6 +56,7 @@ def find(model: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+    _say_nothing_of_this_machine()
     if model == TINY or model.startswith((".", "/", "~")) or Path(model).expanduser().is_dir():
         return resolve(model)
     try:
@@ -66,11 +67,19 @@ def find(model: str) -> Path | None:
         raise InputError(f"{model}: no such directory, and no such model on the Hugging Face hub") from error
 
 
+def _say_nothing_of_this_machine() -> None:
+    """Switch off the hub client's telemetry, as HF_HUB_DISABLE_TELEMETRY=1 would have done at its import."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
 def _download(model: str) -> Path:
     """A snapshot of a hub model: configuration, tokeniser and safetensors, not its other formats."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    _say_nothing_of_this_machine()
     wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     unwanted = ["*/*", "consolidated*"]
     try:

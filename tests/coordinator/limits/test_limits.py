@@ -87,7 +87,7 @@ def joined(allowances: Allowances, network: str = "a", devices: int = 0, profile
 
 def test_an_address_that_joins_too_often_leaves_room_for_others() -> None:
     clock = Clock()
-    allowances = Allowances(Limits(joins_minute=10, joins_minute_of_address=6), clock)
+    allowances = Allowances(Limits(joins_minute=10, joins_minute_of_address=6), 5.0, clock)
     assert [joined(allowances) for _ in range(20)] == [True] * 6 + [False] * 14
     assert [joined(allowances, "b") for _ in range(5)] == [True] * 4 + [False]
     clock.now = 60.0
@@ -98,7 +98,7 @@ def test_an_address_that_joins_too_often_leaves_room_for_others() -> None:
     ("devices", "profile_bytes", "kind"), [(3, 4096, FederationFull), (2, 4097, TooLarge), (2, 4096, None)]
 )
 def test_the_edges_of_what_may_join(devices: int, profile_bytes: int, kind: type[EdgeError] | None) -> None:
-    allowances = Allowances(Limits(devices=3), Clock())
+    allowances = Allowances(Limits(devices=3), 5.0, Clock())
     if kind is None:
         return allowances.join("a", devices, profile_bytes)
     with pytest.raises(kind):
@@ -108,7 +108,7 @@ def test_the_edges_of_what_may_join(devices: int, profile_bytes: int, kind: type
 
 def test_requests_of_a_device() -> None:
     clock = Clock()
-    allowances = Allowances(Limits(requests_s=2.0), clock)
+    allowances = Allowances(Limits(requests_s=2.0), 5.0, clock)
     for _ in range(20):
         allowances.request("a")
     with pytest.raises(TooOften) as told:
@@ -119,9 +119,15 @@ def test_requests_of_a_device() -> None:
     allowances.request("a")
 
 
+def test_a_federation_of_many_heartbeats_allows_as_many() -> None:
+    assert Limits().requests_with(5.0) == 20.0
+    assert Limits().requests_with(0.1) == 40.0
+    assert Limits(requests_s=1.0).requests_with(5.0) == 1.0
+
+
 def test_uploads_that_nothing_came_of() -> None:
     clock = Clock()
-    allowances = Allowances(Limits(wasted_uploads_hour=2), clock)
+    allowances = Allowances(Limits(wasted_uploads_hour=2), 5.0, clock)
     for _ in range(2):
         allowances.require_useful("a")
         allowances.uploaded("a", 1.0)
