@@ -18,7 +18,7 @@ from edge_sdk.core.choice.step_time import StepTime
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.messages import CARRYING, Training
 from edge_sdk.core.profile import DeviceProfile
-from edge_sdk.model.files import find, read_json_object
+from edge_sdk.model.files import find, read_json_object, require_no_code
 from edge_sdk.options import Options, cache_dir
 from edge_sdk.participation.decision import BUDGET_SHARE, budget_bytes, quantisation
 
@@ -81,6 +81,7 @@ def examine(question: FitQuestion, say: Callable[[str], None] = lambda _: None) 
 
     file = config_file(question.model)
     config = read_json_object(file)
+    require_no_code(file, False, "`profile` runs none: `join --trust-remote-code` measures it as it trains")
     _facts(config, {}, file)  # a field that is missing is named here; transformers would fill it in
     facts = _facts(config, base_model.target_modules(file), file)
     ladder = _ladder(question)

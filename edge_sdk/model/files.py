@@ -115,19 +115,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def require_no_code(directory: Path, trusted: bool) -> None:
+def require_no_code(
+    directory: Path, trusted: bool, mend: str = "if you trust it, add --trust-remote-code"
+) -> None:
     """Raise InputError for a model with code of its own (`auto_map`), unless its owner trusts that.
 
     Transformers would ask on the terminal, or take another architecture's code in its place.
 
-    `directory`: of a model, or a bare `config.json`.
+    Args:
+        directory: of a model, or a bare `config.json`.
+        trusted: whether that code may run.
+        mend: what its owner may do.
     """
     named = (directory / name for name in WITH_CODE) if directory.is_dir() else (directory,)
     for path in named:
         if not trusted and path.is_file() and read_json_object(path).get("auto_map"):
             raise InputError(
                 f"{directory}: this model brings code of its own ({path.name} has auto_map), which would run "
-                "on this machine; if you trust it, add --trust-remote-code"
+                f"on this machine; {mend}"
             )
 
 

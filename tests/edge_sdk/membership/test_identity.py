@@ -101,11 +101,15 @@ def with_code(tmp_path: Path) -> Path:
 def test_code_of_a_base_is_refused_in_one_line(
     with_code: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in (["base", str(with_code)], ["profile", "--quick", "--model", str(with_code)]):
+    for arguments, mend in (
+        (["base", str(with_code)], "add --trust-remote-code"),
+        (["profile", "--quick", "--model", str(with_code)], "`profile` runs none"),
+    ):
         assert main(arguments) == 2
         said = capsys.readouterr().err
         assert "brings code of its own (config.json has auto_map)" in said
         assert said.count("\n") == 1
+        assert mend in said
     for attempt in (base_model.describe, base_model.load):
         with pytest.raises(InputError, match="if you trust it, add --trust-remote-code"):
             attempt(str(with_code))
