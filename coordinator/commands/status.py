@@ -8,6 +8,7 @@ from typing import Any
 
 from coordinator.privacy import ledger
 from coordinator.service.other_runs import worked_elsewhere
+from coordinator.storage.members import ABSENT
 from coordinator.upkeep.data_folder import open_existing
 from edge_sdk.core.words import printable
 from edge_sdk.system.terminal import say
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
         say(f"device {id} {worked_elsewhere(run)}")
     say(f"{'device':<24}{'rank':>6}{'merged':>8}{'staleness':>11}{'refused':>9}")
     for device in store.members.devices():
+        if device.standing in ABSENT:
+            continue
         shown = f"{device.updates:>8}{device.mean_staleness:>11.2f}{device.refused:>9}"
         say(f"{printable(device.name, 23):<24}{device.rank:>6}{shown}")
     if versions:

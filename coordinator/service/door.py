@@ -27,7 +27,7 @@ from edge_sdk.core.words import printable
 from edge_sdk.system.terminal import logger
 
 log = logger("coordinator")
-SEEN_S = 15.0  # how often it is written down who was heard of
+SEEN_S = 30.0  # how often it is written down who was heard of
 DAY_S = 86400.0
 WAITING = "the host has not approved this device yet"
 SUSPENDED = "the host has suspended this device"

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 from coordinator.engine.engine import Engine
 from coordinator.privacy.ledger import Spending
+from coordinator.storage.members import ABSENT
 from coordinator.storage.rows import Device
 from coordinator.storage.store import Store
 from edge_sdk.core.messages import DeviceStatus, Federation, Status
@@ -42,7 +43,11 @@ class Overview:
             aggregating=state.phase == "merging",
             version_ranks={str(v.version): v.rank for v in versions},
             discarded_shares={str(v.version): v.discarded_share for v in versions},
-            devices=tuple(self._device(device, seen_s_ago.get(device.id, 0.0)) for device in enrolled),
+            devices=tuple(
+                self._device(device, seen_s_ago.get(device.id, 0.0))
+                for device in enrolled
+                if device.standing not in ABSENT
+            ),
             refused=sum(device.refused for device in enrolled),
             clipped=self._store.clipped(),
             norm_bound=norm_bound,

@@ -133,6 +133,9 @@ def test_a_device_that_is_revoked(tmp_path: Path, by: str) -> None:
         merged_ids = rows(target.coordinator.data, "SELECT assignment FROM updates WHERE merged_version > 0")
         assert (update,) not in merged_ids
         soon(lambda: "revoked" in host(target, "audit"))
+        url, token = f"{target.coordinator.url}/v1/status", target.coordinator.host_token
+        listed = httpx.get(url, headers=bearer(token), trust_env=False).json()["devices"]
+        assert [one["name"] for one in listed] == ["good 1", "other"]
         target.coordinator.stop()
         target.coordinator.start()
         assert get(target, "/v1/newest", bad.credential) == 401
