@@ -17,6 +17,7 @@ from coordinator.service.process_limits import (
     file_limit,
     give_memory_back,
     raise_file_limit,
+    small_tls_buffers,
     take_turns_often,
 )
 from coordinator.settings import Settings, load_settings
@@ -42,8 +43,12 @@ def add_to(commands: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default %(default)s)")
     serve.add_argument("--device", default="cpu", help="where versions are computed: cpu, cuda, cuda:1 …")
     serve.add_argument("--port", type=int, default=8765, help="0 picks a free one (default %(default)s)")
-    serve.add_argument("--cert", type=Path, help="PEM file: certificate and chain, in place of one made here")
-    serve.add_argument("--key", type=Path, help="PEM file: its private key (default: in the same file)")
+    serve.add_argument(
+        "--cert", type=Path, metavar="FILE", help="PEM file: certificate and chain, in place of one made here"
+    )
+    serve.add_argument(
+        "--key", type=Path, metavar="FILE", help="PEM file: its private key (default: in the same file)"
+    )
     serve.add_argument("--tls", action="store_true", help="also where only this machine can connect")
     serve.add_argument("--insecure", action="store_true", help="plain HTTP, also to other machines")
     serve.set_defaults(run=run)
@@ -65,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
     require_finished(options.data)
     give_memory_back()
     take_turns_often()
+    small_tls_buffers()
     if notice := raise_file_limit():
         say(notice)
     with only_coordinator(options.data):

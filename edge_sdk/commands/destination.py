@@ -48,7 +48,9 @@ def add_to(command: Any) -> None:
         "url", nargs="?", metavar="INVITATION", help=f"{where} (default: {INVITATION_VARIABLE})"
     )
     command.add_argument("--token", help=f"join token, beside an address (or set {TOKEN_VARIABLE})")
-    command.add_argument("--ca", help="PEM file of the authorities that may vouch for the coordinator")
+    command.add_argument(
+        "--ca", metavar="FILE", help="PEM file of the authorities that may vouch for the coordinator"
+    )
     command.add_argument(
         "--insecure", action="store_const", const=True, help="let secrets and adapters travel in plain HTTP"
     )

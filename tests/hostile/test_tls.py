@@ -9,6 +9,7 @@ import contextlib
 import socket
 import ssl
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -395,6 +396,19 @@ def test_handshakes_that_hang_keep_nobody_waiting_and_end(tmp_path: Path) -> Non
                     pass
             connection.close()
         assert time.monotonic() < deadline
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap is what was measured")
+def test_idle_connections_with_tls_take_little_memory(tmp_path: Path) -> None:
+    """asyncio's own buffers would make 280 KiB of each."""
+    with attacked(tmp_path, None, "carry", ("--tls",)) as target, contextlib.ExitStack() as opened:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        before = target.process.memory_info().rss
+        for _ in range(300):
+            connection = socket.create_connection(("127.0.0.1", target.coordinator.port), PATIENCE_S)
+            opened.enter_context(context.wrap_socket(connection))
+        assert target.process.memory_info().rss - before < 300 * 100 * 1024
 
 
 def test_a_handshake_that_drips_is_given_up_by_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
