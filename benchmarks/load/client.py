@@ -56,7 +56,7 @@ class Reply:
 def head_of(method: str, route: str, token: str, length: int = 0, more: str = "") -> bytes:
     """The bytes before a body of `length`; `more` are header lines, each with its line end."""
     return (
-        f"{method} {route} HTTP/1.1\r\nHost: load\r\nAuthorization: Bearer {token}\r\n{more}"
+        f"{method} {route} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n{more}"
         f"Content-Length: {length}\r\n\r\n"
     ).encode()
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from coordinator.limits.limits import Limits
 from coordinator.merging.torch_svd import decompose_on
 from coordinator.privacy import ledger
 from coordinator.service.coordinator import Coordinator
@@ -28,7 +29,7 @@ from coordinator.web.connections import Connections
 from coordinator.web.endpoint import Endpoint
 from coordinator.web.server import WebServer
 from coordinator.web.tls import Certificate, renewing
-from edge_sdk.core.addresses import in_url
+from edge_sdk.core.addresses import in_url, is_local
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.system.terminal import log_to_terminal, say
@@ -73,6 +74,17 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
+def _connections(limits: Limits, endpoint: Endpoint) -> Connections:
+    """As many as there are files for. At an address of this machine there may be a proxy for everybody."""
+    most, of_address = limits.connections_within(file_limit())
+
+    def exempt(address: str) -> bool:
+        unnamed = limits.connections_of_address is None
+        return endpoint.serving.trusts(address) or (unnamed and is_local(address))
+
+    return Connections(most, of_address, exempt, limits.answer_s)
+
+
 async def _listen(
     data: Path, endpoint: Endpoint, certificate: Certificate | None, settings: Settings, by: Decompose
 ) -> None:
@@ -84,10 +96,7 @@ async def _listen(
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(data, settings, by)
-    limits = settings.limits
-    most, of_address = limits.connections_within(file_limit())
-    strict = limits.connections_of_address is not None
-    connections = Connections(most, of_address, strict, limits.answer_s)
+    connections = _connections(settings.limits, endpoint)
     app = build_app(coordinator, endpoint)
     server = WebServer(app, coordinator.refusals, coordinator.faults, connections, tls)
     try:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from aiohttp import web
 
 from coordinator.limits.networks import network_of
 from coordinator.web.unread import Patience, taken_bytes
-from edge_sdk.core.addresses import is_local
 
 LOOKS = 6  # at what an answer's receiver takes, within the time that it has
 
@@ -58,16 +57,19 @@ class Connections:
 
     Args:
         most: at a time.
-        of_address: the most of one address, None where addresses are counted together with all others only.
-            Without `strict` the addresses of this machine are not counted: a proxy may stand there.
-        strict: the host named the number.
+        of_address: the most of one address.
+        exempt: whether an address may have as many as there are: a proxy stands there, or may.
         answer_s: an answer of which nothing is taken for so long is cut.
     """
 
     def __init__(
-        self, most: int, of_address: int | None = None, strict: bool = False, answer_s: float = 30.0
+        self,
+        most: int,
+        of_address: int,
+        exempt: Callable[[str], bool] = lambda address: False,
+        answer_s: float = 30.0,
     ) -> None:
-        self._most, self._of_address, self._strict, self._answer_s = most, of_address, strict, answer_s
+        self._most, self._of_address, self._exempt, self._answer_s = most, of_address, exempt, answer_s
         self._networks: dict[str, _Network] = {}
         self._quiet: OrderedDict[Seat, None] = OrderedDict()  # the longest first
         self._all: set[Seat] = set()
@@ -79,8 +81,8 @@ class Connections:
         """A seat for a connection that was just accepted; None if all others are at work."""
         network = network_of(address)
         known = self._networks.get(network)
-        most = self._of_address if self._strict or not is_local(address) else None
-        if known and most and known.count >= most and not self._close_quietest(known.quiet):
+        is_full = known is not None and known.count >= self._of_address and not self._exempt(address)
+        if known and is_full and not self._close_quietest(known.quiet):
             return None
         if len(self._all) >= self._most and not self.make_room():
             return None

@@ -41,7 +41,7 @@ def connect(target: Target) -> socket.socket:
 
 
 def request(method: str, path: str, secret: str = "", *more: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: x", *more]
+    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", *more]
     lines += [f"Authorization: Bearer {secret}"] if secret else []
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
@@ -101,7 +101,7 @@ def test_answers_that_are_never_read(tmp_path: Path) -> None:
         file = "/v1/versions/0/ranks/8/adapter_model.safetensors"
         kinds = [
             request("GET", "/v1/openapi.json"),
-            request("GET", "/v1/status", target.coordinator.join_token),
+            request("GET", "/v1/federation", target.coordinator.join_token),
             request("GET", file, device.credential),
         ]
         for number, connection in enumerate(opened):
