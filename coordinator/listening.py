@@ -7,6 +7,7 @@ trusted proxy's own, for a proxy appends what it saw to whatever it was sent.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from edge_sdk.core.errors import InputError
 
 _NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252}[A-Za-z0-9])?")
 _PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+)*")
+MOST_HOST = 300  # characters of a Host header
 MOST_FORWARDED = 2000  # characters of X-Forwarded-For that are looked at, from its end
 
 
@@ -94,8 +96,10 @@ class Serving:
 
     def is_host(self, name: str, *own: str) -> bool:
         """Whether a Host header names this coordinator; `own`: addresses that it listens on."""
+        if len(name) > MOST_HOST:
+            return False
         host = _one_form(_without_port(name))
-        return is_local(host) or host in self._hosts or host in {_one_form(one) for one in own if one}
+        return is_local(host) or host in self._hosts or any(host == _one_form(one) for one in own if one)
 
 
 def _without_port(text: str) -> str:
@@ -105,6 +109,7 @@ def _without_port(text: str) -> str:
     return text if text.count(":") > 1 else text.partition(":")[0]
 
 
+@functools.lru_cache(maxsize=1024)  # every request asks
 def _one_form(host: str) -> str:
     address = ip_address(host)
     return host.lower().removesuffix(".") if address is None else str(address)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -118,15 +120,20 @@ class CoordinatorProcess:
         deadline = time.monotonic() + PATIENCE_S
         while True:
             said = self.log.read_bytes()[written:].decode()
-            if found := re.search(
-                r"listening on (https?)://\S+:(\d+)\S*\n(?:.*\n)+ .*#TOKEN\.?([\w-]*)", said
-            ):
-                self.scheme, self.port, self.pin = found[1], int(found[2]), found[3]
+            if found := re.search(r"listening on (https?)://\S+:(\d+)\S*\nto let a device in:", said):
+                self.scheme, self.port, self.pin = found[1], int(found[2]), self._announced_pin()
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 raise AssertionError(f"the coordinator does not listen: {said}")
             time.sleep(0.02)
+
+    def _announced_pin(self) -> str:
+        """As it stands in invitations."""
+        with contextlib.closing(sqlite3.connect(self.data / "coordinator.sqlite")) as database:
+            query = "SELECT value FROM meta WHERE key = 'announcement'"
+            ((text,),) = database.execute(query).fetchall()
+        return str(json.loads(text)["pin"])
 
     @property
     def pid(self) -> int:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coordinator.limits.limits import Limits
 from coordinator.merging.torch_svd import decompose_on
 from coordinator.privacy import ledger
 from coordinator.service.coordinator import Coordinator
@@ -29,7 +28,7 @@ from coordinator.web.connections import Connections
 from coordinator.web.endpoint import Endpoint
 from coordinator.web.server import WebServer
 from coordinator.web.tls import Certificate, renewing
-from edge_sdk.core.addresses import in_url, is_local
+from edge_sdk.core.addresses import in_url
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.flexlora import Decompose
 from edge_sdk.system.terminal import log_to_terminal, say
@@ -74,17 +73,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _connections(limits: Limits, endpoint: Endpoint) -> Connections:
-    """As many as there are files for. At an address of this machine there may be a proxy for everybody."""
-    most, of_address = limits.connections_within(file_limit())
-
-    def exempt(address: str) -> bool:
-        unnamed = limits.connections_of_address is None
-        return endpoint.serving.trusts(address) or (unnamed and is_local(address))
-
-    return Connections(most, of_address, exempt, limits.answer_s)
-
-
 async def _listen(
     data: Path, endpoint: Endpoint, certificate: Certificate | None, settings: Settings, by: Decompose
 ) -> None:
@@ -96,7 +84,10 @@ async def _listen(
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     asyncio.get_running_loop().set_default_executor(disk_threads())
     coordinator = Coordinator(data, settings, by)
-    connections = _connections(settings.limits, endpoint)
+    limits = settings.limits
+    most, of_address = limits.connections_within(file_limit())
+    strict = limits.connections_of_address is not None
+    connections = Connections(most, of_address, strict, limits.answer_s, settings.serving.trusts)
     app = build_app(coordinator, endpoint)
     server = WebServer(app, coordinator.refusals, coordinator.faults, connections, tls)
     try:
@@ -115,8 +106,9 @@ async def _listen(
         if coordinator.privacy:
             say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
         say(f"listening on {endpoint.address(port, certificate)}")
-        say(f"join token in {data / 'join-token'}; on a device:")
-        say(f"  {announcement.command('TOKEN')}")
+        if announcement.insecure:
+            say("this is plain HTTP: tokens and adapters can be read on the way")
+        say(f"to let a device in:  edge-coordinator invite --data {data}")
         async with renewing(certificate, tls):
             await stop.wait()
     finally:

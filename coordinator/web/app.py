@@ -351,7 +351,9 @@ async def status(request: web.Request) -> web.Response:
 
 async def description(request: web.Request) -> web.Response:
     """GET /v1/openapi.json, for anyone: it holds nothing of this federation."""
-    return web.Response(body=openapi.document(), content_type="application/json")
+    serving = request.app[ENDPOINT].serving
+    document = openapi.document(serving.public_url or serving.path_prefix)
+    return web.Response(body=document, content_type="application/json")
 
 
 HANDLERS: Mapping[str, Handler] = {

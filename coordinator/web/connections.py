@@ -19,6 +19,7 @@ from aiohttp import web
 
 from coordinator.limits.networks import network_of
 from coordinator.web.unread import Patience, taken_bytes
+from edge_sdk.core.addresses import is_local
 
 LOOKS = 6  # at what an answer's receiver takes, within the time that it has
 
@@ -57,19 +58,23 @@ class Connections:
 
     Args:
         most: at a time.
-        of_address: the most of one address.
-        exempt: whether an address may have as many as there are: a proxy stands there, or may.
+        of_address: the most of one address, None where addresses are counted together with all others only.
+            Without `strict` the addresses of this machine are not counted: a proxy may stand there.
+        strict: the host named the number.
         answer_s: an answer of which nothing is taken for so long is cut.
+        is_proxy: says of an address that it is a proxy of the host's, whose connections are many people's.
     """
 
     def __init__(
         self,
         most: int,
-        of_address: int,
-        exempt: Callable[[str], bool] = lambda address: False,
+        of_address: int | None = None,
+        strict: bool = False,
         answer_s: float = 30.0,
+        is_proxy: Callable[[str], bool] = lambda address: False,
     ) -> None:
-        self._most, self._of_address, self._exempt, self._answer_s = most, of_address, exempt, answer_s
+        self._most, self._of_address, self._strict, self._answer_s = most, of_address, strict, answer_s
+        self._is_proxy = is_proxy
         self._networks: dict[str, _Network] = {}
         self._quiet: OrderedDict[Seat, None] = OrderedDict()  # the longest first
         self._all: set[Seat] = set()
@@ -81,8 +86,9 @@ class Connections:
         """A seat for a connection that was just accepted; None if all others are at work."""
         network = network_of(address)
         known = self._networks.get(network)
-        is_full = known is not None and known.count >= self._of_address and not self._exempt(address)
-        if known and is_full and not self._close_quietest(known.quiet):
+        counted = not self._is_proxy(address) and (self._strict or not is_local(address))
+        most = self._of_address if counted else None
+        if known and most and known.count >= most and not self._close_quietest(known.quiet):
             return None
         if len(self._all) >= self._most and not self.make_room():
             return None

@@ -57,8 +57,8 @@ SECURITY: dict[Caller, list[Json]] = {
 
 
 @functools.cache
-def document() -> bytes:
-    """The document as JSON."""
+def document(server: str = "") -> bytes:
+    """The document as JSON; `server`: the address or the path that its paths follow, if there is one."""
     records = [Problem, *dict.fromkeys(_records(ROUTES))]
     references, schemas = msgspec.json.schema_components(records, ref_template="#/components/schemas/{name}")
     known = dict(zip(records, references, strict=True))
@@ -69,6 +69,7 @@ def document() -> bytes:
         {
             "openapi": "3.1.0",
             "info": {"title": "FlexLoRA coordinator", "version": __version__},
+            **({"servers": [{"url": server}]} if server else {}),
             "paths": paths,
             "components": {"schemas": schemas, "securitySchemes": SCHEMES},
         }

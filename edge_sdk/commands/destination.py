@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Destination:
     """A coordinator, and what lets a device in. `url` is its address, whether it was invited or not."""
 
     url: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     invitation: Invitation | None = None
 
     @property

@@ -89,7 +89,7 @@ def _sent(federation: Federation, options: Options, state: Path) -> tuple[tuple[
             rank, carry_rank = chosen.rank, chosen.setting.carry_rank
     except (TheirFault, OurFault, Unreachable) as error:
         objection = str(error)
-    joining = to_json(identity.request(fingerprint, options, "a secret of this attempt"))
+    joining = to_json(identity.request(fingerprint, options, "a-random-name-of-this-attempt"))
     training = federation.training
     most, size = training.steps * training.batch, limits.upload_bytes(federation, rank)
     update: dict[str, Any] = {

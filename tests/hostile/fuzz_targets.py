@@ -17,6 +17,7 @@ import numpy as np
 
 from coordinator.engine.policy import Policy
 from coordinator.settings import FederationSettings
+from edge_sdk.commands import destination
 from edge_sdk.commands.device_config import load_device_config
 from edge_sdk.connection.link_speed import LinkSpeed, load_link, save_link
 from edge_sdk.connection.refusals import error_of
@@ -25,6 +26,7 @@ from edge_sdk.core import records, toml_file
 from edge_sdk.core.adapter_file import codec
 from edge_sdk.core.choice.setting import Ranks, Setting
 from edge_sdk.core.errors import AdapterError, EdgeError, InputError, ProtocolError, TooLarge
+from edge_sdk.core.invitation import parse
 from edge_sdk.core.messages import PROBLEM_CONTENT_TYPE, Assignment, JoinReply, Update
 from edge_sdk.core.routes import ROUTES
 from edge_sdk.membership import session as sessions
@@ -121,6 +123,18 @@ def device(content: bytes) -> None:
     """An owner's file is the options of its device or one error of input."""
     with held(content) as path, contextlib.suppress(InputError):
         load_device_config(path).options()
+
+
+def invitation(content: bytes) -> None:
+    """Whatever an owner pastes is an invitation with one form, or one error of input in a line."""
+    with held(content) as path:
+        try:
+            found = destination.find(f"@{path}")
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+            return
+    assert found is not None
+    assert parse(str(found.invitation)) == found.invitation
 
 
 def profile(content: bytes) -> None:
@@ -221,6 +235,11 @@ on_mains = true
 hours = "22:00-07:00"
 """,
 )
+INVITATIONS = (
+    b"flexlora+https://host.example:8765/prefix#t0ken.47DEQpj8HBSa-_TImW-5JCeuQeRkm5NMpJWZG3hSuFU",
+    b"flexlora+http://[::1]:8765/#t0ken",
+    b"'FLEXLORA+HTTPS://10.0.0.1#_-'\n",
+)
 PROFILES = tuple(
     profiles.to_toml(profiles.load_profile(name)).encode() for name in profiles.known_profiles()[:3]
 )
@@ -263,6 +282,7 @@ TARGETS = {
     "problem": Fuzzed(problem, PROBLEMS),
     "toml": Fuzzed(toml, TOML),
     "device": Fuzzed(device, DEVICE),
+    "invitation": Fuzzed(invitation, INVITATIONS),
     "profile": Fuzzed(profile, PROFILES),
     "session": Fuzzed(session, _sessions()),
     "remembered": Fuzzed(remembered, _remembered()),

@@ -41,7 +41,7 @@ def connect(target: Target) -> socket.socket:
 
 
 def request(method: str, path: str, secret: str = "", *more: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", *more]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", *more]
     lines += [f"Authorization: Bearer {secret}"] if secret else []
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 

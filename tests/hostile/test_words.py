@@ -30,7 +30,7 @@ from tests.processes import PATIENCE_S, command, environment
 FORGED = (
     "x) joined\n00:00:00  version 99: 1000 updates\r\n\x1b[8m\x1b]0;t\x07\u202egnp.exe\u2066\u2028\x85\u200b"
 )
-LINE = re.compile(r"\d\d:\d\d:\d\d  \S|federation |listening on |join token in |  edge-sdk join ")
+LINE = re.compile(r"\d\d:\d\d:\d\d  \S|federation |listening on |to let a device in:  ")
 
 
 def harmless(text: str) -> None:

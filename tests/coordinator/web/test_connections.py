@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.listening import Serving
 from coordinator.web.connections import Connections, Seat
 from coordinator.web.unread import Patience, taken_bytes
 
@@ -59,7 +61,7 @@ def test_one_at_work_stays() -> None:
 
 
 def test_an_address_takes_of_its_own() -> None:
-    connections = Connections(10, 2, exempt=lambda address: address == "10.0.0.7")
+    connections = Connections(10, 2, is_proxy=lambda address: address == "10.0.0.7")
     other = admitted(connections, "10.0.0.1")
     mine = [admitted(connections, "2001:db8::1"), admitted(connections, "2001:db8::2")]
     admitted(connections, "2001:db8::3")  # the same /64
@@ -97,6 +99,29 @@ def test_counts_are_right_whatever_happens(steps: list[tuple[str, int]]) -> None
         connections.release(seat)
     assert len(connections) == 0
     assert not connections.make_room()
+
+
+@pytest.fixture
+def accepted() -> Iterator[socket.socket]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one
+
+
+def test_an_address_has_its_number_and_the_hosts_proxies_have_no_number(accepted: socket.socket) -> None:
+    proxies = Serving(trusted_proxies=("10.0.0.0/8", "127.0.0.2"))
+    for strict in (False, True):
+        connections = Connections(100, 2, strict, is_proxy=proxies.trusts)
+        with contextlib.ExitStack() as under_way:
+            for address in ("203.0.113.1", "10.1.1.1", "127.0.0.1", "127.0.0.2"):
+                given = []
+                for _ in range(4):
+                    seat = connections.admit(accepted, address)
+                    given.append(seat is not None)
+                    if seat is not None:
+                        under_way.enter_context(connections.at_work(seat))
+                limited = address == "203.0.113.1" or (strict and address == "127.0.0.1")
+                assert given == [True, True, not limited, not limited], (strict, address)
 
 
 # --- what is taken of an answer -------------------------------------------------------------------

@@ -200,8 +200,10 @@ def test_numbers_of_numpy_are_written_as_numbers() -> None:
     with pytest.raises(TypeError, match="cannot hold a int64"):
         encode(ask)
     heard = messages.NotNow(np.float64(0.25), "later")
-    assert encode(heard) == b'{"retry_after_s":0.25,"reason":"later","elsewhere":false}'
-    assert repr(to_json(heard)) == repr({"retry_after_s": 0.25, "reason": "later", "elsewhere": False})
+    assert encode(heard) == b'{"retry_after_s":0.25,"reason":"later","elsewhere":false,"renew":false}'
+    assert repr(to_json(heard)) == repr(
+        {"retry_after_s": 0.25, "reason": "later", "elsewhere": False, "renew": False}
+    )
 
 
 def test_records_stay_plain_dataclasses() -> None:

@@ -174,7 +174,7 @@ def test_files_that_cannot_be_read_give_one_line(loader: str, tmp_path: Path) ->
             "[polcy]\nquorum = 3",
             (
                 "unknown key 'polcy'; the keys are base, federation, training, "
-                "policy, admission, privacy, storage, limits; did you mean 'policy'?"
+                "policy, admission, privacy, storage, joining, serving, limits; did you mean 'policy'?"
             ),
         ),
         ("host", "base = 3", "key base: expected str, got int"),

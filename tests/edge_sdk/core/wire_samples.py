@@ -68,7 +68,7 @@ RECORDS: tuple[Any, ...] = (
     BASE,
     messages.Training(),
     FEDERATION,
-    messages.JoinRequest("attic", BASE.fingerprint, {"memory": "8 GiB"}),
+    messages.JoinRequest("attic", BASE.fingerprint, {"memory": "8 GiB"}, attempt="attempt-1-of-attic"),
     messages.JoinReply("d-1", "secret", FEDERATION, RUN),
     messages.Ask(4, carry_rank=12, run=RUN),
     messages.Assignment(
@@ -81,8 +81,11 @@ RECORDS: tuple[Any, ...] = (
         expires_in_s=600.0,
         start="01ab" * 4,
         run=RUN,
+        renew=True,
     ),
     messages.NotNow(5.0, "nothing to do"),
+    messages.NewCredential("another-secret"),
+    messages.Newest(8, 16, "23cd" * 4),
     messages.Heartbeat(7),
     messages.HeartbeatReply("finish"),
     messages.Update(

@@ -49,7 +49,7 @@ def test_it_shows_what_is_sent_and_joins_nothing(
     assert f"{data}: 3 examples" in said
     assert "secret" not in said
     assert "Joining would end here" not in said
-    transport = Transport(coordinator.url, coordinator.join_token)
+    transport = Transport(coordinator.url, coordinator.host_token)
     assert transport.status().devices == ()
     transport.close()
     assert not (state / "session.json").exists()
@@ -61,7 +61,7 @@ def test_the_record_is_the_one_that_joining_sends(
     options = Options(name="attic", state_dir=tmp_path, device="cpu", memory_budget_bytes=10**9)
     found = dry_run.examine(coordinator.url, coordinator.join_token, data, options)
     shown = from_json(JoinRequest, json.loads(found.sent[0].body))
-    sent = identity.request(base_model.describe("tiny").fingerprint, options)
+    sent = identity.request(base_model.describe("tiny").fingerprint, options, "a" * 32)
     assert (shown.name, shown.fingerprint, set(shown.profile)) == (
         sent.name,
         sent.fingerprint,
