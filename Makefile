@@ -1,7 +1,8 @@
 # make demo   a federation of six devices on this machine, with a table of what each learnt at the end
 # make test   the test suite
 # make check  formatting, lint, types
-# Each sets up .venv first, once; it is done again when pyproject.toml or constraints.txt change.
+# make lock   coordinator-lock.txt anew, by the versions of constraints.txt
+# Each but the last sets up .venv first, once; it is done again when pyproject.toml or constraints.txt change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check lock setup clean
 
 demo: setup
 	$(BIN)/python -m examples.demo
@@ -24,6 +25,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet "pip-tools>=7.5"
+	CUSTOM_COMPILE_COMMAND="make lock" build/lock/bin/python -m piptools compile --quiet --generate-hashes \
+		--extra coordinator --constraint constraints.txt --strip-extras --no-annotate \
+		--no-emit-index-url --no-emit-options --output-file coordinator-lock.txt pyproject.toml
 
 setup: $(STAMP)
 

@@ -6,10 +6,12 @@ import ast
 import importlib.resources
 import re
 import tomllib
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import coordinator
 import edge_sdk
@@ -43,6 +45,48 @@ def test_the_constraints_pin_every_direct_dependency() -> None:
     names = {re.split(r"[\[<>=]", line)[0] for lines in wanted for line in lines} - {"flexlora-edge"}
     assert names <= set(pins)
     assert not [version for version in pins.values() if "+" in version]
+
+
+# --- the lock of a coordinator --------------------------------------------------------------------
+
+LOCK = (ROOT / "coordinator-lock.txt").read_text(encoding="utf-8")
+LOCKED = dict(re.findall(r"^([\w.-]+)==(\S+) \\$", LOCK, re.MULTILINE))
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def needed_by(requirements: Iterable[str], extra: str = "") -> set[str]:
+    """Names of all that these requirements bring along here, theirs and so on."""
+    found: set[str] = set()
+    for line in requirements:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        name = normal(requirement.name)
+        if name not in found:
+            found |= {name} | needed_by(metadata.requires(name) or ())
+    return found
+
+
+def test_the_lock_holds_all_that_a_coordinator_needs_and_nothing_else() -> None:
+    """In the versions that were tested."""
+    project = PYPROJECT["project"]
+    wanted = needed_by(project["dependencies"] + project["optional-dependencies"]["coordinator"])
+    assert {normal(name) for name in LOCKED} == wanted
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {normal(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert {normal(name): pins.get(normal(name)) for name in LOCKED} == {
+        normal(name): version for name, version in LOCKED.items()
+    }
+
+
+def test_every_line_of_the_lock_has_a_hash() -> None:
+    blocks = re.split(r"^(?=\w)", re.sub(r"^#.*\n", "", LOCK, flags=re.MULTILINE), flags=re.MULTILINE)
+    blocks = [block for block in blocks if block.strip()]
+    assert len(blocks) == len(LOCKED)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", block) for block in blocks)
 
 
 # What applications import. A name that goes, or moves behind another, breaks them.

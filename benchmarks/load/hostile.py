@@ -42,7 +42,7 @@ BEAT_S = 2.0
 WORK_S = 60.0  # from a good device's assignment to its update
 # As many may join at once as there are good devices here: they have one address, and do not wait for it.
 LIMITS = {"joins_minute": 600, "joins_minute_of_address": 600}
-POLICY = {"buffer_size": 50, "timeout_s": 60.0, "lease_s": 600.0}
+POLICY = {"buffer_size": 100, "timeout_s": 60.0, "lease_s": 600.0}
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,11 @@ class Run:
                 await asyncio.sleep((reply.retry_after_s or BEAT_S) * random.uniform(1.0, 1.25))
             return
         await asyncio.sleep(BEAT_S * random.uniform(0.9, 1.1))
-        await patiently("heartbeat", line, tally, device.beat(1))
-        if random.random() < BEAT_S / WORK_S:
+        reply = await patiently("heartbeat", line, tally, device.beat(1))
+        told = reply.json()["directive"]
+        if told == "abandon":
+            device.assignment = None
+        elif told == "finish" or random.random() < BEAT_S / WORK_S:
             await hand_in(device, line, tally)
 
     def result(self, tried: dict[str, int]) -> dict[str, Any]:

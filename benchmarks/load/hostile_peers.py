@@ -72,10 +72,10 @@ class Peer:
 
 
 async def unread(peer: Peer, line: Connection) -> None:
-    """Ask for files and for the status, and take nothing of it until it is cut."""
+    """Ask for files and for records, and take nothing of them until it is cut."""
     await peer.join(line)
     file = messages.ADAPTER.format(version=0, rank=max(RANKS))
-    asked = head_of("GET", file, peer.credential) + head_of("GET", messages.STATUS, peer.join_token)
+    asked = head_of("GET", file, peer.credential) + head_of("GET", messages.FEDERATION, peer.join_token)
     await without_reading(peer.port, asked * 20)
 
 

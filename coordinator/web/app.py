@@ -54,7 +54,7 @@ BODY_TIMEOUT_S = 30.0  # a JSON body that takes longer is a stalled or hostile s
 LATE_S = 1.0  # by which an address that floods gets its answers late
 MAX_DETAIL = 4000  # characters of what was wrong with a request
 # Of strangers, mostly. What else is refused belongs to a device, whose requests are counted anyway.
-LATE_IF_OFTEN = (400, 401, 404, 405, 408, 413, 415, 429)
+LATE_IF_OFTEN = (400, 401, 404, 405, 408, 413, 415, 421, 429)
 ROUTINE = (StaleUpdate, OffsetConflict)
 BROKE_OFF = "broke off"  # a word for the log
 DEVICE = "device"  # whose credential a request had

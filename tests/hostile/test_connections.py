@@ -101,7 +101,7 @@ def test_answers_that_are_never_read(tmp_path: Path) -> None:
         file = "/v1/versions/0/ranks/8/adapter_model.safetensors"
         kinds = [
             request("GET", "/v1/openapi.json"),
-            request("GET", "/v1/status", target.coordinator.join_token),
+            request("GET", "/v1/federation", target.coordinator.join_token),
             request("GET", file, device.credential),
         ]
         for number, connection in enumerate(opened):

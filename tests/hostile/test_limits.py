@@ -179,7 +179,7 @@ def test_a_status_of_many_devices_comes_in_pages(tmp_path: Path) -> None:
     with attacked(tmp_path, limits={"status_devices": 3}) as target:
         for _ in range(5):
             assert join(target).status_code == 201
-        transport = Transport(target.coordinator.url, target.coordinator.join_token)
+        transport = Transport(target.coordinator.url, target.coordinator.host_token)
         try:
             whole = transport.status()
             assert (len(whole.devices), whole.pages) == (6, 1)
@@ -187,7 +187,7 @@ def test_a_status_of_many_devices_comes_in_pages(tmp_path: Path) -> None:
         finally:
             transport.close()
         assert sizes == [3, 3]
-        url, headers = f"{target.coordinator.url}/v1/status", bearer(target.coordinator.join_token)
+        url, headers = f"{target.coordinator.url}/v1/status", bearer(target.coordinator.host_token)
         assert httpx.get(url, params={"page": 2}, headers=headers).status_code == 404
         for wrong in ("-1", "1e3", "9" * 5000, "", "٣"):
             assert httpx.get(url, params={"page": wrong}, headers=headers).status_code == 400

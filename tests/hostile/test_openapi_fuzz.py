@@ -50,7 +50,8 @@ def test_whatever_the_description_allows_or_forbids(tmp_path: Path, schema: Any,
     """With the right secret or a wrong one, and now and then with values that mean something."""
     with attacked(tmp_path, limits=LIMITS) as target, contextlib.closing(target.device()) as device:
         work = device.work()
-        secret = target.coordinator.join_token if route.caller == "join token" else device.credential
+        of = {"join token": target.coordinator.join_token, "host": target.coordinator.host_token}
+        secret = of.get(route.caller, device.credential)
         known = {"id": work, "version": 0, "rank": 4, "fingerprint": FINGERPRINT, "steps": 20}
         secrets, seen = [secret, secret, secret, "wrong"], set()
 

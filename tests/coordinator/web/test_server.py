@@ -27,7 +27,7 @@ PATIENCE_S = 30.0
 
 @contextlib.asynccontextmanager
 async def serving(application: web.Application, idle_s: float) -> AsyncIterator[int]:
-    server = WebServer(application, Refusals(), FaultLog(), Connections(100), idle_s=idle_s)
+    server = WebServer(application, Refusals(), FaultLog(), Connections(100, 100), idle_s=idle_s)
     try:
         ((_, port),) = await server.start("127.0.0.1", 0)
         yield port
