@@ -111,9 +111,8 @@ async def _listen(
         say(f"federation {federation.id}: {federation.base.model}, rule {federation.rule}")
         if coordinator.privacy:
             say(f"privacy {ledger.worst(coordinator.store, coordinator.privacy.delta)}")
+        say(*endpoint.notices(certificate))
         say(f"listening on {endpoint.address(port, certificate)}")
-        if announcement.insecure:
-            say("this is plain HTTP: tokens and adapters can be read on the way")
         say(f"to let a device in:  edge-coordinator invite --data {data}")
         async with renewing(certificate, tls):
             await stop.wait()

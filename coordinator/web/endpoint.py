@@ -90,6 +90,14 @@ class Endpoint:
         plain = urlsplit(url).scheme == "http" and not is_local(urlsplit(url).hostname or "")
         return Announcement(url, pin if url.startswith("https:") else "", plain)
 
+    def notices(self, certificate: Certificate | None) -> list[str]:
+        """What its host should know of it, if anything."""
+        if self.serving.trusted_proxies and not self.serving.public_url:
+            return ["behind a proxy: put its address into serving.public_url, for invitations to name it"]
+        if self.leaves_machine and certificate is None and not self.for_proxies_only:
+            return ["plain HTTP to other machines: tokens and adapters can be read on the way"]
+        return []
+
     def _shown_host(self) -> str:
         """The host as others may reach it; where it listens everywhere, its address on the way out."""
         if self.host not in EVERYWHERE:

@@ -78,6 +78,24 @@ def test_what_devices_are_told(
     assert said == Announcement(url, pin, insecure)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, ""),
+        ({"host": "0.0.0.0"}, ""),
+        ({"host": "0.0.0.0", "insecure": True}, "plain HTTP to other machines"),
+        ({"serving": PROXIES}, "put its address into serving.public_url"),
+        ({"serving": Serving("https://f.example", trusted_proxies=("127.0.0.1",))}, ""),
+        ({"host": "0.0.0.0", "serving": Serving("https://f.example", trusted_proxies=("::1",))}, ""),
+    ],
+)
+def test_what_its_host_is_told(asked: dict[str, Any], said: str, tmp_path: Path) -> None:
+    endpoint = Endpoint(**asked)
+    told = endpoint.notices(endpoint.certificate(tmp_path))
+    assert len(told) == bool(said)
+    assert said in "".join(told)
+
+
 @pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
 def test_a_machine_that_listens_everywhere_is_told_by_an_address(host: str, tmp_path: Path) -> None:
     said = Endpoint(host).announcement(8765, None).url
