@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 from coordinator.upkeep.data_folder import CERTIFICATE_FILE, KEY_FILE
-from coordinator.web.tls import _read_key, own_certificate
+from coordinator.web.tls import own_certificate
 from edge_sdk.connection import transport
 from edge_sdk.connection.transport import Transport
 from edge_sdk.connection.trust import Trust
@@ -30,7 +30,7 @@ from edge_sdk.core.invitation import Invitation, parse
 from edge_sdk.core.messages import Base
 from edge_sdk.membership.session import Session
 from edge_sdk.model import base_model
-from tests.certificates import pair
+from tests.certificates import pair, read, read_key
 from tests.coordinator.devices import configuration
 from tests.device_agents import Device, device, federation_config, quick, text_of
 from tests.hostile.harness import attacked, bearer
@@ -350,7 +350,7 @@ def test_an_expired_certificate_of_its_own_keeps_no_device_out(
     """Ten years have passed. To a device the key alone counts; the next start makes another certificate."""
     it = joined(coordinator, tmp_path / "red", data)
     path = coordinator.data / CERTIFICATE_FILE
-    key = _read_key(coordinator.data / KEY_FILE)
+    key = read_key(coordinator.data / KEY_FILE)
     expired = pair(tmp_path, "expired", "127.0.0.1", key=key, days=-1.0)
     with impostor(0, speaking_tls(expired.cert_file, expired.key_file)) as who:
         connection = Transport(f"https://127.0.0.1:{who.port}", "token", trust=Trust(coordinator.pin))
@@ -363,8 +363,7 @@ def test_an_expired_certificate_of_its_own_keeps_no_device_out(
     path.write_bytes(expired.cert_file.read_bytes())
     coordinator.start()
     assert coordinator.pin == session_of(it).pin
-    ends = ssl._ssl._test_decode_cert(str(path))["notAfter"]  # type: ignore[attr-defined]
-    assert ssl.cert_time_to_seconds(ends) > time.time() + 9 * 365 * 86400
+    assert read(path).not_valid_after_utc.timestamp() > time.time() + 9 * 365 * 86400
     assert own_certificate(coordinator.data, []).pin == coordinator.pin
     again = device(coordinator.url, None, tmp_path / "red", data)
     assert again.agent.run(updates=1) == 1

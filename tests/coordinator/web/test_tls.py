@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from coordinator.storage.failpoints import VARIABLE, Point
 from coordinator.upkeep.data_folder import CERTIFICATE_FILE, KEY_FILE
@@ -19,17 +20,13 @@ from coordinator.web import tls
 from coordinator.web.tls import Certificate, own_certificate, renewing
 from edge_sdk.core.errors import InputError
 from edge_sdk.core.invitation import pin_of
-from tests.certificates import new_key, pair, pem
+from tests.certificates import new_key, pair, pem, read, read_key
 from tests.coordinator.devices import configuration
 from tests.faults.outside import temporaries
 from tests.faults.test_kills import MAKING_A_KEY
 from tests.processes import CoordinatorProcess, command
 
 NAMES = ("host.example", "192.0.2.7", "::1")
-
-
-def read(path: Path) -> x509.Certificate:
-    return x509.load_pem_x509_certificate(path.read_bytes())
 
 
 def test_it_is_made_once_and_only_its_host_may_read_the_key(tmp_path: Path) -> None:
@@ -50,7 +47,7 @@ def test_it_is_made_once_and_only_its_host_may_read_the_key(tmp_path: Path) -> N
 )
 def test_a_certificate_that_will_not_do_is_made_again_with_the_same_key(tmp_path: Path, wrong: str) -> None:
     made = own_certificate(tmp_path, NAMES[:1] if wrong == "other names" else NAMES)
-    key = tls._read_key(made.key)
+    key = read_key(made.key)
     path, before = made.certificate, made.certificate.read_bytes()
     match wrong:
         case "gone":
@@ -173,7 +170,7 @@ def shown_by(port: int) -> str:
         context.wrap_socket(connection) as secured,
     ):
         found = x509.load_der_x509_certificate(secured.getpeercert(binary_form=True) or b"")
-    return pin_of(found.public_key().public_bytes(tls.Encoding.DER, tls.PublicFormat.SubjectPublicKeyInfo))
+    return pin_of(found.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
 
 
 def test_a_renewed_certificate_is_taken_up_and_half_of_one_is_not(
