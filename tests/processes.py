@@ -121,7 +121,8 @@ class CoordinatorProcess:
         while True:
             said = self.log.read_bytes()[written:].decode()
             if found := re.search(r"listening on (https?)://\S+:(\d+)\S*\nto let a device in:", said):
-                self.scheme, self.port, self.pin = found[1], int(found[2]), self._announced_pin()
+                self.scheme, self.port = found[1], int(found[2])
+                self.pin = self._announced_pin() if self.scheme == "https" else ""
                 return
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()

@@ -79,13 +79,17 @@ def test_a_restored_folder_goes_on_with_the_devices_that_it_knew(tmp_path: Path)
         *("folder.json", "join-token", "blobs", "uploads", "cache"),
     }
     with CoordinatorProcess(out.parent, config) as restored:
-        transport = Transport(restored.url, two.credential)
-        again = Device(transport, two.id, two.credential)
+        transport, host = (
+            Transport(restored.url, two.credential),
+            Transport(restored.url, restored.host_token),
+        )
+        again = Device(transport, two.id, two.credential, host)
         assert (again.status().version, again.status().buffered) == (1, 1)
         again.hand_in(again.work(), seed=5)
         waited_for(restored, 2)
-        assert transport.status().start != start
+        assert again.status().start != start
         transport.close()
+        host.close()
         assert restored.stop() == 0
         seen = Seen()
         seen.check(restored.data, [buffered.id])

@@ -152,7 +152,9 @@ def test_a_coordinator_goes_on_with_all_values_changed(original: Path, tmp_path:
             assert device.status().buffer_size == 2
             assert device.status().buffered == 1
             device.hand_in(device.work(), seed=2)
-            again = Device(Transport(coordinator.url, device.credential), device.id, device.credential)
+            again = Device(
+                Transport(coordinator.url, device.credential), device.id, device.credential, device.host
+            )
             waited_for(coordinator, 1)
             assert coordinator.stop() == 0
             coordinator.config.write_text(before)
