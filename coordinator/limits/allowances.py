@@ -11,6 +11,7 @@ from edge_sdk.core.errors import FederationFull, TooLarge, TooOften
 
 BURST_S = 10.0  # requests that a device has not made for so long it may make at once
 MINUTE_S, HOUR_S = 60.0, 3600.0
+BEGUN_SHARE = 1 / 8  # of an upload: what one costs that has hardly a byte, a file and a row
 ALL = ""  # the key of a bucket for everybody
 
 
@@ -82,9 +83,9 @@ class Allowances:
                 retry_after_s=wait_s,
             )
 
-    def uploaded(self, device: str, share: float) -> None:
-        """Count bytes of an upload, as a share of the most that it may have."""
-        self._uploads.charge(device, share)
+    def uploaded(self, device: str, share: float, begins: bool) -> None:
+        """Count bytes of an upload, as a share of the most that it may have; and that it begins with them."""
+        self._uploads.charge(device, share + BEGUN_SHARE * begins)
 
     def handed_in(self, device: str) -> None:
         """What the device had uploaded was of use."""

@@ -272,7 +272,7 @@ class Coordinator:
         size_bytes = sum(map(len, pieces))
         self.require_upload(device)
         self.disk.take(size_bytes)
-        self.allowances.uploaded(device, size_bytes / self.uploads.cap(assignment))
+        self.allowances.uploaded(device, size_bytes / self.uploads.cap(assignment), begins=at == 0)
         end = await asyncio.to_thread(self.uploads.append, assignment, at, pieces)
         self._apply(events.BytesArrived(device, assignment.id, end - at))
         return end

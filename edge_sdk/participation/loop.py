@@ -13,6 +13,7 @@ from edge_sdk.callbacks import PAUSED
 from edge_sdk.connection.transport import TransferStopped
 from edge_sdk.core.choice.rank import RankChoice
 from edge_sdk.core.errors import (
+    Busy,
     InputError,
     NotFound,
     OurFault,
@@ -147,13 +148,16 @@ class Participation:
             yield
 
     def _enrol_patiently(self) -> None:
-        """A device that has joined before waits for a coordinator that does not answer; a new one fails."""
+        """A device that has joined before waits for a coordinator that does not answer; a new one fails.
+
+        Unless it was told when to come back: many may join at a time.
+        """
         while not self.stopping.is_set():
             try:
                 self._enrol()
                 return
             except (Unreachable, OurFault) as error:
-                if self._membership.journal.load() is None:
+                if self._membership.journal.load() is None and not isinstance(error, Busy):
                     raise
                 self._rest(self._setbacks.failed_s(error))
 

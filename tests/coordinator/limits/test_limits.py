@@ -130,7 +130,7 @@ def test_uploads_that_nothing_came_of() -> None:
     allowances = Allowances(Limits(wasted_uploads_hour=2), 5.0, clock)
     for _ in range(2):
         allowances.require_useful("a")
-        allowances.uploaded("a", 1.0)
+        allowances.uploaded("a", 1.0, begins=False)
     with pytest.raises(TooOften):
         allowances.require_useful("a")
     allowances.require_useful("b")
