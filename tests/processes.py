@@ -17,6 +17,10 @@ from types import TracebackType
 
 import psutil
 
+from edge_sdk.connection.transport import Transport
+from edge_sdk.connection.trust import Trust
+from edge_sdk.core.messages import Status
+
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # of a loaded machine; nothing here takes a tenth of it
 MOST_BYTES = 1 << 30  # of a download, where a test is about something else
@@ -128,6 +132,11 @@ class CoordinatorProcess:
                 self.kill()
                 raise AssertionError(f"the coordinator does not listen: {said}")
             time.sleep(0.02)
+
+    def status(self) -> Status:
+        """What it tells its host."""
+        with contextlib.closing(Transport(self.url, self.host_token, trust=Trust(self.pin))) as transport:
+            return transport.status()
 
     def _announced_pin(self) -> str:
         """As it stands in invitations."""

@@ -101,7 +101,7 @@ def budget_for(rank: int, base: Base, rule: str) -> int:
 
 def wait_for_version(agent: Agent, version: int) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while agent.status().version < version:
+    while agent.transport.newest().version < version:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -165,7 +165,7 @@ def test_a_round_from_training_to_loading(
         for agent in agents:  # and once more, now from a version that holds something
             assert agent.run(updates=1) == 1
         wait_for_version(agents[0], 2)
-        assert {device.rank for device in agents[0].status().devices} == set(ranks)
+        assert {device.rank for device in coordinator.status().devices} == set(ranks)
 
         version, adapter = agents[1].newest()
         assert version == 2

@@ -71,7 +71,7 @@ def test_the_work_in_hand_goes_on_in_a_smaller_way(
         )
         assert agent.run(updates=1) == 1
         wait_for_version(agent, 1)
-        device = agent.status().devices[0]
+        device = coordinator.status().devices[0]
         assert agent.stop(PATIENCE_S).done
         agent.close()
     (told,) = [event.text for event in events if event.kind == "memory"]

@@ -234,7 +234,7 @@ def test_a_continued_download_mixes_no_two_files(
     it = new_device(proxy, coordinator, tmp_path, data)
     it.agent.prepare()
     connection, path = it.agent.transport, tmp_path / "adapter"
-    version = connection.status().version
+    version = connection.newest().version
     with pytest.raises(Unreachable, match="no coordinator answers"):
         connection.download(version, 8, path, most_bytes=MOST_BYTES)
     assert rule.triggered == 1

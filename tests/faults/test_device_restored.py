@@ -53,7 +53,7 @@ def coordinator(tmp_path: Path, base: Base) -> Iterator[CoordinatorProcess]:
 def trained(it: Device, count: int) -> None:
     """So many updates, each merged before the next."""
     for _ in range(count):
-        before = it.agent.status().version if it.events else 0
+        before = it.agent.transport.newest().version if it.events else 0
         assert it.agent.run(updates=1) == 1
         wait_for_version(it.agent, before + 1)
 
