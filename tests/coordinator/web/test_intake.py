@@ -221,3 +221,90 @@ def test_who_waits_is_not_read() -> None:
         await task
 
     crowd(work, places=1, queue=3)
+
+
+@pytest.mark.parametrize("before", [[], [b"x" * intake.PROOF_BYTES], [b"x" * intake.PIECE_BYTES]])
+def test_an_upload_of_which_nothing_comes_has_no_place(
+    monkeypatch: pytest.MonkeyPatch, before: list[bytes | float | Exception]
+) -> None:
+    """Neither one that was announced, nor one that was fast until now."""
+    monkeypatch.setattr(intake, "PIECE_S", 0.1)
+    monkeypatch.setattr(intake, "SLOW_AFTER_S", 0.05)
+
+    async def work(doors: Intake) -> None:
+        async def send() -> None:
+            with doors.place(None) as place:
+                await receive(Sender(*before, 30.0), 0, Disk().append, place)
+
+        silent = [asyncio.create_task(send()) for _ in range(5)]
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(10.0), holding(doors):
+            doors.require_room()
+        for task in silent:
+            task.cancel()
+        await asyncio.gather(*silent, return_exceptions=True)
+
+    crowd(work, places=1, queue=30)
+
+
+# --- whose turn it is -----------------------------------------------------------------------------
+
+
+class Cut:
+    """A connection whose end ends what reads from it."""
+
+    def __init__(self, reader: asyncio.Event | None = None) -> None:
+        self.reader, self.cut = reader, False
+
+    def abort(self) -> None:
+        self.cut = True
+        if self.reader:
+            self.reader.set()
+
+
+def test_the_newest_connection_has_the_turn_once_the_older_one_has_stored_what_it_had() -> None:
+    async def work(doors: Intake) -> None:
+        said, end = [], asyncio.Event()
+
+        async def send(name: str, upload: str, connection: Any) -> None:
+            async with doors.turn("device", upload, connection, 2):
+                said.append(f"{name} begins")
+                await (connection.reader or asyncio.Event()).wait()
+                await asyncio.sleep(0.02)
+                said.append(f"{name} has stored")
+
+        older, other = Cut(end), Cut(asyncio.Event())
+        tasks = [asyncio.create_task(send("older", "a", older))]
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(send("other", "b", other)))
+        await asyncio.sleep(0)
+        newer = Cut(asyncio.Event())
+        tasks.append(asyncio.create_task(send("newer", "a", newer)))
+        await asyncio.sleep(0.1)
+        assert said == ["older begins", "other begins", "older has stored", "newer begins"]
+        assert (older.cut, other.cut, newer.cut) == (True, False, False)
+        tasks.append(asyncio.create_task(send("third", "c", Cut(asyncio.Event()))))
+        await asyncio.sleep(0.1)
+        assert said[4:] == ["other has stored", "third begins"]  # the oldest of two goes
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async with doors.turn("device", "d", None, 2):
+            pass
+
+    crowd(work, places=1, queue=3)
+
+
+def test_who_cannot_have_the_turn_soon_is_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "TURN_S", 0.05)
+
+    async def work(doors: Intake) -> None:
+        deaf: Any = Cut()
+        async with doors.turn("device", "a", deaf, 2):
+            with pytest.raises(Busy):
+                async with doors.turn("device", "a", deaf, 2):
+                    raise AssertionError("both have it")
+            async with doors.turn("another", "b", deaf, 2):
+                pass
+
+    crowd(work, places=1, queue=3)
