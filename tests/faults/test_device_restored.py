@@ -114,7 +114,7 @@ def test_devices_go_on_with_a_coordinator_that_was_restored(
     assert blue.texts("notice") == ["the coordinator does not know this device any more; it joins anew"]
     assert f"device {blue.id} has worked with another coordinator" in coordinator.log.read_text()
     again_without = device(coordinator.url, None, tmp_path / "stranger", data)
-    with pytest.raises(Unauthorised, match="join again with the join token"):
+    with pytest.raises(Unauthorised, match="join again with an invitation"):
         again_without.agent.run(updates=1)
     for it in (red, blue, stranger, again_without):
         it.agent.close()

@@ -11,6 +11,7 @@ import pytest
 
 from coordinator.storage.failpoints import VARIABLE
 from coordinator.storage.schema import MIGRATIONS
+from coordinator.storage.store import Store
 from tests.coordinator.devices import configuration, member
 from tests.faults.conftest import Run
 from tests.faults.outside import Seen, rows
@@ -53,11 +54,30 @@ def of_schema(original: Path, folder: Path, schema: int) -> Path:
         if "runs" not in tables:
             (data / "folder.json").unlink()
         for table in ("devices", *(name for name in tables if name != "devices")):
-            columns = ", ".join(row[1] for row in db.execute(f"PRAGMA main.table_info({table})"))
+            newer = {row[1] for row in db.execute(f"PRAGMA newer.table_info({table})")}
+            older = [row[1] for row in db.execute(f"PRAGMA main.table_info({table})")]
+            columns = ", ".join(name for name in older if name in newer)
             db.execute(f"INSERT INTO main.{table}({columns}) SELECT {columns} FROM newer.{table}")
         db.execute(f"PRAGMA user_version = {schema}")
         db.commit()
     return data
+
+
+def test_a_device_that_was_revoked_before_there_were_standings_still_is(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / DATABASE)) as db:
+        for script in MIGRATIONS[:10]:
+            db.executescript(script)
+        for id, revoked in (("d", 0), ("e", 1)):
+            values = f"('{id}', '{id}', 'hash of {id}', '{{}}', 5.0, {revoked})"
+            columns = "id, name, credential_hash, profile, joined_at, revoked"
+            db.execute(f"INSERT INTO devices({columns}) VALUES {values}")
+        db.execute("PRAGMA user_version = 10")
+        db.commit()
+    store = Store(tmp_path / DATABASE)
+    assert store.members.standings() == {"e": "revoked"}
+    assert store.members.credentials() == {"hash of d": "d"}
+    assert store.members.credential_times() == {"d": 5.0, "e": 5.0}
+    store.close()
 
 
 def check_the_copy(data: Path, schema: int) -> None:
