@@ -80,7 +80,7 @@ class Door:
         device = self._known.devices.get(hashed)
         if device is None:
             self._trail.add("wrong credential", address=address)
-            raise Unauthorised("this credential is not known here; join again with an invitation of the host")
+            raise Unauthorised("this credential or token is not known here; join again with an invitation")
         if offered := self._known.offered.pop(hashed, None):
             self._first_used[device] = offered
         self._seen[device] = self._unwritten[device] = self._clock(), address
@@ -91,9 +91,13 @@ class Door:
         """About how many devices take part: one whose credential is being renewed counts twice."""
         return len(self._known.devices)
 
-    def knows(self, token: str) -> bool:
-        """Whether this is some device's credential."""
-        return hash_of(token) in self._known.devices
+    def is_invited(self, token: str) -> bool:
+        """Whether somebody may look at the federation with this token, to join it: it has not expired."""
+        hashed = hash_of(token)
+        if hmac.compare_digest(hashed, self._known.join_hash):
+            return True
+        invitation = None if hashed in self._known.devices else self._members.invited_by(hashed)
+        return invitation is not None and time.time() < invitation.expires_at
 
     def require_host(self, token: str, address: str, asked: str) -> None:
         """Raise Unauthorised unless this is the host's own credential; note who looked at what."""
