@@ -7,6 +7,7 @@ never names bytes that are not there. The tables are in `schema.py`, the connect
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -186,9 +187,6 @@ class Store:
                 version that it was trained from was collected; or the device takes part no more.
         """
         with self.db.transaction("update-written", "update-committed") as db:
-            standing = "SELECT standing FROM devices WHERE id = ? AND standing != 'member'"
-            if row := db.execute(standing, (stored.device,)).fetchone():
-                raise StaleUpdate(f"this device is {row[0]}; its update does not count")
             known = db.execute("SELECT digest FROM updates WHERE assignment = ?", (stored.id,)).fetchone()
             if known:
                 if known[0] != stored.update.digest:
@@ -196,18 +194,7 @@ class Store:
                         f"assignment {stored.id} was delivered before, with digest {known[0][:12]}"
                     )
                 return False
-            gone = "SELECT 1 FROM versions WHERE version = ? AND collected = 1"
-            if db.execute(gone, (stored.version,)).fetchone():
-                (current,) = db.execute("SELECT MAX(version) FROM versions").fetchone()
-                raise StaleUpdate(
-                    f"version {stored.version} was collected; train from version {current}",
-                    current_version=current,
-                )
-            newer = "SELECT version FROM updates WHERE device = ? AND version >= ? AND rejected IS NULL"
-            if row := db.execute(newer, (stored.device, stored.version)).fetchone():
-                raise StaleUpdate(
-                    f"an update of this device from version {row[0]} is in; it counts once from each version"
-                )
+            _require_counts(db, stored)
             db.execute(
                 "INSERT INTO updates(assignment, device, version, record, digest, received_at, factor, norm) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -491,3 +478,22 @@ class Store:
         """How many versions were published with differential privacy, or without."""
         ((count,),) = self.db.rows("SELECT COUNT(*) FROM versions WHERE (noise_multiplier > 0) = ?", noised)
         return int(count)
+
+
+def _require_counts(db: sqlite3.Connection, stored: StoredUpdate) -> None:
+    """Raise StaleUpdate for an update that cannot be in any version any more."""
+    standing = "SELECT standing FROM devices WHERE id = ? AND standing != 'member'"
+    if row := db.execute(standing, (stored.device,)).fetchone():
+        raise StaleUpdate(f"this device is {row[0]}; its update does not count")
+    gone = "SELECT 1 FROM versions WHERE version = ? AND collected = 1"
+    if db.execute(gone, (stored.version,)).fetchone():
+        (current,) = db.execute("SELECT MAX(version) FROM versions").fetchone()
+        raise StaleUpdate(
+            f"version {stored.version} was collected; train from version {current}",
+            current_version=current,
+        )
+    newer = "SELECT version FROM updates WHERE device = ? AND version >= ? AND rejected IS NULL"
+    if row := db.execute(newer, (stored.device, stored.version)).fetchone():
+        raise StaleUpdate(
+            f"an update of this device from version {row[0]} is in; it counts once from each version"
+        )
