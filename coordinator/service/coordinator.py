@@ -313,7 +313,7 @@ class Coordinator:
             async with self._taking_in:
                 stored, fresh = await asyncio.to_thread(self.uploads.take_in, device, assignment, update)
         except (AdapterError, TooLarge) as error:
-            self.trail.add("update refused", device, detail=str(error))
+            self.trail.add("update refused", device, self.door.address_of(device), str(error))
             await asyncio.to_thread(self.store.refuse, device, id, str(error)[:SHOWN])
             self._apply(events.Refused(device, id))
             raise

@@ -145,6 +145,10 @@ class Door:
         """Device -> when it was heard of last, by the clock, since the start."""
         return {device: at for device, (at, _) in self._seen.copy().items()}
 
+    def address_of(self, device: str) -> str:
+        """Where a device was heard of last; "" for one that was not since the start."""
+        return self._seen[device][1] if device in self._seen else ""
+
     # --- joining and leaving ---
 
     async def join(self, request: JoinRequest, token: str, address: str) -> tuple[str, str]:

@@ -47,8 +47,6 @@ UNDER_LOAD: tuple[Point, ...] = (
     "cache-renamed",
     "device-written",
     "device-committed",
-    "audit-written",
-    "audit-committed",
     "assignment-written",
     "assignment-committed",
     "expiry-written",
@@ -65,6 +63,7 @@ UNDER_LOAD: tuple[Point, ...] = (
     "cache-collected",
     "upload-collected",
 )
+NOTING: tuple[Point, ...] = ("audit-written", "audit-committed")  # once in a while
 TIDYING: tuple[Point, ...] = ("temporary-collected",)
 AT_EACH_START: tuple[Point, ...] = (
     "run-written",
@@ -89,7 +88,7 @@ BUSY = {"buffer_size": 3, "timeout_s": 1.0, "retry_s": 0.05, "lease_s": 1.5, "ma
 
 
 def test_every_point_is_reached_by_a_test() -> None:
-    named = FIRST_START + UNDER_LOAD + TIDYING + AT_EACH_START + FROM_ELSEWHERE
+    named = FIRST_START + UNDER_LOAD + NOTING + TIDYING + AT_EACH_START + FROM_ELSEWHERE
     named += REJECTING + CLIPPING + MIGRATING + BACKING_UP + MAKING_A_KEY + OF_MEMBERS
     assert len(POINTS) == len(set(POINTS))
     assert sorted(named) == sorted(POINTS)
@@ -178,7 +177,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
             made.end_well()
 
 
-@pytest.mark.parametrize("point", UNDER_LOAD)
+@pytest.mark.parametrize("point", UNDER_LOAD + NOTING)
 def test_killed_under_load(federation: Federation, point: Point) -> None:
     federation.kill_at(point)
 
@@ -219,7 +218,7 @@ def test_killed_at_any_time(federation: Federation) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["innovation", "carry"])
 def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
-    """Every point at its first, second and fourth time, and 60 times at random: 144 kills under each rule."""
+    """Every point at its first, second and fourth time, and 60 times at random: 138 kills under each rule."""
     chance = random.Random(2)
     with CoordinatorProcess(tmp_path, busy(tmp_path, rule)) as coordinator:
         coordinator.kill()
@@ -232,7 +231,7 @@ def test_two_hundred_kills(tmp_path: Path, rule: str) -> None:
                 federation.kill_after(chance.uniform(0.0, 1.0))
             federation.end_well()
             print(f"{federation.kills} kills, {len(crowd.acknowledged)} updates acknowledged")
-            assert federation.kills == 144
+            assert federation.kills == 138
 
 
 def test_killed_at_its_first_start(tmp_path: Path) -> None:
