@@ -51,14 +51,14 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         say_text(json.dumps([to_json(device) for device in devices]) + "\n")
         return 0
-    say(f"{'device':<18}{'name':<18}{'is':<11}{'rank':>5}{'merged':>8}{'refused':>9}  {'seen':<12}address")
+    say(f"{'device':<9}{'name':<14}{'is':<10}{'rank':>4}{'merged':>7}{'refused':>8}  {'seen':<11}address")
     for device in devices:
         seen = ago(now - device.seen_at) if device.seen_at else "never"
-        counts = f"{device.rank or '-':>5}{device.updates:>8}{device.refused:>9}"
-        name = printable(device.name, 16)
-        say(f"{device.id:<18}{name:<18}{device.standing:<11}{counts}  {seen:<12}{device.address}")
+        counts = f"{device.rank or '-':>4}{device.updates:>7}{device.refused:>8}"
+        name = printable(device.name, 13)
+        say(f"{device.id[:8]:<9}{name:<14}{device.standing:<10}{counts}  {seen:<11}{device.address}")
         if device.refused_why:
-            say(f"{'':<18}refused: {printable(device.refused_why, 90)}")
+            say(f"{'':<9}refused: {printable(device.refused_why, 62)}")
     return 0
 
 

@@ -170,7 +170,9 @@ def test_devices_that_the_host_has_not_approved(tmp_path: Path) -> None:
                 answer = new.http.get(route)
                 assert answer.status_code == 404
                 assert "not approved" in answer.json()["detail"]
-            assert "waiting" in host(target, "devices")
+            listed = host(target, "devices")
+            assert "waiting" in listed
+            assert max(map(len, listed.splitlines())) <= 80
             host(target, "approve", "new")
             soon(lambda: new.ask().status_code == 200)
             target.acknowledged.append(new.hand_in(3))
