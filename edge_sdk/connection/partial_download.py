@@ -33,6 +33,7 @@ class Part:
         self._part = path.with_name(path.name + ".part")
         self._tag = path.with_name(path.name + ".part.etag")
         self._size_bytes: int | None = None  # of the whole file, where the answer says it
+        self._come_bytes = 0  # of it
 
     def headers(self) -> dict[str, str]:
         """What to ask for: the rest, on condition that it is of the same file; or everything."""
@@ -55,6 +56,7 @@ class Part:
                 for chunk in response.iter_raw():
                     have += len(chunk)
                     self._require_fits(have)
+                    self._come_bytes = have
                     yield file.write(chunk)
         except OSError as error:
             raise unwritable(self._part, error) from error
@@ -83,6 +85,11 @@ class Part:
             with open(self._tag, "wb", opener=privately) as file:
                 file.write(tag.encode())
         return "wb"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all has come that was announced."""
+        return self._come_bytes == self._size_bytes
 
     def finish(self) -> None:
         """Check the whole file and give it its name.

@@ -255,7 +255,8 @@ class Transport:
             for size_bytes in answers.in_time(part.receive(response)):
                 patience.again()
                 received_bytes += size_bytes
-                _heed(stopping)
+                if not part.is_whole:  # of which there would be nothing left to ask for
+                    _heed(stopping)
         self._measured(self.link.with_download(received_bytes, time.monotonic() - began))
         part.finish()
 

@@ -478,6 +478,14 @@ def test_two_devices_may_hand_in_the_same_bytes(coordinator: CoordinatorProcess,
 # --- downloading ----------------------------------------------------------------------------------
 
 
+def test_a_stop_when_all_has_come_leaves_the_whole_file(merging: CoordinatorProcess, tmp_path: Path) -> None:
+    """There would be nothing left to ask for: the next attempt would be refused."""
+    with member(merging) as device:
+        device.transport.download(0, 4, tmp_path / "file", stopping=lambda: True, most_bytes=MOST_BYTES)
+        whole = codec.open_adapter(tmp_path / "file", SHAPES, 4, SCALING, 10**6)
+        assert set(dict(whole.modules())) == set(SHAPES)
+
+
 def test_every_device_of_a_rank_gets_the_same_bytes(merging: CoordinatorProcess, tmp_path: Path) -> None:
     with member(merging, "one") as one, member(merging, "two") as two:
         one.hand_in(one.work(), seed=1)
