@@ -181,7 +181,7 @@ def test_a_round_from_training_to_loading(
         ours = logits(frozen.model)
     assert (loaded - plain).abs().max() > 1e-2
     # What is exported is exact; a device has what came over the wire.
-    rounding = {"float32": 0.0, "float16": 1e-3, "int8": 0.02}[wire] * float((loaded - plain).abs().max())
+    rounding = {"float32": 0.0, "float16": 1e-3, "int8": 0.04}[wire] * float((loaded - plain).abs().max())
     np.testing.assert_allclose(loaded.numpy(), ours.numpy(), atol=1e-5 * float(plain.abs().max()) + rounding)
 
 
