@@ -32,7 +32,7 @@ DAY_S = 86400.0
 WAITING = "the host has not approved this device yet"
 SUSPENDED = "the host has suspended this device"
 REASONS: dict[Standing, str] = {"waiting": WAITING, "suspended": SUSPENDED}
-OUT: tuple[Standing, ...] = ("suspended", "revoked", "left")
+OUT: tuple[Standing, ...] = ("suspended", "revoked")  # by the host: who left gave what it gave
 
 
 class Door:
